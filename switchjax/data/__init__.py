@@ -1,0 +1,1 @@
+"""Text data: sources, vocabulary, token cache, span corruption, packing, batches."""

