@@ -29,7 +29,7 @@ _BLOCK = 512
 """Records a read: single reads are slow."""
 
 
-class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes the documents of a source, each in the split that its id's hash selects."""
 
     VERSION = tfds.core.Version("0.0.0")  # Replaced by the source's own.

@@ -3,8 +3,8 @@
 import re
 from html.parser import HTMLParser
 
-_BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 li ul ol dl dt dd blockquote table tr td th pre hr br center".split())
-_HIDDEN = frozenset("head script style".split())
+_BLOCKS = re.compile(r"p|div|h[1-6]|hr|br|ul|ol|li|dl|dt|dd|blockquote|center|pre|table|tr|th|td")
+_HIDDEN = re.compile(r"head|script|style")
 
 
 def paragraphs(text: str) -> str:
@@ -20,18 +20,18 @@ class _HTMLText(HTMLParser):
         self._hidden = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in _HIDDEN
-        if tag in _BLOCKS:
+        self._hidden += bool(_HIDDEN.fullmatch(tag))
+        if _BLOCKS.fullmatch(tag):
             self.parts.append("\n\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-        if tag in _BLOCKS:
+        self._hidden = max(0, self._hidden - bool(_HIDDEN.fullmatch(tag)))
+        if _BLOCKS.fullmatch(tag):
             self.parts.append("\n\n")
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:
-            self.parts.append(re.sub(r"\s+", " ", data))
+            self.parts.append(re.sub(r"\s+", " ", data.replace("\xad", "")))
 
 
 def html_text(html: str) -> str:

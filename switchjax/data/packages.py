@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 _TIMEOUT_SECONDS = 900
 
@@ -70,7 +70,7 @@ def read_members(archive: Path, pattern: str) -> dict[str, bytes]:
         SourceUnavailable: if the archive is unreadable or holds no such file.
     """
     try:
-        members = {name: data for name, data in _READERS[archive.suffix](archive, re.compile(pattern))}
+        members = dict(_READERS[archive.suffix](archive, re.compile(pattern)))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise SourceUnavailable(f"{archive.name} is not a readable archive: {error}") from None
     if not members:
@@ -98,7 +98,7 @@ def _read_debian(archive: Path, pattern: re.Pattern[str]) -> Members:
         return _read_tar_stream(process.stdout, "r|", pattern)
 
 
-def _read_tar_stream(stream: "BinaryIO | object", mode: str, pattern: re.Pattern[str]) -> Members:
+def _read_tar_stream(stream: IO[bytes], mode: str, pattern: re.Pattern[str]) -> Members:
     members = []
     with tarfile.open(fileobj=stream, mode=mode) as opened:  # type: ignore[call-overload]
         for member in opened:

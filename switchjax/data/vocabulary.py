@@ -40,7 +40,7 @@ class Vocabulary:
             UserError: if `model` is none, or has no eos or unk piece.
         """
         try:
-            proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+            proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             # Text that goes on after a sentinel must not get the space that begins a text.
             proto.normalizer_spec.add_dummy_prefix = False

@@ -1,6 +1,7 @@
 """Scripture, fiction and speeches. Chapters are the documents of books."""
 
 import ast
+import html
 import re
 import struct
 import zlib
@@ -68,9 +69,10 @@ def _austen(members: Mapping[str, bytes]) -> Documents:
 
 
 def _text_files(members: Mapping[str, bytes]) -> Documents:
-    """A document a file."""
+    """A document a file; some hold character references and a stray control character."""
     for name, data in members.items():
-        yield PurePosixPath(name).stem, paragraphs(data.decode("utf-8"))
+        text = re.sub(r"[\x00-\x08\x0e-\x1f]", "", html.unescape(data.decode("utf-8")))
+        yield PurePosixPath(name).stem, paragraphs(text)
 
 
 KJV = Source(

@@ -10,12 +10,8 @@ _BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 _LETTERS = {
     **{"ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "eth": "ð", "th": "þ", "thorn": "þ", "yogh": "ʒ"},
     **{"root": "√", "add": "ạ", "udd": "ụ", "asl": "ã", "ng": "ŋ", "deg": "°", "sect": "§", "imac": "ī"},
-    **{"pounds": "£", "times": "×", "prime": "′", "sharp": "♯", "flat": "♭", "dsdot": "ṣ"},
+    **{"pounds": "£", "times": "\u00d7", "sharp": "♯", "flat": "♭", "dsdot": "ṣ"},
 }
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi "
-    "chi psi omega".split()
-)
 _MARKS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "=": "\u0304", "-": "\u0304"} | {
     "~": "\u0303",
     ",": "\u0327",
@@ -24,7 +20,8 @@ _MARKS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "=": "\u03
 }
 _SOURCE_TAG = re.compile(r"\s*\[[^\[\]]*\b(?:Webster|WordNet|PJC|RDH)\b[^\[\]]*\]")
 _ACCENT = re.compile(r"""\[([-'`^"=~,.*]?)([A-Za-z]{1,8})([\^]?)\]""")
-_PRONUNCIATION = re.compile(r"\\[^\\\n]*\\(\s*\([^()]*\))?")
+_PRONUNCIATION = re.compile(r"\\[^\\]{1,80}\\(\s*\([^()]*\))?")
+_SYLLABLES = re.compile(r"""(?<=\w)[*"`]+(?=\w)""")
 
 
 def dictionary_entries(database: bytes, index: str) -> Documents:
@@ -56,22 +53,31 @@ def _number(digits: str) -> int:
 def _entry_text(entry: str) -> str:
     """An entry without pronunciation, links and editors' tags, one paragraph a sense."""
     entry = _PRONUNCIATION.sub("", _ACCENT.sub(_letter, entry))
-    entry = re.sub(r"[{}]", "", _SOURCE_TAG.sub("", entry)).replace(" -- ", " — ").replace("--", "—")
+    entry = re.sub(r"[{}]", "", _SYLLABLES.sub("", _SOURCE_TAG.sub("", entry)))
+    entry = entry.replace(" -- ", " — ").replace("--", "—").replace("[nbsp]", " ")
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", entry))
     return "\n".join(block.replace(" ,", ",") for block in blocks if block)
 
 
 def _letter(code: re.Match[str]) -> str:
-    """`['e]` -> é, `[a^]` -> ă, `[aum]` -> ä, `[alpha]` -> α; what is no such code stays."""
+    """`['e]` -> é, `[a^]` -> ă, `[aum]` -> ä, `[pi]` -> π; what is no such code stays."""
     mark, name, breve = code.groups()
     if not mark and not breve:
         if name in _LETTERS:
             return _LETTERS[name]
-        if name.lower() in _GREEK:
-            case = "CAPITAL" if name[0].isupper() else "SMALL"
-            return unicodedata.lookup(f"GREEK {case} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}")
-        return f"{name[0]}\u0308" if re.fullmatch(r"[A-Za-z]um", name) else code[0]
+        if re.fullmatch(r"[A-Za-z]um", name):
+            return unicodedata.normalize("NFC", f"{name[0]}\u0308")
+        return _greek(name) or code[0]
     letters = _LETTERS.get(name, name)
     if len(letters) > 2:
         return code[0]
     return unicodedata.normalize("NFC", letters + (_MARKS[mark] if mark else "") + ("\u0306" if breve else ""))
+
+
+def _greek(name: str) -> str:
+    """The Greek letter of that name, or nothing."""
+    case = "CAPITAL" if name[0].isupper() else "SMALL"
+    try:
+        return unicodedata.lookup(f"GREEK {case} LETTER {name.replace('ambda', 'amda')}")
+    except KeyError:
+        return ""

@@ -2,9 +2,9 @@
 
 import re
 
-_PROSE_DIRECTIVES = frozenset(
-    "note warning tip important caution hint danger attention seealso versionadded versionchanged deprecated "
-    "deprecated-removed impl-detail topic rubric describe glossary admonition centered epigraph".split()
+_PROSE_DIRECTIVES = re.compile(
+    r"note|warning|tip|important|caution|hint|danger|attention|seealso|versionadded|versionchanged|"
+    r"deprecated(-removed)?|impl-detail|topic|rubric|describe|glossary|admonition|centered|epigraph"
 )
 _SIGNATURES = re.compile(
     r"(py:|c:)?(function|class|method|classmethod|staticmethod|abstractmethod|coroutinemethod|coroutinefunction|"
@@ -23,7 +23,6 @@ _INLINE = (
     (re.compile(r"(?<![\w*])\*\*(\S(?:.*?\S)?)\*\*"), r"\1"),
     (re.compile(r"(?<![\w*])\*(\S(?:[^*]*?\S)?)\*(?!\w)"), r"\1"),
     (re.compile(r"\|(\w+)\|"), r"\1"),
-    (re.compile(r"(?<=\w)_{1,2}(?=[\s,.;:)]|$)(?<![_\w]__)"), "_"),
     (re.compile(r"::$"), ":"),
     (re.compile(r"\\(.)"), r"\1"),
 )
@@ -31,9 +30,10 @@ _INLINE = (
 
 def restructured_text(text: str) -> str:
     """The prose of a page, one paragraph a line: no directives, code, tables, targets or inline markup."""
-    kept = []
+    kept: list[str] = []
     skipped_indent: int | None = None
-    for block in re.split(r"\n[ \t]*\n", text.expandtabs()):
+    # A directive may follow a heading without the blank line that parts blocks elsewhere.
+    for block in re.split(r"\n[ ]*\n|\n(?=[ ]*\.\. )", text.expandtabs()):
         lines = [line for line in block.splitlines() if line.strip()]
         if not lines:
             continue
@@ -55,17 +55,14 @@ def _prose(lines: list[str]) -> tuple[list[str], bool]:
         return _directive_prose(directive[1], directive[2], lines[1:])
     if lines[0].startswith((".. ", "__ ", ">>>", "+--", "$ ", "...")) or lines[0] == "..":
         return [], True
-    if re.fullmatch(r"[=\- ~]+", lines[0]) and len(lines) > 2 and " " in lines[0]:
-        return [], False  # A simple table.
-    if lines[0].startswith(("===", "***", "###", "---")) and len(lines) > 3:
-        lines = lines[:3]
-    lines = [line for line in lines if not re.fullmatch(r"([^\w\s])\1{2,}", line)]
+    table = next((i for i, line in enumerate(lines) if re.fullmatch(r"=+( +=+)+", line)), len(lines))
+    lines = [line for line in lines[:table] if not re.fullmatch(r"([^\w\s])\1{2,}|[| ]+", line)]
     return _items(lines), bool(lines) and lines[-1].endswith("::")
 
 
 def _directive_prose(name: str, argument: str, lines: list[str]) -> tuple[list[str], bool]:
     body = [line for line in lines if not re.match(r":[\w-]+:( |$)", line)]
-    if name in _PROSE_DIRECTIVES:
+    if _PROSE_DIRECTIVES.fullmatch(name):
         if name.startswith(("version", "deprecated")):
             release = argument.split()
             argument = f"{name.split('-')[0].removeprefix('version').capitalize()} in {' '.join(release[:1])}."
