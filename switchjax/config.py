@@ -41,12 +41,12 @@ def check_choice(key: str, value: str, choices: typing.Iterable[str]) -> None:
     _require(value in known, f"{key}: unknown value '{value}'{suggest(value, known)}")
 
 
-def _check_positive(section: str, values: Mapping[str, float]) -> None:
+def _check_positive(section: str, values: Mapping[str, int | float]) -> None:
     for name, value in values.items():
         _require(value > 0, f"{section}.{name} must be positive, got {value}")
 
 
-def _check_fraction(section: str, values: Mapping[str, float]) -> None:
+def _check_fraction(section: str, values: Mapping[str, int | float]) -> None:
     for name, value in values.items():
         _require(0 <= value < 1, f"{section}.{name} must be in [0, 1), got {value}")
 
@@ -113,7 +113,7 @@ class MoEConfig:
     num_experts: int = 8
     num_selected_experts: int = 1
     group_size: int = 512
-    """Tokens that compete for the same buffers. Independent of the mesh, so results are too."""
+    """Most tokens that compete for the same buffers (whole rows, or an even part of one); the mesh plays no part."""
     train_capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     min_expert_capacity: int = 4

@@ -1,0 +1,1 @@
+"""Layers, attention, the transformer stack and the families of models assembled from them."""

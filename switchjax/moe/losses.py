@@ -1,0 +1,81 @@
+"""Auxiliary losses and metrics of routing, as sums over the tokens of each group.
+
+Sums add up over groups, devices and micro-batches, and a token of padding adds nothing to them; `summarize` divides by
+the token count once, at the end.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def load_balance_loss(
+    router_probs: Float[Array, "G S E"], expert_index: Int[Array, "G S K"], token_mask: Bool[Array, "G S"]
+) -> Float[Array, "G"]:
+    """`E sum_e f_e P_e` of each group times its number of tokens (Switch Transformer, eq. 4-6).
+
+    f_e is the fraction of choices that fall on expert e, before capacity; P_e the mean probability of e. 1 a token at
+    perfect balance, for every K.
+    """
+    num_experts = router_probs.shape[-1]
+    tokens = jnp.maximum(jnp.sum(token_mask, axis=1, dtype=jnp.float32), 1)[:, None]
+    fraction = _choices(expert_index, token_mask, num_experts) / (tokens * expert_index.shape[-1])
+    mean_probability = jnp.sum(router_probs, axis=1, where=token_mask[..., None]) / tokens
+    return num_experts * jnp.sum(fraction * mean_probability, axis=-1) * tokens[:, 0]
+
+
+def router_z_loss(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
+    """`sum_s logsumexp(logits)^2` (ST-MoE, eq. 5): keeps the logits small."""
+    return jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)), axis=1, where=token_mask)
+
+
+def routing_metrics(
+    router_probs: Float[Array, "G S E"],
+    expert_index: Int[Array, "G S K"],
+    token_mask: Bool[Array, "G S"],
+    dispatched: Int[Array, "G"],
+) -> dict[str, Float[Array, "G *E"]]:
+    """Sums from which `summarize` makes the metrics.
+
+    Args:
+        router_probs: probabilities of the experts.
+        expert_index: the experts that each token selected.
+        token_mask: False for padding.
+        dispatched: choices that found a slot.
+    """
+    probs = jax.lax.stop_gradient(router_probs)
+    entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs), 0.0), axis=-1)
+    tokens = jnp.sum(token_mask, axis=1, dtype=jnp.float32)
+    return {
+        "tokens": tokens,
+        "routed": tokens * expert_index.shape[-1],
+        "dispatched": dispatched.astype(jnp.float32),
+        "expert_load": _choices(expert_index, token_mask, probs.shape[-1]),
+        "router_entropy": jnp.sum(entropy, axis=1, where=token_mask),
+        "router_confidence": jnp.sum(jnp.max(probs, axis=-1), axis=1, where=token_mask),
+    }
+
+
+def _choices(expert_index: Array, token_mask: Array, num_experts: int) -> Float[Array, "G E"]:
+    """How many choices fall on each expert, before capacity."""
+    chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.float32)
+    return jnp.sum(chosen, axis=(1, 2), where=token_mask[..., None, None])
+
+
+def summarize(sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+    """Losses and metrics under their fixed names, from sums over tokens (any leading axes, e.g. layers).
+
+    Returns:
+        load_balance_loss (1 at perfect balance), router_z_loss, fraction_tokens_dropped (of the K choices a token),
+        expert_load (share of the choices before capacity, sums to 1), router_entropy (nats), router_confidence (the
+        highest probability), means over tokens.
+    """
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    routed = jnp.maximum(sums["routed"], 1.0)
+    means = ("load_balance_loss", "router_z_loss", "router_entropy", "router_confidence")
+    return {name: sums[name] / tokens for name in means} | {
+        "fraction_tokens_dropped": (sums["routed"] - sums["dispatched"]) / routed,
+        "expert_load": sums["expert_load"] / routed[..., None],
+    }

@@ -1,0 +1,109 @@
+"""The device mesh with its three named axes, and the check that a config fits it."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from switchjax.config import Config, MeshConfig, UserError
+
+DATA, EXPERT, MODEL = "data", "expert", "model"
+AXES = (DATA, EXPERT, MODEL)
+
+
+def emulate_devices(config: MeshConfig) -> None:
+    """Makes the CPU look like `config.emulated_devices` devices; to be called before JAX is first used.
+
+    Raises:
+        UserError: if JAX has already started with fewer devices than that.
+    """
+    if not config.emulated_devices:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", config.emulated_devices)
+    except RuntimeError:  # JAX has started: fine as long as it has the devices
+        if jax.device_count() < config.emulated_devices:
+            raise UserError(
+                f"mesh.emulated_devices={config.emulated_devices}, but JAX has already started "
+                f"with {jax.device_count()} devices"
+            ) from None
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, expert, model) over `devices` (default: all).
+
+    Raises:
+        UserError: if the axes' sizes do not multiply to the number of devices; names sizes that do.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, others = len(devices), config.expert * config.model
+    data = config.data if config.data > 0 else max(count // others, 1)
+    if data * others != count:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        hint = (
+            f"mesh.data={count // others} fits"
+            if count % others == 0
+            else f"mesh.expert * mesh.model must divide {count} (one of {', '.join(map(str, divisors))})"
+        )
+        raise UserError(
+            f"a mesh of data={data} x expert={config.expert} x model={config.model} needs "
+            f"{data * others} devices, but there are {count}: {hint}"
+        )
+    shape = (data, config.expert, config.model)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=np.asarray(devices).reshape(-1).tolist())
+
+
+def check_fit(config: Config, mesh: Mesh) -> None:
+    """Refuses, before anything is compiled, a config whose sizes the mesh does not divide.
+
+    Raises:
+        UserError: naming the size, the axis and sizes that would fit.
+    """
+    model, moe, data = config.model, config.moe, config.data
+    rows = data.batch_size // config.train.accumulation_steps
+    shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+    if rows % shards:
+        raise UserError(
+            f"{rows} rows (data.batch_size / train.accumulation_steps) do not divide over the {shards} shards of "
+            f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
+        )
+    for key, size in (("model.num_heads", model.num_heads), ("model.d_ff", model.d_ff)):
+        if size % mesh.shape[MODEL]:
+            raise UserError(
+                f"{key}={size} does not divide over mesh.model={mesh.shape[MODEL]}: "
+                f"sizes that fit are {_divisors(size, mesh.size)}"
+            )
+    if model.vocab_size % mesh.shape[MODEL]:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
+            f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
+        )
+    if "moe" not in model.pattern:
+        return
+    if moe.num_experts % mesh.shape[EXPERT]:
+        raise UserError(
+            f"moe.num_experts={moe.num_experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
+            f"sizes that fit are {_divisors(moe.num_experts, mesh.size)}"
+        )
+    for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
+        whole_rows = moe.group_size // length
+        if whole_rows > 1 and (rows // shards) % whole_rows:
+            raise UserError(
+                f"groups of moe.group_size={moe.group_size} tokens hold {whole_rows} {key} rows, which do not divide "
+                f"the {rows // shards} rows of a shard: moe.group_size={math.gcd(rows // shards, whole_rows) * length} would"
+            )
+        if whole_rows == 0 and length % moe.group_size:
+            raise UserError(
+                f"moe.group_size={moe.group_size} neither divides data.{key}_length={length} nor holds such a row"
+            )
+
+
+def _divisors(size: int, most: int) -> str:
+    return ", ".join(str(n) for n in range(1, most + 1) if size % n == 0 and most % n == 0)
+
+
+def _nearest_multiples(size: int, factor: int) -> str:
+    below = size // factor * factor
+    return " and ".join(str(n) for n in (below, below + factor) if n > 0)

@@ -1,0 +1,103 @@
+"""Logical axis names -> mesh axes: one table, and what follows from it for parameters and optimiser state.
+
+A parameter carries the names of its axes as metadata (`nnx.Param(value, axes=("embed", "mlp"))`). A module that
+`lax.scan` or `vmap` has sliced keeps the names of the whole, so names are matched to dimensions from the right.
+"""
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from switchjax.parallel.mesh import DATA, EXPERT, MODEL
+
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": (DATA, EXPERT),  # rows, and with them tokens and groups, lie over both
+    "group": (DATA, EXPERT),
+    "length": None,
+    "embed": None,
+    "vocab": MODEL,
+    "heads": MODEL,
+    "head": None,
+    "mlp": MODEL,
+    "expert": EXPERT,
+    "layer": None,
+    "bucket": None,
+}
+
+Tree = TypeVar("Tree")
+
+
+def partition_spec(*axes: str | None) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes (None: not divided)."""
+    return PartitionSpec(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays `x` over the mesh in context as its logical axes say; without a mesh, `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(*axes))
+
+
+def is_variable(node: object) -> bool:
+    """Whether a pytree node is a parameter with its metadata."""
+    return isinstance(node, nnx.Variable)
+
+
+def parameter_specs(model: Tree) -> Tree:
+    """The tree of `model` with each parameter replaced by the `PartitionSpec` of its axes."""
+
+    def spec(variable: nnx.Variable) -> PartitionSpec:
+        axes = variable.get_metadata("axes")
+        return partition_spec(*axes[len(axes) - len(variable.shape) :])
+
+    return jax.tree.map(spec, model, is_leaf=is_variable)
+
+
+def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
+    """Like `parameter_specs`, with a `NamedSharding` on `mesh` in place of each parameter."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model))
+
+
+def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
+    """Shardings for an optimiser's state, leaf by leaf.
+
+    A leaf at a parameter's path (moments have the parameter's tree inside them) is laid out as that parameter; where
+    Adafactor has averaged one dimension away, so is the mesh axis of that dimension. Anything else is replicated.
+
+    Args:
+        opt_state: the state, arrays or their shapes.
+        model: the parameters it belongs to, arrays or their shapes.
+        mesh: the device mesh.
+    """
+    specs = dict(_leaves_by_path(parameter_specs(model)))
+    shapes = {path: leaf.shape for path, leaf in _leaves_by_path(model)}
+
+    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+        keys = _plain(path)
+        owner = next((keys[i:] for i in range(len(keys)) if keys[i:] in shapes), None)
+        spec = PartitionSpec() if owner is None else _without_missing_axis(specs[owner], shapes[owner], leaf.shape)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _leaves_by_path(tree: object) -> list[tuple[tuple, jax.Array]]:
+    return [(_plain(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _plain(path: tuple) -> tuple[str, ...]:
+    """A key path as strings, without the `.value` inside a parameter."""
+    keys = tuple(str(key) for key in path)
+    return keys[:-1] if keys[-1:] == (".value",) else keys
+
+
+def _without_missing_axis(spec: PartitionSpec, shape: tuple[int, ...], reduced: tuple[int, ...]) -> PartitionSpec:
+    """`spec` for an array of `shape` that has lost one dimension; where equal sizes leave open which, what is sure."""
+    if reduced == shape:
+        return spec
+    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+    candidates = [entries[:i] + entries[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == reduced]
+    return PartitionSpec(*(axes[0] if len(set(axes)) == 1 else None for axes in zip(*candidates, strict=True)))
