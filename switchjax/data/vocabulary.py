@@ -30,6 +30,7 @@ class Vocabulary:
     Attributes:
         size: number of ids, sentinels included.
         num_sentinels: how many of them are sentinels.
+        model: the serialized SentencePiece model; written to a file, `load` reads it.
         fingerprint: changes whenever the same text could get other ids.
     """
 
@@ -54,6 +55,7 @@ class Vocabulary:
         self._model_ids = np.array(special + others, np.int32)
         self._ids = np.zeros(self._processor.vocab_size(), np.int32)
         self._ids[self._model_ids[self._model_ids >= 0]] = np.flatnonzero(self._model_ids >= 0)
+        self.model = model
         self.num_sentinels = num_sentinels
         self.size = len(self._model_ids) + num_sentinels
         self.fingerprint = hashlib.sha256(b"1" + model).hexdigest()[:16]
@@ -142,8 +144,8 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
     """Trains a unigram model and writes it to `path`, all at once.
 
     The same texts give the same file, whatever the machine's number of cores. Nothing is normalised
-    away and bytes stand in for rare characters, so every text survives a round trip and nothing is
-    unknown. A line break is a piece of its own.
+    away and bytes stand in for rare characters, so nothing is unknown and every text survives a round
+    trip (but for U+2581, which SentencePiece writes for a space). A line break is a piece of its own.
 
     Args:
         texts: a sample of the corpora; see `sample_texts`.

@@ -1,0 +1,51 @@
+"""Prepares text corpora: fetches and tokenises them, and prints what they hold.
+
+python scripts/prepare_data.py --corpora=kjv,austen [--directory=D] [--vocabulary_size=2000]
+python scripts/prepare_data.py --list
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from switchjax.config import DataConfig, UserError
+from switchjax.data.pipeline import TextData
+from switchjax.data.report import corrupted_example, statistics_table
+from switchjax.data.sources import SOURCES
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="list the project's own corpora and exit")
+    parser.add_argument("--corpora", default=",".join(SOURCES), help="names of own corpora or TFDS datasets, by commas")
+    parser.add_argument(
+        "--directory", default="", help="where data lives; default: $SWITCHJAX_DATA or the user's cache"
+    )
+    parser.add_argument("--vocabulary", default="", help="a SentencePiece model file; default: one is trained")
+    parser.add_argument("--vocabulary_size", type=int, default=2000, help="pieces of the vocabulary that is trained")
+    parser.add_argument("--text_feature", default="text", help="feature that holds the text of a TFDS dataset")
+    flags = parser.parse_args(arguments)
+    if flags.list:
+        for source in SOURCES.values():
+            print(f"{source.name:20}{source.description} ({source.license}; {source.package})")
+        return
+    data = TextData.prepare(
+        DataConfig(
+            corpora=tuple(flags.corpora.split(",")),
+            directory=flags.directory,
+            vocabulary=flags.vocabulary,
+            vocabulary_size=flags.vocabulary_size,
+            text_feature=flags.text_feature,
+            batch_size=1,
+        )
+    )
+    print(statistics_table(data.statistics()))
+    print(corrupted_example(data))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        sys.exit(2)
