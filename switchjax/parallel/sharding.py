@@ -4,7 +4,8 @@ A parameter carries the names of its axes as metadata (`nnx.Param(value, axes=("
 `lax.scan` or `vmap` has sliced keeps the names of the whole, so names are matched to dimensions from the right.
 """
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -61,37 +62,37 @@ def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model))
 
 
-def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
-    """Shardings for an optimiser's state, leaf by leaf.
+def named_leaves(tree: object) -> dict[str, Any]:
+    """Leaves under names such as `decoder/norm/scale`: what optimisers, checkpoints and messages call them."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    # A parameter is a node around one leaf, which adds nothing to the name.
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): jax.tree.leaves(node)[0] for path, node in nodes}
 
-    A leaf at a parameter's path (moments have the parameter's tree inside them) is laid out as that parameter; where
-    Adafactor has averaged one dimension away, so is the mesh axis of that dimension. Anything else is replicated.
+
+def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
+    """`tree` with the leaves of these names: the inverse of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in named_leaves(tree)])
+
+
+def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
+    """Shardings for the state of an optimiser of `named_leaves(model)`, leaf by leaf.
+
+    What belongs to a parameter is laid out as that parameter; where Adafactor has averaged one dimension away, so is the
+    mesh axis of that dimension. Anything else is replicated.
 
     Args:
         opt_state: the state, arrays or their shapes.
         model: the parameters it belongs to, arrays or their shapes.
         mesh: the device mesh.
     """
-    specs = dict(_leaves_by_path(parameter_specs(model)))
-    shapes = {path: leaf.shape for path, leaf in _leaves_by_path(model)}
+    specs, parameters = named_leaves(parameter_specs(model)), named_leaves(model)
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
-        keys = _plain(path)
-        owner = next((keys[i:] for i in range(len(keys)) if keys[i:] in shapes), None)
-        spec = PartitionSpec() if owner is None else _without_missing_axis(specs[owner], shapes[owner], leaf.shape)
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
+        spec = _without_missing_axis(specs[names[-1]], parameters[names[-1]].shape, leaf.shape) if names else PartitionSpec()
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
-
-
-def _leaves_by_path(tree: object) -> list[tuple[tuple, jax.Array]]:
-    return [(_plain(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _plain(path: tuple) -> tuple[str, ...]:
-    """A key path as strings, without the `.value` inside a parameter."""
-    keys = tuple(str(key) for key in path)
-    return keys[:-1] if keys[-1:] == (".value",) else keys
 
 
 def _without_missing_axis(spec: PartitionSpec, shape: tuple[int, ...], reduced: tuple[int, ...]) -> PartitionSpec:

@@ -1,0 +1,1 @@
+"""Optimisers, the train step, checkpoints, metrics and the loop that runs them."""

@@ -1,0 +1,60 @@
+"""The quickstart: a Switch Transformer and the dense T5 of the same FLOPs a token, on real English text, on two cores.
+
+python scripts/train.py --config=configs/quickstart.py:switch --workdir=runs/quickstart/switch
+python scripts/train.py --config=configs/quickstart.py:dense --workdir=runs/quickstart/dense
+
+Both run on 8 emulated devices (data 2 x expert 4). They differ in every other feed-forward layer only.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from switchjax.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check_choice,
+)
+
+_PATTERNS = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
+
+
+def get_config(arg: str = "switch") -> ConfigDict:
+    check_choice("configs/quickstart.py", arg, [*_PATTERNS, "runlocal"])
+    config = Config(
+        model=ModelConfig(
+            vocab_size=2048,
+            d_model=128,
+            d_ff=512,
+            num_heads=4,
+            d_head=32,
+            num_encoder_layers=4,
+            num_decoder_layers=2,
+            pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
+            scan_layers=False,
+        ),
+        moe=MoEConfig(num_experts=16, group_size=256),
+        mesh=MeshConfig(data=2, expert=4, emulated_devices=8),
+        data=DataConfig(
+            corpora=("kjv", "newsgroups", "austen", "state_of_the_union"),
+            vocabulary_size=2000,
+            num_sentinels=48,
+            batch_size=64,
+            encoder_length=128,
+            decoder_length=32,
+        ),
+        optimizer=OptimizerConfig(name="adafactor", learning_rate=1.0, schedule="rsqrt", warmup_steps=100),
+        train=TrainConfig(steps=300, log_every=10, checkpoint_every=100),
+        evaluate=EvaluateConfig(every=50, batches=4),
+    )
+    if arg == "runlocal":
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, corpora=("kjv",)), train=TrainConfig(steps=2, log_every=1)
+        )
+    return config.to_config_dict()

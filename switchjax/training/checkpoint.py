@@ -1,0 +1,138 @@
+"""Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from switchjax.config import Config, UserError
+from switchjax.parallel.sharding import named_leaves, with_leaves
+from switchjax.training.state import StatePlan, TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, newest last, at most `keep` of them.
+
+    Arrays are stored flat under their names (`model/decoder/norm/scale`), so that a checkpoint can be listed and
+    inspected without the config that made it.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None = None):
+        self._directory = (workdir / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
+        )
+        if keep is None and not self._directory.is_dir():
+            raise UserError(f"no checkpoints in {workdir}")
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
+        """Starts writing; the state may be donated as soon as this returns.
+
+        Args:
+            state: what is saved; its step names the checkpoint.
+            data: state of the data iterator, JSON-able.
+            config: of the run.
+        """
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(named_leaves(state)),
+                data=ocp.args.JsonSave(data),
+                config=ocp.args.JsonSave(config.to_dict()),
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def restore_latest(self, plan: StatePlan) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, with the data iterator's state; None if there is none at all.
+
+        One that is damaged is passed over with a message.
+
+        Raises:
+            UserError: if checkpoints are there but none can be read, or they belong to another model.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state = self.restore_state(step, plan)
+                data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of the reader
+                _log.warning("checkpoint %d cannot be read and is passed over: %s", step, _first_line(error))
+                continue
+            return state, data
+        if steps:
+            raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
+        return None
+
+    def restore_state(self, step: int, plan: StatePlan) -> TrainState:
+        """The state of a step, laid out as `plan` says.
+
+        Raises:
+            UserError: naming the first parameter that differs in name or shape.
+        """
+        return with_leaves(plan.shapes, self._restore_named(step, plan.shapes, plan.shardings, ""))
+
+    def restore_model(self, step: int, plan: StatePlan) -> Any:
+        """The model of a step alone, without its optimiser.
+
+        Raises:
+            UserError: naming the first parameter that differs in name or shape, or if there is no such step.
+        """
+        if step not in self.steps():
+            raise UserError(f"no checkpoint of step {step} in {self._directory}: there are {self.steps()}")
+        named = self._restore_named(step, plan.shapes.model, plan.shardings.model, "model/")
+        return with_leaves(plan.shapes.model, {name.removeprefix("model/"): leaf for name, leaf in named.items()})
+
+    def _restore_named(self, step: int, shapes: Any, shardings: Any, prefix: str) -> dict[str, jax.Array]:
+        wanted = {
+            prefix + name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for (name, leaf), sharding in zip(
+                named_leaves(shapes).items(), named_leaves(shardings).values(), strict=True
+            )
+        }
+        _check_same(self._stored(step), wanted, step, complete=not prefix)
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=bool(prefix),
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+
+    def _stored(self, step: int) -> dict[str, tuple[int, ...]]:
+        metadata = self._manager.item_metadata(step)["state"]
+        return {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the writer."""
+        self._manager.close()
+
+
+def _check_same(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], step: int, complete: bool) -> None:
+    for name, leaf in wanted.items():
+        if name not in stored:
+            raise UserError(f"checkpoint {step} does not fit the config: it has no {name}")
+        if stored[name] != leaf.shape:
+            raise UserError(
+                f"checkpoint {step} does not fit the config: {name} is {stored[name]} there and {leaf.shape} here"
+            )
+    extra = next((name for name in stored if name not in wanted), None)
+    if complete and extra is not None:
+        raise UserError(f"checkpoint {step} does not fit the config: it has {extra} besides")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

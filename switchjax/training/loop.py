@@ -1,0 +1,316 @@
+"""The run: set up or resume, step, log, evaluate, checkpoint, summarise."""
+
+import json
+import logging
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from switchjax.config import Config, UserError, first_difference, load_workdir_config
+from switchjax.data.pipeline import TextData
+from switchjax.models.encoder_decoder import Batch, EncoderDecoder
+from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.parallel.sharding import partition_spec
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
+from switchjax.training.state import StatePlan, TrainState, plan_state
+from switchjax.training.step import Metrics, train_step
+
+_log = logging.getLogger(__name__)
+
+FIXED_SECTIONS = ("model", "moe", "data", "optimizer")
+"""What must not change when a workdir is resumed; the mesh, for one, may."""
+
+Evaluator = Callable[[EncoderDecoder], dict[str, float]]
+
+
+class MakeEvaluator(Protocol):
+    """Prepares the held-out evaluation of a run."""
+
+    def __call__(self, config: Config, data: TextData, mesh: Mesh) -> Evaluator: ...
+
+
+class NonFiniteError(UserError):
+    """The loss has become infinite or NaN; the message says where."""
+
+
+def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[str, Any]:
+    """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
+
+    SIGTERM saves a checkpoint and returns early.
+
+    Returns:
+        What `summary.json` holds when the run is complete, or else the step that it has reached.
+
+    Raises:
+        UserError: if the config does not fit the devices, the data or what `workdir` holds, or (`NonFiniteError`) the
+            loss is no longer finite.
+    """
+    mesh = make_mesh(config.mesh)
+    check_fit(config, mesh)
+    _open_workdir(workdir, config)
+    data = TextData.prepare(config.data)
+    if data.vocabulary.size > config.model.vocab_size:
+        raise UserError(
+            f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={config.model.vocab_size} is too small"
+        )
+    with jax.set_mesh(mesh):
+        run = _start(config, workdir, data, mesh)
+        try:
+            return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
+        finally:
+            run.close()
+
+
+@dataclass
+class _Run:
+    """A run on its way: what the loop reads and moves on."""
+
+    config: Config
+    workdir: Path
+    data: TextData
+    mesh: Mesh
+    state: TrainState
+    step: int
+    batches: Any
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    pending: deque[tuple[int, Metrics]] = field(default_factory=deque)
+    """Metrics that the devices may still be working on."""
+    clock: "_Clock" = field(default_factory=lambda: _Clock())
+
+    def advance(self) -> None:
+        """Takes one step; does not wait for the devices to finish it."""
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.clock.waited += time.perf_counter() - started
+        self.state, metrics = self.compiled(self.state, place_batch(batch, self.mesh))
+        self.step += 1
+        self.pending.append((self.step, metrics))
+
+    def settle(self, keep: int) -> None:
+        """Logs what is pending but for the last `keep` steps, and refuses a loss that is not finite."""
+        while len(self.pending) > keep:
+            step, metrics = self.pending.popleft()
+            values = jax.device_get(metrics)
+            norms = values.pop("gradient_norms")
+            _check_finite(step, values, norms)
+            self.clock.tokens += int(values["tokens"])
+            shown = None
+            if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+                speed = self.clock.lap()
+                self.writer.write("train", step, values | speed)
+                shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{speed['tokens_per_second']:.0f}"}
+            self.progress.update(step, shown)
+
+    def evaluate(self, evaluator: Evaluator) -> None:
+        """Settles, and evaluates the present parameters."""
+        self.settle(0)
+        started = time.perf_counter()
+        results = evaluator(self.state.model)
+        self.writer.write("evaluate", self.step, results)
+        self.progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
+        self.clock.exclude(time.perf_counter() - started)
+
+    def save(self) -> None:
+        """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
+        self.settle(0)
+        started = time.perf_counter()
+        data = {"iterator": self.batches.get_state(), "fingerprint": self.data.fingerprint}
+        self.checkpoints.save(self.state, data, self.config)
+        self.clock.exclude(time.perf_counter() - started)
+
+    def finish(self) -> dict[str, Any]:
+        """Writes `summary.json`."""
+        self.checkpoints.wait()
+        train, evaluate = read_metrics(self.workdir, "train"), read_metrics(self.workdir, "evaluate")
+        last = evaluate[-1] if evaluate else {}
+        summary = {
+            "steps": self.step,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.model)),
+            "corpora": list(self.data.corpora),
+            "devices": self.mesh.size,
+            "loss": train[-1]["loss"],
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train),
+            "evaluation": {name: value for name, value in last.items() if name not in ("kind", "step")},
+        }
+        _write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written and closes the files."""
+        self.checkpoints.close()
+        self.writer.close()
+        self.progress.close()
+
+
+@dataclass
+class _Clock:
+    """Time and tokens since the last log record."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    tokens: int = 0
+
+    def exclude(self, seconds: float) -> None:
+        """Takes time that was not spent on steps out of the count."""
+        self.started += seconds
+
+    def lap(self) -> dict[str, float]:
+        """tokens_per_second and data_wait_fraction; starts anew."""
+        elapsed = time.perf_counter() - self.started
+        speed = {"tokens_per_second": self.tokens / elapsed, "data_wait_fraction": self.waited / elapsed}
+        self.started, self.waited, self.tokens = time.perf_counter(), 0.0, 0
+        return speed
+
+
+def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
+    config, last = run.config, run.config.train.steps
+    with _sigterm() as stop:
+        while run.step < last and not stop.requested:
+            run.advance()
+            run.settle(1)
+            if config.evaluate.every and run.step % config.evaluate.every == 0 and run.step < last:
+                run.evaluate(evaluator)
+            if run.step % config.train.checkpoint_every == 0 and run.step < last:
+                run.save()
+        if run.step == last:
+            run.evaluate(evaluator)
+        run.save()
+        run.checkpoints.wait()
+    return run.finish() if run.step == last else {"steps": run.step, "interrupted": True}
+
+
+def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh) -> _Run:
+    plan = plan_state(config, mesh)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    batches = data.train_batches()
+    restored = checkpoints.restore_latest(plan)
+    if restored is None:
+        state = _initial_state(config, plan)
+    else:
+        state, saved = restored
+        if saved["fingerprint"] != data.fingerprint:
+            raise UserError(f"the data is not what {workdir} was trained on: corpora or vocabulary have changed")
+        batches.set_state(saved["iterator"])
+        _log.info("resuming %s from step %d", workdir, int(state.step))
+    step = int(state.step)
+    compiled = _compile(config, plan, mesh) if step < config.train.steps else _nothing_to_do
+    writer, progress = MetricsWriter(workdir, step), Progress(step, config.train.steps)
+    return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled)
+
+
+def _initial_state(config: Config, plan: StatePlan) -> TrainState:
+    state = plan.create()
+    if not config.init_from.workdir:
+        return state
+    source = Checkpoints(Path(config.init_from.workdir))
+    step = config.init_from.step if config.init_from.step >= 0 else source.steps()[-1]
+    return TrainState(state.step, source.restore_model(step, plan), state.opt_state)
+
+
+def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The train step, compiled ahead of its first batch; says how long that took and what memory a device needs."""
+    started = time.perf_counter()
+    shapes = {
+        f"{stack}_{kind}": jax.ShapeDtypeStruct(
+            (config.data.batch_size, length), np.int32, sharding=NamedSharding(mesh, partition_spec("batch", "length"))
+        )
+        for stack, length, kinds in (
+            ("encoder", config.data.encoder_length, ("tokens", "segments")),
+            ("decoder", config.data.decoder_length, ("inputs", "targets", "segments")),
+        )
+        for kind in kinds
+    }
+    step = jax.jit(
+        partial(train_step, config=config, optimizer=plan.optimizer),
+        in_shardings=(plan.shardings, {name: shape.sharding for name, shape in shapes.items()}),
+        out_shardings=(plan.shardings, None),
+        donate_argnums=0,
+    )
+    compiled = step.lower(plan.shapes, shapes).compile()
+    memory = compiled.memory_analysis()
+    _log.info(
+        "compiled the train step in %.1f s: %.1f MB of state and batch and %.1f MB of temporaries a device",
+        time.perf_counter() - started,
+        memory.argument_size_in_bytes / 1e6,
+        memory.temp_size_in_bytes / 1e6,
+    )
+    return compiled
+
+
+def _nothing_to_do(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    raise AssertionError("the run is complete")
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Rows from the host, laid over the mesh."""
+    sharding = NamedSharding(mesh, partition_spec("batch", "length"))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def _check_finite(step: int, values: Metrics, gradient_norms: dict[str, float]) -> None:
+    if np.isfinite(values["total_loss"]) and np.isfinite(values["gradient_norm"]):
+        return
+    bad = [name for name, norm in gradient_norms.items() if not np.isfinite(norm)]
+    shown = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "total_loss", "learning_rate", "parameter_norm"))
+    raise NonFiniteError(
+        f"step {step}: not finite: {shown}; first of {len(bad)} parameters whose gradient is not finite: "
+        f"{bad[0] if bad else 'none'}; the last checkpoint is intact"
+    )
+
+
+def _open_workdir(workdir: Path, config: Config) -> None:
+    """Creates it, or checks that it belongs to the same run; writes `config.json`."""
+    path = workdir / "config.json"
+    if path.exists():
+        difference = first_difference(load_workdir_config(workdir), config, FIXED_SECTIONS)
+        if difference:
+            raise UserError(f"{workdir} holds a run with another config ({difference}); choose another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, config.to_json())
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@dataclass
+class _Stop:
+    """Whether SIGTERM has come; the step under way is finished first."""
+
+    requested: bool = False
+
+
+@contextmanager
+def _sigterm() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+
+    previous = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

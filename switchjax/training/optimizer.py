@@ -1,0 +1,67 @@
+"""Optimisers and learning-rate schedules, all optax's."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from switchjax.config import OptimizerConfig
+from switchjax.parallel.sharding import is_variable, named_leaves
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate.
+
+    rsqrt: `learning_rate / sqrt(max(step, warmup_steps))` (T5); cosine: linear warm-up, then half a cosine down to 0 at
+    the last step; constant: linear warm-up, then constant.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "rsqrt":
+        return lambda step: peak * jax.lax.rsqrt(jnp.maximum(step, max(warmup, 1)).astype(jnp.float32))
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    else:
+        decay = optax.constant_schedule(peak)
+    # Step 0 is the first of the warm-up's equal increments, or it would change nothing.
+    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
+    """Adafactor with T5's settings or AdamW, after clipping by global norm if that is on; for `named_leaves(model)`.
+
+    Args:
+        config: the optimiser and its schedule.
+        steps: length of the run, for the cosine schedule.
+        model: the parameters, arrays or their shapes.
+    """
+    schedule = make_schedule(config, steps)
+    if config.name == "adamw":
+        optimizer = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    else:
+        optimizer = _for_each_layer(
+            optax.adafactor(
+                schedule,
+                decay_rate=config.decay_rate,
+                clipping_threshold=1.0,
+                multiply_by_parameter_scale=True,
+                weight_decay_rate=config.weight_decay or None,
+            ),
+            model,
+        )
+    if not config.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:
+    """`optimizer` applied to every layer of stacked parameters by itself.
+
+    Adafactor scales an update by the parameter's root mean square and clips it by its own: for layers that share an
+    array only because `lax.scan` wants it so, these are to be each layer's.
+    """
+
+    axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[0] == "layer", model, is_leaf=is_variable)
+    stacked = named_leaves(axes)
+    labels = {name: leaf.shape[0] if stacked[name] else 0 for name, leaf in named_leaves(model).items()}
+    over_layers = optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
+    return optax.partition({n: over_layers if n else optimizer for n in set(labels.values())}, labels)

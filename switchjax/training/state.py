@@ -1,0 +1,57 @@
+"""What a run carries from step to step, created on its mesh."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from switchjax.config import Config
+from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.parallel.sharding import named_leaves, optimizer_shardings, parameter_shardings
+from switchjax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Steps taken, parameters and the optimiser's state; random keys follow from the seed and `step`."""
+
+    step: Int[Array, ""]
+    model: EncoderDecoder
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """Shapes and shardings of a state that need not exist yet, and the optimiser that it belongs to."""
+
+    config: Config
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    shardings: TrainState
+
+    def create(self) -> TrainState:
+        """A fresh state, each device making its own shards: no parameter is ever whole on one device."""
+        return jax.jit(lambda: self._initialize(), out_shardings=self.shardings)()
+
+    def _initialize(self) -> TrainState:
+        model = build(self.config, jax.random.key(self.config.train.seed))
+        return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(named_leaves(model)))
+
+
+def plan_state(config: Config, mesh: Mesh) -> StatePlan:
+    """The state that `config` asks for, laid out over `mesh`; nothing is allocated."""
+    model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, model)
+    opt_state = jax.eval_shape(optimizer.init, named_leaves(model))
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model, opt_state)
+    shardings = TrainState(
+        NamedSharding(mesh, PartitionSpec()),
+        parameter_shardings(model, mesh),
+        optimizer_shardings(opt_state, model, mesh),
+    )
+    return StatePlan(config, optimizer, shapes, shardings)

@@ -1,0 +1,117 @@
+"""The train step: loss, gradient over micro-batches, update."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from switchjax.config import Config
+from switchjax.models.encoder_decoder import Batch, EncoderDecoder, routed_tokens
+from switchjax.moe.layer import RoutingSums
+from switchjax.moe.losses import summarize
+from switchjax.parallel.sharding import constrain, named_leaves, with_leaves
+from switchjax.training.optimizer import make_schedule
+from switchjax.training.state import TrainState
+
+Metrics = dict[str, Any]
+
+
+def token_losses(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over the tokens of `mask` of the negative log-likelihood (nats) and of `log(Z)^2`, the z-loss."""
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(log_z - chosen, where=mask), jnp.sum(jnp.square(log_z), where=mask)
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: Config, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One update.
+
+    Every loss is a sum over tokens divided by the token count of the whole batch, so the gradient is the same however
+    the batch is divided into micro-batches or over devices.
+
+    Args:
+        state: donated by the caller.
+        batch: the global batch.
+        config: of the run.
+        optimizer: the one whose state `state` holds.
+
+    Returns:
+        The next state, and metrics: scalars, `expert_load` [MoE layers, E], and `gradient_norms`, one a parameter.
+    """
+    step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0), 1)
+    routed = routed_tokens(batch)
+
+    def contribution(model: EncoderDecoder, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        logits, routing = model(micro_batch, key)
+        nll, z_loss = token_losses(logits, micro_batch["decoder_targets"], micro_batch["decoder_segments"] > 0)
+        sums = {"loss": nll / targets, "z_loss": z_loss / targets, "routing": routing}
+        total = sums["loss"] + config.train.z_loss_weight * sums["z_loss"] + _auxiliary_loss(config, routing, routed)
+        return total, sums | {"total_loss": total}
+
+    gradient, sums = _accumulate(contribution, state.model, batch, step_key, config.train.accumulation_steps)
+    gradients, parameters = named_leaves(gradient), named_leaves(state.model)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
+    parameters = optax.apply_updates(parameters, updates)
+    norms = {name: jnp.linalg.norm(leaf.astype(jnp.float32).reshape(-1)) for name, leaf in gradients.items()}
+    metrics = {
+        **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},
+        **routing_metrics(sums["routing"]),
+        "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
+        "gradient_norm": jnp.sqrt(sum(jnp.square(norm) for norm in norms.values())),
+        "parameter_norm": optax.global_norm(parameters),
+        "tokens": sum(routed.values()),
+        "gradient_norms": norms,
+    }
+    return TrainState(state.step + 1, with_leaves(state.model, parameters), opt_state), metrics
+
+
+def _auxiliary_loss(
+    config: Config, routing: dict[str, RoutingSums], tokens: dict[str, Int[Array, ""]]
+) -> Float[Array, ""]:
+    """The weighted losses of routing, averaged over MoE layers."""
+    layers = sum(sums["tokens"].shape[0] for sums in routing.values())
+    total = jnp.zeros(())
+    for stack, sums in routing.items():
+        for name, weight in (
+            ("load_balance_loss", config.moe.load_balance_loss_weight),
+            ("router_z_loss", config.moe.router_z_loss_weight),
+        ):
+            total += weight / layers * jnp.sum(sums[name]) / jnp.maximum(tokens[stack], 1).astype(jnp.float32)
+    return total
+
+
+def _accumulate(
+    contribution: Any, model: EncoderDecoder, batch: Batch, key: Array, count: int
+) -> tuple[EncoderDecoder, Metrics]:
+    """Gradient and sums over `count` micro-batches of consecutive rows."""
+    gradient_of = jax.grad(contribution, has_aux=True)
+    if count == 1:
+        return gradient_of(model, batch, key)
+    micro_batches = {
+        name: constrain(rows.reshape(count, -1, rows.shape[1]), None, "batch", "length") for name, rows in batch.items()
+    }
+
+    def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_of(model, *inputs)), None
+
+    first = {name: rows[0] for name, rows in micro_batches.items()}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient_of, model, first, key))
+    total, _ = jax.lax.scan(add, zeros, (micro_batches, jax.random.split(key, count)))
+    return total
+
+
+def routing_metrics(routing: dict[str, RoutingSums]) -> Metrics:
+    """Means over MoE layers, and `expert_load` of each layer [layers, E], encoder first; empty for a dense model."""
+    if not routing:
+        return {}
+    stacks = [summarize(sums) for sums in routing.values()]
+    layers = {name: jnp.concatenate([stack[name] for stack in stacks]) for name in stacks[0]}
+    return {name: values if name == "expert_load" else jnp.mean(values) for name, values in layers.items()}
