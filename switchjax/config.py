@@ -9,6 +9,7 @@ This module imports no jax.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -305,7 +306,7 @@ class Config:
         return _build(cls, values, "")
 
     @classmethod
-    def from_json(cls, text: str) -> "Config":
+    def from_json(cls, text: str | bytes) -> "Config":
         """The inverse of `to_json`.
 
         Raises:
@@ -313,7 +314,7 @@ class Config:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"the config is not valid JSON: {error}") from None
         return cls.from_dict(values)
 
@@ -350,6 +351,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     _require(type(value) is hint, f"{key} must be of type {hint.__name__}, got {value!r}")
+    _require(hint is not float or math.isfinite(value), f"{key} must be finite, got {value}")
     return value
 
 
@@ -371,6 +373,6 @@ def load_workdir_config(workdir: str | Path) -> Config:
     """
     path = Path(workdir) / "config.json"
     try:
-        return Config.from_json(path.read_text())
+        return Config.from_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"no run in {workdir}: cannot read {path} ({error.strerror})") from None

@@ -59,7 +59,10 @@ def route_switch(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"], 
     The gate multiplies although there is one expert only: through it the router gets the language model's gradient.
     """
     probs = jax.nn.softmax(logits, axis=-1)
-    gate, expert_index = jax.lax.top_k(probs, 1)
+    expert_index = jnp.argmax(probs, axis=-1, keepdims=True)
+    # A masked sum and not a gather, whose derivative would be a scatter.
+    chosen = jax.nn.one_hot(expert_index[..., 0], probs.shape[-1], dtype=bool)
+    gate = jnp.sum(probs, axis=-1, keepdims=True, where=chosen)
     return token_choice(logits, probs, gate, expert_index, token_mask, capacity)
 
 

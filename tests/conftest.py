@@ -1,0 +1,26 @@
+"""What every test runs under: 8 CPU devices, shapes checked at run time, and nothing promoted silently."""
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports these packages or starts JAX.
+install_import_hook(
+    [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference")], "beartype.beartype"
+)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiling takes longer than running: workers and runs share what they compile, in pytest's cache folder."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+# The first example of each shape compiles, so no deadline; the same examples in every run.
+hypothesis.settings.register_profile("switchjax", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("switchjax")
