@@ -43,8 +43,9 @@ class Vocabulary:
         try:
             proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            # Text that goes on after a sentinel must not get the space that begins a text.
+            # Text that goes on after a sentinel keeps the space it has, and gets none that it has not.
             proto.normalizer_spec.add_dummy_prefix = False
+            proto.normalizer_spec.remove_extra_whitespaces = False
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         except Exception as error:
             raise UserError(f"not a SentencePiece model: {str(error).splitlines()[0]}") from None
@@ -77,11 +78,14 @@ class Vocabulary:
             raise UserError(f"cannot use the vocabulary {path}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text that may hold sentinels, without EOS."""
+        """Ids of a text that may hold sentinels, without EOS.
+
+        A space before a sentinel is left out, since a replaced span begins with the space of its first word.
+        """
         ids: list[int] = []
         end = 0
         for match in _SENTINEL.finditer(text):
-            ids += self._encode_run(text[end : match.start()], first=end == 0)
+            ids += self._encode_run(text[end : match.start()].removesuffix(" "), first=end == 0)
             ids.append(self.sentinel(int(match[1])))
             end = match.end()
         return ids + self._encode_run(text[end:], first=end == 0)

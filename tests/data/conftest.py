@@ -1,6 +1,7 @@
 """A small corpus of our own, prepared without the network."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from switchjax.data.packages import Package
 from switchjax.data.pipeline import TextData
 from switchjax.data.sources import SOURCES, Source
 
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "the keeper of the lighthouse counted every ship that passed before dawn and wrote its name in a long grey book "
-    "while rain ran down the glass and gulls slept on the rail then he climbed the stair trimmed the lamp and waited"
-).split()
+    "while rain ran down the glass and gulls slept on the rail then he climbed the stair trimmed the lamp and waited",
+)
 
 
 def story(seed: int) -> str:

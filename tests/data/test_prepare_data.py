@@ -1,0 +1,53 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from switchjax.config import DataConfig
+from switchjax.data.pipeline import TextData
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prints_the_table_and_an_example(
+    script: ModuleType, data: TextData, config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["--corpora=tales,yarns", f"--directory={config.directory}", "--vocabulary_size=330"])
+    output = capsys.readouterr().out
+    assert "tales   validation" in output
+    assert "<extra_id_0>" in output
+
+
+def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main(["--list"])
+    assert "moby_dick" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpora=nope"], "prepare_data: none of the corpora can be had here: nope"),
+        (["--corpora=kjv,kjv"], "prepare_data: data.corpora names a corpus twice"),
+        (["--directory=/dev/null/x"], "prepare_data: cannot prepare data in /dev/null/x"),
+        (["--bogus"], "prepare_data.py: error: unrecognized arguments: --bogus"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+    command = [sys.executable, str(SCRIPT), f"--directory={tmp_path}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr

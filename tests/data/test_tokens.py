@@ -1,0 +1,55 @@
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switchjax.data.datasets import Dataset
+from switchjax.data.pipeline import TextData
+from switchjax.data.tokens import tokenize
+
+
+@pytest.fixture
+def dataset(prepared: dict[str, Dataset]) -> Dataset:
+    return prepared["tales"]
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "texts", lambda *_: pytest.fail("tokenised again"))
+
+
+def test_tokens_are_the_documents(data: TextData, dataset: Dataset, tmp_path: Path) -> None:
+    tokens = tokenize(dataset, "test", data.vocabulary, tmp_path)
+    texts = [text for block in dataset.texts("test") for text in block]
+    ends = zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+    assert [data.vocabulary.decode(tokens.tokens[start:end]) for start, end in ends] == texts
+    assert tokens.num_bytes == sum(len(text.encode()) for text in texts)
+    assert tokens.tokens.dtype == np.dtype("<u2")
+
+
+def test_tokenised_once(data: TextData, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize(dataset, "test", data.vocabulary, tmp_path)
+    forbid_reading(monkeypatch)
+    second = tokenize(dataset, "test", data.vocabulary, tmp_path)
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "facts.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_cache_is_made_again(
+    data: TextData, dataset: Dataset, tmp_path: Path, file: str, damage: str
+) -> None:
+    expected = tokenize(dataset, "test", data.vocabulary, tmp_path).tokens.copy()
+    (path,) = tmp_path.rglob(file)
+    if damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    np.testing.assert_array_equal(tokenize(dataset, "test", data.vocabulary, tmp_path).tokens, expected)
+
+
+def test_another_version_or_vocabulary_is_tokenised_anew(data: TextData, dataset: Dataset, tmp_path: Path) -> None:
+    tokenize(dataset, "test", data.vocabulary, tmp_path)
+    tokenize(dataclasses.replace(dataset, version="1.0.1"), "test", data.vocabulary, tmp_path)
+    assert len(list(tmp_path.rglob("tokens.bin"))) == 2
