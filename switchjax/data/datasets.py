@@ -5,17 +5,13 @@ here as three splits that share no document: train, validation and test.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import importlib
 import io
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +21,11 @@ from absl import logging
 from tqdm import tqdm
 
 from switchjax.config import UserError, suggest
+from switchjax.data.directory import unfinished
 from switchjax.data.packages import Downloads, SourceUnavailable, read_members
 from switchjax.data.sources import SOURCES, Source
+from switchjax.data.splits import split_documents, split_expressions
 
-SPLITS = ("train", "validation", "test")
 _BLOCK = 512
 """Records a read: single reads are slow."""
 
@@ -59,36 +56,6 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     def _generate_examples(self, documents: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
         for document, text in documents:
             yield document, {"id": document, "text": text}
-
-
-def split_documents(documents: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Partitions documents about 90/5/5 by a hash of their ids.
-
-    Empty documents and exact copies of an earlier text are left out, so that no text is in two splits.
-
-    Args:
-        documents: (id, text) pairs.
-
-    Raises:
-        ValueError: if fewer than three documents remain, as no split may be empty.
-    """
-    first: dict[str, str] = {}
-    for document, text in documents:
-        if text:
-            first.setdefault(text, document)
-    if len(first) < len(SPLITS):
-        raise ValueError(f"{len(first)} distinct documents cannot make {len(SPLITS)} splits")
-    ranked = sorted((_fraction(document), document, text) for text, document in first.items())
-    # A small corpus may have no hash below a bound; its lowest ones are then taken.
-    num_test = min(max(1, sum(fraction < 0.05 for fraction, _, _ in ranked)), len(ranked) - 2)
-    bound = min(max(num_test + 1, sum(fraction < 0.1 for fraction, _, _ in ranked)), len(ranked) - 1)
-    stretches = {"train": ranked[bound:], "validation": ranked[num_test:bound], "test": ranked[:num_test]}
-    return {split: [(document, text) for _, document, text in stretch] for split, stretch in stretches.items()}
-
-
-def _fraction(document: str) -> float:
-    """A number in [0, 1) that depends on nothing but the document's id."""
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)
@@ -147,44 +114,8 @@ def _as_text(value: bytes | str) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
 
-def split_expressions(available: list[str]) -> dict[str, str]:
-    """How to read train, validation and test out of the splits that a dataset has.
-
-    A missing one is cut from the end of another one, and that one is read without it. Order on disk is
-    random, so a stretch of it is a random sample.
-    """
-    if "train" not in available:
-        raise UserError(f"the dataset has no train split, only {', '.join(sorted(available))}")
-    if "validation" in available and "test" in available:
-        return {split: split for split in SPLITS}
-    if "validation" in available:
-        return {"train": "train", "validation": "validation[:50%]", "test": "validation[50%:]"}
-    if "test" in available:
-        return {"train": "train[:95%]", "validation": "train[95%:]", "test": "test"}
-    return {"train": "train[:90%]", "validation": "train[90%:95%]", "test": "train[95%:]"}
-
-
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Holds `directory` against other processes on this machine; a killed process lets go of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "prepare.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Whoever left an unfinished folder behind no longer runs.
-        for leftover in directory.glob("unfinished-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def unfinished(directory: Path) -> Iterator[Path]:
-    """A folder on the same file system as `directory`, gone afterwards; what is complete is renamed out of it."""
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=directory) as folder:
-        yield Path(folder)
-
-
 def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) -> dict[str, Dataset]:
-    """Opens the datasets of `names`, preparing those that are not on disk yet; call it under `exclusive`.
+    """Opens the datasets of `names`, preparing those that are not on disk yet; call it under `directory.exclusive`.
 
     One that cannot be had is passed over with a warning.
 
@@ -269,10 +200,3 @@ def _quiet_tfds() -> Iterator[None]:
             yield
     finally:
         tfds.enable_progress_bar()
-
-
-def data_directory(configured: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Where prepared data lives: as configured, $SWITCHJAX_DATA, or the user's cache folder."""
-    if configured or environment.get("SWITCHJAX_DATA"):
-        return Path(configured or environment["SWITCHJAX_DATA"]).expanduser()
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchjax"

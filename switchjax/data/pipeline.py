@@ -10,18 +10,16 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
 from switchjax.config import DataConfig, UserError, check_choice
-from switchjax.data.datasets import SPLITS, Dataset, data_directory, exclusive, open_datasets
+from switchjax.data.datasets import Dataset, open_datasets
+from switchjax.data.directory import data_directory, exclusive
 from switchjax.data.packing import Chunks, Rows, one_chunk_a_row, pack, split_into_chunks
+from switchjax.data.rows import Batch, ProcessRows, Row, RowSource, fill_row
 from switchjax.data.span_corruption import SpanCorruption
+from switchjax.data.splits import SPLITS
 from switchjax.data.tokens import TokenizedDocuments, tokenize
-from switchjax.data.vocabulary import PAD, Vocabulary, sample_texts, train_vocabulary
-
-Batch = dict[str, Int[np.ndarray, "B L"]]
-"""`encoder_tokens`, `encoder_segments`: [B, encoder_length]. `decoder_inputs`, `decoder_targets`,
-`decoder_segments`: [B, decoder_length]. All int32. Segments of a row are numbered 1, 2, ...; 0 is padding."""
+from switchjax.data.vocabulary import Vocabulary, sample_texts, train_vocabulary
 
 _VOCABULARY_CHARACTERS = 4_000_000
 """Text that a vocabulary is trained on."""
@@ -141,7 +139,7 @@ class TextData:
         rows = grain.MapDataset.mix(corpora, self._rates()).random_map(
             self._corrupt_row, seed=_seed(config.seed, "corrupt")
         )
-        own = _ProcessRows(rows, config.batch_size, process_index, process_count)
+        own = ProcessRows(rows, config.batch_size, process_index, process_count)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
         return iter(grain.MapDataset.source(own).batch(own.num_rows).to_iter_dataset(options))
 
@@ -169,12 +167,12 @@ class TextData:
         check_choice("split", split, SPLITS)
         source = self._row_source(corpus, split, seed=0)
         rows = grain.MapDataset.source(source).random_map(self._corrupt_row, seed=_seed(0, "corrupt", corpus))
-        own = _ProcessRows(rows, self._config.batch_size, process_index, process_count)
+        own = ProcessRows(rows, self._config.batch_size, process_index, process_count)
         num_batches = -(-len(source) // self._config.batch_size)
         return self._evaluation_batches(own, len(source), min(num_batches, limit or num_batches))
 
-    def _evaluation_batches(self, own: "_ProcessRows", num_rows: int, num_batches: int) -> Iterator[Batch]:
-        empty = self._fill_row([])
+    def _evaluation_batches(self, own: ProcessRows, num_rows: int, num_batches: int) -> Iterator[Batch]:
+        empty = self._fill([])
         for batch in range(num_batches):
             indices = map(own.global_index, range(batch * own.num_rows, (batch + 1) * own.num_rows))
             rows = [own.rows[index] if index < num_rows else empty for index in indices]
@@ -208,9 +206,9 @@ class TextData:
         rng = np.random.default_rng(_seed(seed, "pack", corpus))
         return pack(lengths, self._corruption, self._config.encoder_length, self._config.decoder_length, rng)
 
-    def _row_source(self, corpus: str, split: str, seed: int) -> "_RowSource":
+    def _row_source(self, corpus: str, split: str, seed: int) -> RowSource:
         tokens = self._documents[corpus][split].tokens
-        return _RowSource(tokens, self._chunks(corpus, split), self._rows(corpus, split, seed))
+        return RowSource(tokens, self._chunks(corpus, split), self._rows(corpus, split, seed))
 
     def _rates(self) -> list[float]:
         """Rows are about equally full, so rates in proportion to rows are so to tokens."""
@@ -219,64 +217,11 @@ class TextData:
             return [rates[corpus] for corpus in self.corpora]
         return [float(len(self._rows(corpus, "train", self._config.seed))) for corpus in self.corpora]
 
-    def _corrupt_row(self, chunks: list[np.ndarray], rng: np.random.Generator) -> Batch:
-        return self._fill_row([self._corruption.corrupt(chunk, rng) for chunk in chunks])
+    def _corrupt_row(self, chunks: list[np.ndarray], rng: np.random.Generator) -> Row:
+        return self._fill([self._corruption.corrupt(chunk, rng) for chunk in chunks])
 
-    def _fill_row(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-        """One row of a batch, [L] each, with a segment for each (inputs, targets)."""
-        encoder, decoder = self._config.encoder_length, self._config.decoder_length
-        row = {name: np.full(encoder, PAD, np.int32) for name in ("encoder_tokens", "encoder_segments")}
-        row |= {
-            name: np.full(decoder, PAD, np.int32) for name in ("decoder_inputs", "decoder_targets", "decoder_segments")
-        }
-        encoder = decoder = 0
-        for segment, (inputs, targets) in enumerate(pairs, start=1):
-            read, written = slice(encoder, encoder + len(inputs)), slice(decoder, decoder + len(targets))
-            row["encoder_tokens"][read] = inputs
-            row["encoder_segments"][read] = segment
-            row["decoder_targets"][written] = targets
-            row["decoder_inputs"][decoder + 1 : written.stop] = targets[:-1]
-            row["decoder_segments"][written] = segment
-            encoder, decoder = read.stop, written.stop
-        return row
-
-
-class _RowSource:
-    """Random access to the chunks of each row, for grain."""
-
-    def __init__(self, tokens: np.ndarray, chunks: Chunks, rows: Rows) -> None:
-        self._tokens, self._chunks, self._rows = tokens, chunks, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> list[np.ndarray]:
-        first, last = self._rows.offsets[index : index + 2]
-        chunks = self._rows.chunks[first:last]
-        starts, lengths = self._chunks.starts[chunks], self._chunks.lengths[chunks]
-        return [self._tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-
-
-class _ProcessRows:
-    """The rows of global batches that belong to one process, one after the other."""
-
-    def __init__(self, rows: grain.MapDataset, batch_size: int, process_index: int, process_count: int) -> None:
-        if batch_size % process_count:
-            raise UserError(f"data.batch_size={batch_size} is not a multiple of the {process_count} processes")
-        self.rows = rows
-        self.num_rows = batch_size // process_count
-        self._batch_size, self._process_index = batch_size, process_index
-
-    def __len__(self) -> int:
-        return 2**40 * self.num_rows  # Endless in practice, and far from where lengths overflow.
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.rows[self.global_index(index)]
-
-    def global_index(self, index: int) -> int:
-        """Where this process' row `index` stands in the sequence of all rows."""
-        batch, row = divmod(index, self.num_rows)
-        return batch * self._batch_size + self._process_index * self.num_rows + row
+    def _fill(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Row:
+        return fill_row(pairs, self._config.encoder_length, self._config.decoder_length)
 
 
 def _seed(seed: int, *purpose: str) -> int:

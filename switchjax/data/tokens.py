@@ -16,7 +16,8 @@ from absl import logging
 from jaxtyping import Int
 from tqdm import tqdm
 
-from switchjax.data.datasets import Dataset, unfinished
+from switchjax.data.datasets import Dataset
+from switchjax.data.directory import unfinished
 from switchjax.data.vocabulary import Vocabulary
 
 
@@ -42,7 +43,7 @@ class TokenizedDocuments:
 def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
     """The tokens of a split, from disk where this vocabulary has tokenised this version before.
 
-    Call it under `datasets.exclusive`.
+    Call it under `directory.exclusive`.
 
     Raises:
         UserError: for a record that cannot be read.

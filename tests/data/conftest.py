@@ -10,6 +10,7 @@ import pytest
 
 from switchjax.config import DataConfig
 from switchjax.data import datasets, packages
+from switchjax.data.directory import exclusive
 from switchjax.data.packages import Package
 from switchjax.data.pipeline import TextData
 from switchjax.data.sources import SOURCES, Source
@@ -80,7 +81,7 @@ def data(config: DataConfig) -> TextData:
 @pytest.fixture(scope="session")
 def prepared(data: TextData, config: DataConfig) -> dict[str, datasets.Dataset]:
     directory = Path(config.directory)
-    with datasets.exclusive(directory):
+    with exclusive(directory):
         return datasets.open_datasets(config.corpora, directory, "text")
 
 

@@ -1,4 +1,3 @@
-import itertools
 import os
 import shutil
 import subprocess
@@ -10,51 +9,11 @@ import tensorflow_datasets as tfds
 
 from switchjax.config import DataConfig, UserError
 from switchjax.data import datasets
-from switchjax.data.datasets import SPLITS, Dataset, data_directory, split_documents, split_expressions
+from switchjax.data.datasets import Dataset
+from switchjax.data.directory import exclusive
 from switchjax.data.pipeline import TextData
+from switchjax.data.splits import SPLITS
 from tests.data.conftest import small_source, story
-
-DOCUMENTS = [(f"document-{i}", f"text {i}") for i in range(4000)]
-
-
-def test_splits_part_documents_about_90_5_5() -> None:
-    splits = split_documents(DOCUMENTS)
-    assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS)
-    # Three standard deviations of a count of 4000 draws at 5 %.
-    assert abs(len(splits["test"]) - 200) < 42
-    assert abs(len(splits["validation"]) - 200) < 42
-
-
-def test_a_document_stays_in_its_split() -> None:
-    where = {document: split for split, part in split_documents(DOCUMENTS).items() for document, _ in part}
-    for split, part in split_documents(DOCUMENTS[::-3]).items():
-        assert all(where[document] == split for document, _ in part)
-
-
-@pytest.mark.parametrize("count", [3, 4, 7, 20])
-def test_no_split_is_empty(count: int) -> None:
-    for first in range(0, 400, count):
-        assert all(split_documents(DOCUMENTS[first : first + count]).values())
-
-
-def test_copies_and_empty_documents_are_left_out() -> None:
-    splits = split_documents([*DOCUMENTS[:9], ("copy", "text 3"), ("empty", "")])
-    assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:9])
-    with pytest.raises(ValueError, match="2 distinct documents"):
-        split_documents([("a", "x"), ("b", "x"), ("c", "y")])
-
-
-@pytest.mark.parametrize(
-    ("available", "train", "validation", "test"),
-    [
-        (["train", "validation", "test", "more"], "train", "validation", "test"),
-        (["train", "validation"], "train", "validation[:50%]", "validation[50%:]"),
-        (["train", "test"], "train[:95%]", "train[95%:]", "test"),
-        (["train"], "train[:90%]", "train[90%:95%]", "train[95%:]"),
-    ],
-)
-def test_missing_splits_are_cut_from_others(available: list[str], train: str, validation: str, test: str) -> None:
-    assert split_expressions(available) == {"train": train, "validation": validation, "test": test}
 
 
 def test_prepared_splits_are_disjoint(prepared: dict[str, Dataset]) -> None:
@@ -75,14 +34,14 @@ def test_a_corrupt_record_names_file_and_index(prepared: dict[str, Dataset], tmp
 def test_a_killed_preparation_is_never_used(config: DataConfig, tmp_path: Path) -> None:
     # Killed while it holds the lock and is writing.
     script = (
-        "import os, signal, sys; from pathlib import Path; from switchjax.data import datasets\n"
+        "import os, signal, sys; from pathlib import Path; from switchjax.data.directory import exclusive, unfinished\n"
         "directory = Path(sys.argv[1])\n"
-        "with datasets.exclusive(directory), datasets.unfinished(directory) as folder:\n"
+        "with exclusive(directory), unfinished(directory) as folder:\n"
         "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
     assert len(list(tmp_path.glob("unfinished-*"))) == 1
-    with datasets.exclusive(tmp_path):
+    with exclusive(tmp_path):
         assert not list(tmp_path.glob("unfinished-*"))
         datasets.open_datasets(("tales",), tmp_path, "text")
 
@@ -92,7 +51,7 @@ def test_a_new_version_is_prepared_beside_the_old(
 ) -> None:
     for version in ("1.0.0", "1.1.0"):
         monkeypatch.setitem(datasets.SOURCES, "tales", small_source("tales", 0, version))
-        with datasets.exclusive(tmp_path):
+        with exclusive(tmp_path):
             assert datasets.open_datasets(("tales",), tmp_path, "text")["tales"].version == version
     assert sorted(path.name for path in (tmp_path / "datasets" / "tales").iterdir()) == ["1.0.0", "1.1.0"]
 
@@ -116,7 +75,7 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
 
     with datasets._quiet_tfds():
         Letters(data_dir=tmp_path / "datasets", file_format="array_record").download_and_prepare()
-    with datasets.exclusive(tmp_path):
+    with exclusive(tmp_path):
         (dataset,) = datasets.open_datasets(("letters:2.0.0",), tmp_path, "body").values()
         assert [dataset.num_documents(split) for split in SPLITS] == [90, 5, 5]
         texts = [text for split in SPLITS for block in dataset.texts(split) for text in block]
@@ -127,19 +86,11 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
 
 def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path) -> None:
     warnings: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, datasets.exclusive(tmp_path):
+    with pytest.MonkeyPatch.context() as patch, exclusive(tmp_path):
         patch.setattr("absl.logging.warning", lambda message, *values: warnings.append(message % values))
         with pytest.raises(UserError, match="none of the corpora can be had here: moby_dik"):
             datasets.open_datasets(("moby_dik",), tmp_path, "text")
     assert "did you mean 'moby_dick'" in warnings[0]
-
-
-def test_where_data_lives() -> None:
-    home = {"HOME": "/h"}
-    assert data_directory("/d", {"SWITCHJAX_DATA": "/e"}) == Path("/d")
-    assert data_directory("", {"SWITCHJAX_DATA": "/e", "XDG_CACHE_HOME": "/x"}) == Path("/e")
-    assert data_directory("", {"XDG_CACHE_HOME": "/x"}) == Path("/x/switchjax")
-    assert data_directory("", home) == Path.home() / ".cache" / "switchjax"
 
 
 def test_tensorflow_is_never_imported(config: DataConfig, data: TextData) -> None:
