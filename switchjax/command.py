@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -34,7 +35,7 @@ def _guarded(main: Callable[[], None], argv: Sequence[str]) -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     sys.exit(2)

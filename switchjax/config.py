@@ -293,7 +293,7 @@ class Config:
         pieces = self.data.vocabulary_size + self.data.num_sentinels
         _require(
             bool(self.data.vocabulary) or pieces <= self.model.vocab_size,
-            f"model.vocab_size={self.model.vocab_size} does not hold data.vocabulary_size + data.num_sentinels = {pieces}",
+            f"model.vocab_size={self.model.vocab_size} holds less than data.vocabulary_size + num_sentinels = {pieces}",
         )
 
     @classmethod
@@ -339,12 +339,14 @@ def _build(cls: type, values: Any, path: str) -> Any:
         key = f"{path}.{name}" if path else str(name)
         _require(name in hints, f"unknown config key '{key}'{suggest(str(name), hints)}")
         hint = hints[name]
-        arguments[name] = _build(hint, value, key) if dataclasses.is_dataclass(hint) else _convert(hint, value, key)
+        arguments[name] = _convert(hint, value, key)
     return cls(**arguments)
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the annotated type; only int -> float and list -> tuple are converted."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
     if isinstance(hint, types.GenericAlias):
         _require(isinstance(value, list | tuple), f"{key} must be a tuple, got {value!r}")
         return tuple(_convert(hint.__args__[0], item, f"{key}[{i}]") for i, item in enumerate(value))

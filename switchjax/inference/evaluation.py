@@ -1,5 +1,7 @@
 """Negative log perplexity on held-out text, corpus by corpus."""
 
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 
 import jax
@@ -81,11 +83,8 @@ def _sums(model: EncoderDecoder, batch: Batch) -> Metrics:
     }
 
 
-def _add(batches: object) -> Metrics:
-    total, *rest = batches  # type: ignore[misc]
-    for sums in rest:
-        total = jax.tree.map(lambda a, b: a + b, total, sums)
-    return total
+def _add(batches: Iterable[Metrics]) -> Metrics:
+    return reduce(lambda total, sums: jax.tree.map(jnp.add, total, sums), batches)
 
 
 def _results(totals: dict[str, Metrics]) -> dict[str, float]:

@@ -5,8 +5,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config
+from switchjax.models.attention import attention_mask
 from switchjax.models.layers import Embedding, kernel, split_key
-from switchjax.models.stack import Stack
+from switchjax.models.stack import CrossInputs, Stack
 from switchjax.moe.layer import RoutingSums
 from switchjax.parallel.sharding import constrain
 
@@ -29,9 +30,7 @@ class EncoderDecoder(nnx.Module):
             shape = (model.d_model, model.vocab_size)
             self.logits = kernel(logits_key, shape, ("embed", "vocab"), model.param_dtype, scale=1.0)
 
-    def __call__(
-        self, batch: Batch, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L V"], dict[str, RoutingSums]]:
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B L V"], dict[str, RoutingSums]]:
         """Logits of the decoder's targets, and routing sums of the stacks that have MoE layers.
 
         Args:
@@ -61,7 +60,8 @@ class EncoderDecoder(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B L V"], RoutingSums | None]:
         """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
-        x, sums = self.decoder(self._embed(tokens), segments, key, encoded, encoded_segments)
+        cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
+        x, sums = self.decoder(self._embed(tokens), segments, key, cross)
         if self.logits is None:
             return self.embedding.logits(x), sums
         return x @ self.logits[...].astype(x.dtype), sums

@@ -85,7 +85,7 @@ class FeedForward(nnx.Module):
         self.config, self.dropout = config, dropout
         gate_key, in_key, out_key = jax.random.split(key, 3)
         up, dtype = (config.d_model, config.d_ff), config.param_dtype
-        activation, gated = ACTIVATIONS[config.activation]
+        _, gated = ACTIVATIONS[config.activation]
         self.w_in = kernel(in_key, up, ("embed", "mlp"), dtype)
         self.w_gate = kernel(gate_key, up, ("embed", "mlp"), dtype) if gated else None
         self.w_out = kernel(out_key, up[::-1], ("mlp", "embed"), dtype)

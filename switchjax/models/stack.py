@@ -25,14 +25,22 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class CrossInputs:
+    """What the cross-attention of a decoder attends to."""
+
+    encoded: Float[Array, "B M D"]
+    mask: Bool[Array, "B 1 L M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StackInputs:
-    """What every block of a stack sees besides the residual stream; `encoded` is None without cross-attention."""
+    """What every block of a stack sees besides the residual stream."""
 
     token_mask: Bool[Array, "B L"]
     self_mask: Bool[Array, "B 1 L L"]
     self_bias: Float[Array, "1 H L L"]
-    encoded: Float[Array, "B M D"] | None
-    cross_mask: Bool[Array, "B 1 L M"] | None
+    cross: CrossInputs | None
 
 
 class Block(nnx.Module):
@@ -45,8 +53,9 @@ class Block(nnx.Module):
         self_key, cross_key, ff_key = jax.random.split(key, 3)
         self.self_norm = RMSNorm(d_model, dtype)
         self.self_attention = Attention(config.model, self_key)
-        self.cross_norm = RMSNorm(d_model, dtype) if cross else None
-        self.cross_attention = Attention(config.model, cross_key) if cross else None
+        if cross:
+            self.cross_norm = RMSNorm(d_model, dtype)
+            self.cross_attention = Attention(config.model, cross_key)
         self.ff_norm = RMSNorm(d_model, dtype)
         self.ff = _FEED_FORWARD[kind](config, ff_key)
 
@@ -61,9 +70,9 @@ class Block(nnx.Module):
 
         normed = self.self_norm(x)
         x = residual(x, self.self_attention(normed, normed, inputs.self_mask, inputs.self_bias, next(keys)))
-        if self.cross_attention is not None and self.cross_norm is not None:
-            normed = self.cross_norm(x)
-            x = residual(x, self.cross_attention(normed, inputs.encoded, inputs.cross_mask, None, next(keys)))
+        if inputs.cross is not None:
+            encoded, mask = inputs.cross.encoded, inputs.cross.mask
+            x = residual(x, self.cross_attention(self.cross_norm(x), encoded, mask, None, next(keys)))
         normed, sums = self.ff_norm(x), None
         if isinstance(self.ff, MoELayer):
             y, sums = self.ff(normed, inputs.token_mask, next(keys))
@@ -115,9 +124,7 @@ class Stack(nnx.Module):
         self.num_periods = num_layers // len(config.model.pattern)
         bias_key, period_key = jax.random.split(key)
         self.bias = RelativePositionBias(config.model, not causal, bias_key)
-        self.periods = stack(
-            partial(Period, config, cross), jax.random.split(period_key, self.num_periods), "layer"
-        )
+        self.periods = stack(partial(Period, config, cross), jax.random.split(period_key, self.num_periods), "layer")
         self.norm = RMSNorm(config.model.d_model, config.model.param_dtype)
 
     def __call__(
@@ -125,8 +132,7 @@ class Stack(nnx.Module):
         x: Float[Array, "B L D"],
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
-        encoded: Float[Array, "B M D"] | None = None,
-        encoded_segments: Int[Array, "B M"] | None = None,
+        cross: CrossInputs | None = None,
     ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
         """Applies all blocks.
 
@@ -134,8 +140,7 @@ class Stack(nnx.Module):
             x: embedded tokens.
             segments: the packed sequence that each token belongs to, 0 for padding.
             key: for dropout and routing noise; None in evaluation.
-            encoded: what the cross-attention attends to, with its segments.
-            encoded_segments: as `segments`.
+            cross: what the cross-attention of a decoder attends to.
 
         Returns:
             The normalised residual stream, and the routing sums of the MoE layers on a first axis (None without any).
@@ -144,8 +149,7 @@ class Stack(nnx.Module):
             token_mask=segments > 0,
             self_mask=attention_mask(segments, segments, self.causal),
             self_bias=self.bias(x.shape[1], x.shape[1]),
-            encoded=encoded,
-            cross_mask=None if encoded_segments is None else attention_mask(segments, encoded_segments),
+            cross=cross,
         )
         first_key, last_key, key = split_key(key, 3)
         keys = None if key is None else jax.random.split(key, self.num_periods)
@@ -155,7 +159,9 @@ class Stack(nnx.Module):
             return module(x, inputs, key)
 
         if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)
+            body = jax.checkpoint(
+                body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers
+            )
         unroll = 1 if self.config.scan_layers else self.num_periods
         x = dropout(x, self.config.dropout, first_key)
         x, sums = jax.lax.scan(body, x, (self.periods, keys), unroll=unroll)

@@ -27,12 +27,14 @@ def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Arr
     """Each token's outputs, weighted by their gates and summed; zeros for a token without a slot."""
     slot_row, token_row = _flat_indices(routing)
     weighted = y * routing.slot_gate.swapaxes(0, 1)[..., None].astype(y.dtype)
-    rows = gather_sum(weighted.reshape(-1, y.shape[-1]), token_row.reshape(-1, token_row.shape[-1]), slot_row.reshape(-1, 1))
+    rows = gather_sum(
+        weighted.reshape(-1, y.shape[-1]), token_row.reshape(-1, token_row.shape[-1]), slot_row.reshape(-1, 1)
+    )
     return rows.reshape(*token_row.shape[:2], -1)
 
 
 def _flat_indices(routing: Routing) -> tuple[Int[Array, "E G C"], Int[Array, "G S K"]]:
-    """Rows of all tokens [G * S] for each slot and rows of all slots [E * G * C] for each token, past the end for none."""
+    """The row (of G * S tokens) in each slot, and the rows (of E * G * C slots) of each token; past the end: none."""
     groups, experts, capacity = routing.slot_token.shape
     tokens = routing.token_slot.shape[1]
     group = jnp.arange(groups)[:, None, None]

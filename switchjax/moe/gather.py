@@ -33,7 +33,11 @@ def _forward(rows: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Ar
 def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, np.ndarray, np.ndarray]:
     index, inverse = residuals
     # Integers have no gradient; JAX wants that said with arrays of float0.
-    return _gather_sum(gradient, inverse), np.zeros(index.shape, jax.dtypes.float0), np.zeros(inverse.shape, jax.dtypes.float0)
+    return (
+        _gather_sum(gradient, inverse),
+        np.zeros(index.shape, jax.dtypes.float0),
+        np.zeros(inverse.shape, jax.dtypes.float0),
+    )
 
 
 gather_sum.defvjp(_forward, _backward)

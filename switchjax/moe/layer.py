@@ -91,8 +91,8 @@ class MoELayer(nnx.Module):
         local_experts = self.config.num_experts // columns
         if rest:
             raise UserError(
-                f"{x.shape[0]} groups of {x.shape[1]} tokens do not divide over the {mesh.shape[DATA] * columns} shards of "
-                f"data x expert: moe.group_size={self.config.group_size} is too large or the batch too small"
+                f"{x.shape[0]} groups of {x.shape[1]} tokens do not divide over the {mesh.shape[DATA] * columns} "
+                f"shards of data x expert: moe.group_size={self.config.group_size} is too large or the batch too small"
             )
 
         def island(
@@ -109,7 +109,7 @@ class MoELayer(nnx.Module):
             y = _apply_experts(layer.experts, slots, column * local_experts + jnp.arange(local_experts), expert_keys)
             y = jax.lax.all_to_all(y, EXPERT, split_axis=1, concat_axis=0, tiled=True)
             y = checkpoint_name(y, EXCHANGE)
-            # The slices of d_ff add up here and not before the way back: combine is linear, and tokens are fewer than slots.
+            # The slices of d_ff add up here, not before the way back: combine is linear, tokens are fewer than slots.
             return jax.lax.psum(combine(y), MODEL), routing.losses | routing.metrics
 
         groups = partition_spec("group")
@@ -118,12 +118,12 @@ class MoELayer(nnx.Module):
         )(self, x, mask, key)
 
     def _route(self, x: Float[Array, "G S D"], mask: Bool[Array, "G S"], keys: Key[Array, "G"] | None) -> Routing:
-        config, train = self.config, keys is not None
+        config = self.config
         inputs = x.astype(jnp.float32)
-        if train and config.jitter_noise:
+        if keys is not None and config.jitter_noise:
             inputs = jitter(inputs, config.jitter_noise, keys)
         logits = jnp.einsum("gsd,de->gse", inputs, self.router[...], precision=jax.lax.Precision.HIGHEST)
-        factor = config.train_capacity_factor if train else config.eval_capacity_factor
+        factor = config.eval_capacity_factor if keys is None else config.train_capacity_factor
         capacity = expert_capacity(
             x.shape[1], config.num_experts, config.num_selected_experts, factor, config.min_expert_capacity
         )

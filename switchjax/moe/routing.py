@@ -47,9 +47,9 @@ def jitter(x: Float[Array, "G S D"], noise: float, keys: Key[Array, "G"]) -> Flo
 
     The released Switch code multiplies the router's input; the paper's pseudo-code adds to the logits.
     """
-    factors = jax.vmap(
-        lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, minval=1 - noise, maxval=1 + noise)
-    )(keys)
+    factors = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, minval=1 - noise, maxval=1 + noise))(
+        keys
+    )
     return x * factors
 
 

@@ -88,11 +88,11 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"sizes that fit are {_divisors(moe.num_experts, mesh.size)}"
         )
     for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
-        whole_rows = moe.group_size // length
-        if whole_rows > 1 and (rows // shards) % whole_rows:
+        whole_rows, shard_rows = moe.group_size // length, rows // shards
+        if whole_rows > 1 and shard_rows % whole_rows:
             raise UserError(
                 f"groups of moe.group_size={moe.group_size} tokens hold {whole_rows} {key} rows, which do not divide "
-                f"the {rows // shards} rows of a shard: moe.group_size={math.gcd(rows // shards, whole_rows) * length} would"
+                f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, whole_rows) * length} would"
             )
         if whole_rows == 0 and length % moe.group_size:
             raise UserError(

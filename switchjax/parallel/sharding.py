@@ -77,8 +77,8 @@ def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
 def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
     """Shardings for the state of an optimiser of `named_leaves(model)`, leaf by leaf.
 
-    What belongs to a parameter is laid out as that parameter; where Adafactor has averaged one dimension away, so is the
-    mesh axis of that dimension. Anything else is replicated.
+    What belongs to a parameter is laid out as that parameter; where Adafactor has averaged one dimension away, so is
+    the mesh axis of that dimension. Anything else is replicated.
 
     Args:
         opt_state: the state, arrays or their shapes.
@@ -89,7 +89,11 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
-        spec = _without_missing_axis(specs[names[-1]], parameters[names[-1]].shape, leaf.shape) if names else PartitionSpec()
+        spec = (
+            _without_missing_axis(specs[names[-1]], parameters[names[-1]].shape, leaf.shape)
+            if names
+            else PartitionSpec()
+        )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)

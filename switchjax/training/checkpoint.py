@@ -66,7 +66,7 @@ class Checkpoints:
                 data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
             except UserError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of the reader
+            except Exception as error:  # whatever a damaged file makes of the reader
                 _log.warning("checkpoint %d cannot be read and is passed over: %s", step, _first_line(error))
                 continue
             return state, data

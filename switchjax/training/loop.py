@@ -244,13 +244,11 @@ def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> Callable[[TrainStat
         donate_argnums=0,
     )
     compiled = step.lower(plan.shapes, shapes).compile()
+    _log.info("compiled the train step in %.1f s", time.perf_counter() - started)
     memory = compiled.memory_analysis()
-    _log.info(
-        "compiled the train step in %.1f s: %.1f MB of state and batch and %.1f MB of temporaries a device",
-        time.perf_counter() - started,
-        memory.argument_size_in_bytes / 1e6,
-        memory.temp_size_in_bytes / 1e6,
-    )
+    if memory is not None:
+        state, temporary = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
+        _log.info("memory of a device: %.1f MB of state and batch, %.1f MB of temporaries", state, temporary)
     return compiled
 
 
@@ -268,7 +266,9 @@ def _check_finite(step: int, values: Metrics, gradient_norms: dict[str, float]) 
     if np.isfinite(values["total_loss"]) and np.isfinite(values["gradient_norm"]):
         return
     bad = [name for name, norm in gradient_norms.items() if not np.isfinite(norm)]
-    shown = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "total_loss", "learning_rate", "parameter_norm"))
+    shown = ", ".join(
+        f"{name} {values[name]:.4g}" for name in ("loss", "total_loss", "learning_rate", "parameter_norm")
+    )
     raise NonFiniteError(
         f"step {step}: not finite: {shown}; first of {len(bad)} parameters whose gradient is not finite: "
         f"{bad[0] if bad else 'none'}; the last checkpoint is intact"

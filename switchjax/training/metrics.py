@@ -26,7 +26,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one record: `kind` is train or evaluate; arrays become lists, and means, least and most in TensorBoard."""
+        """Writes one record: `kind` is train or evaluate; in TensorBoard, an array shows its rows' least and most."""
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         record = {"kind": kind, "step": step} | {name: value.tolist() for name, value in values.items()}
         self._file.write(json.dumps(record) + "\n")

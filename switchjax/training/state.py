@@ -31,8 +31,10 @@ class StatePlan:
 
     config: Config
     optimizer: optax.GradientTransformation
-    shapes: TrainState
-    shardings: TrainState
+    shapes: Any
+    """A `TrainState` of `jax.ShapeDtypeStruct`."""
+    shardings: Any
+    """A `TrainState` of `NamedSharding`."""
 
     def create(self) -> TrainState:
         """A fresh state, each device making its own shards: no parameter is ever whole on one device."""
@@ -48,10 +50,19 @@ def plan_state(config: Config, mesh: Mesh) -> StatePlan:
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
     optimizer = make_optimizer(config.optimizer, config.train.steps, model)
     opt_state = jax.eval_shape(optimizer.init, named_leaves(model))
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model, opt_state)
-    shardings = TrainState(
-        NamedSharding(mesh, PartitionSpec()),
-        parameter_shardings(model, mesh),
-        optimizer_shardings(opt_state, model, mesh),
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return StatePlan(
+        config,
+        optimizer,
+        shapes=_state_of(step, model, opt_state),
+        shardings=_state_of(
+            NamedSharding(mesh, PartitionSpec()),
+            parameter_shardings(model, mesh),
+            optimizer_shardings(opt_state, model, mesh),
+        ),
     )
-    return StatePlan(config, optimizer, shapes, shardings)
+
+
+def _state_of(step: Any, model: Any, opt_state: Any) -> Any:
+    """A state's tree around something other than arrays."""
+    return TrainState(step, model, opt_state)

@@ -52,9 +52,9 @@ def train_step(
     def contribution(model: EncoderDecoder, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
         logits, routing = model(micro_batch, key)
         nll, z_loss = token_losses(logits, micro_batch["decoder_targets"], micro_batch["decoder_segments"] > 0)
-        sums = {"loss": nll / targets, "z_loss": z_loss / targets, "routing": routing}
-        total = sums["loss"] + config.train.z_loss_weight * sums["z_loss"] + _auxiliary_loss(config, routing, routed)
-        return total, sums | {"total_loss": total}
+        loss, z_loss = nll / targets, z_loss / targets
+        total = loss + config.train.z_loss_weight * z_loss + _auxiliary_loss(config, routing, routed)
+        return total, {"loss": loss, "z_loss": z_loss, "total_loss": total, "routing": routing}
 
     gradient, sums = _accumulate(contribution, state.model, batch, step_key, config.train.accumulation_steps)
     gradients, parameters = named_leaves(gradient), named_leaves(state.model)

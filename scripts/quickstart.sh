@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything from a fresh clone: environment, real text, a Switch Transformer and the dense T5 of the same FLOPs on an
+# emulated 8-device mesh, their evaluation, a filled-in passage, and a table. About 10 minutes on 2 cores, downloads apart.
+set -euo pipefail
+if [ $# -gt 1 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  echo "usage: scripts/quickstart.sh [WORKDIR]   (default: runs/quickstart; started again, it resumes)"
+  [ $# -le 1 ] || exit 2
+  exit 0
+fi
+workdir=${1:-runs/quickstart}
+mkdir -p "$workdir"
+workdir=$(cd "$workdir" && pwd)
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+for model in switch dense; do
+  echo "== Training $model"
+  python scripts/train.py --config="configs/quickstart.py:$model" --workdir="$workdir/$model"
+done
+for model in switch dense; do
+  echo "== Evaluating $model on the test split"
+  python scripts/evaluate.py --workdir="$workdir/$model" --split=test
+done
+echo "== Filling in a passage"
+python scripts/generate.py --workdir="$workdir/switch" \
+  --prompt="And the LORD spake unto <extra_id_0>, saying, Speak unto the children of <extra_id_1>."
+echo "== The two side by side (validation split)"
+python scripts/compare.py --workdir="$workdir/switch" --baseline="$workdir/dense"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The environment and all checks: format, lint, types, tests. Further arguments go to pytest.
+set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  echo 'usage: scripts/test.sh [PYTEST ARGUMENT ...]   e.g. scripts/test.sh -m "not slow"'
+  exit 0
+fi
+cd "$(dirname "$0")/.."
+. scripts/environment.sh dev
+
+ruff format --check .
+ruff check .
+mypy
+python -m pytest -n 2 --dist loadfile "$@"

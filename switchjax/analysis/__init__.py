@@ -1,0 +1,1 @@
+"""Accounting and comparison of models and runs."""
