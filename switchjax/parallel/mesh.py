@@ -21,6 +21,8 @@ def emulate_devices(config: MeshConfig) -> None:
     """
     if not config.emulated_devices:
         return
+    # Several programs in flight can take the threads that each other's collectives wait for: a deadlock.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.config.update("jax_num_cpu_devices", config.emulated_devices)
     except RuntimeError:  # JAX has started: fine as long as it has the devices
@@ -88,8 +90,10 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"sizes that fit are {_divisors(moe.num_experts, mesh.size)}"
         )
     for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
-        whole_rows, shard_rows = moe.group_size // length, rows // shards
-        if whole_rows > 1 and shard_rows % whole_rows:
+        # As `switchjax.moe.slots.tokens_per_group` divides rows.
+        whole_rows = max((n for n in range(1, moe.group_size // length + 1) if rows % n == 0), default=0)
+        shard_rows = rows // shards
+        if whole_rows and shard_rows % whole_rows:
             raise UserError(
                 f"groups of moe.group_size={moe.group_size} tokens hold {whole_rows} {key} rows, which do not divide "
                 f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, whole_rows) * length} would"

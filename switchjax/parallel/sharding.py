@@ -87,7 +87,7 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
     """
     specs, parameters = named_leaves(parameter_specs(model)), named_leaves(model)
 
-    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+    def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
         spec = (
             _without_missing_axis(specs[names[-1]], parameters[names[-1]].shape, leaf.shape)

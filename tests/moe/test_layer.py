@@ -7,7 +7,7 @@ import pytest
 
 from switchjax.config import UserError
 from switchjax.moe.losses import summarize
-from tests.moe.layers import D, LENGTH, expert_slice, make_inputs, make_layer, run, run_with_gradients, set_experts
+from tests.moe.layers import LENGTH, D, expert_slice, make_inputs, make_layer, run, run_with_gradients, set_experts
 
 DROPLESS = {"train_capacity_factor": 100.0, "eval_capacity_factor": 100.0}
 KEY = jax.random.key(7)
@@ -42,6 +42,7 @@ def test_appended_rows_of_padding_change_nothing(dispatch: str, key: jax.Array |
     (_, (padded_y, padded_sums)), (padded_gradient, padded_dx) = run_with_gradients(layer, more, padded, key)
     np.testing.assert_array_equal(padded_y[:8], y)
     np.testing.assert_array_equal(padded_y[8:], 0)
+    np.testing.assert_array_equal(padded_dx[:8], dx)
     np.testing.assert_array_equal(padded_dx[8:], 0)
     jax.tree.map(np.testing.assert_array_equal, dict(padded_sums), dict(sums))
     # Sums over tokens in blocks of another size.

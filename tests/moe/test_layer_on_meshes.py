@@ -58,9 +58,9 @@ def test_outputs_and_gradients_in_training_are_those_of_one_device(shape: Shape,
     assert_same_on_mesh(shape, layer, KEY)
 
 
-@pytest.mark.parametrize(("shape", "experts"), [ESSENTIAL[0], *MESHES_AND_EXPERTS[len(ESSENTIAL) :]])
-def test_outputs_and_gradients_in_evaluation_are_those_of_one_device(shape: Shape, experts: int) -> None:
-    assert_same_on_mesh(shape, make_layer(num_experts=experts, eval_capacity_factor=1.0), None)
+@pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_outputs_and_gradients_in_evaluation_are_those_of_one_device(shape: Shape) -> None:
+    assert_same_on_mesh(shape, make_layer(num_experts=8, eval_capacity_factor=1.0), None)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
@@ -71,7 +71,9 @@ def test_expert_dropout_is_the_same_on_every_mesh_that_does_not_slice_experts(sh
 
 def test_expert_dropout_of_the_slices_of_an_expert_is_independent() -> None:
     """With d_ff over two devices, each half has its own mask: as many units live on average, not in step."""
-    layer = make_layer(num_experts=4, expert_dropout=0.5, eval_capacity_factor=100.0, train_capacity_factor=100.0)
+    layer = make_layer(
+        num_experts=4, expert_dropout=0.5, jitter_noise=0.0, train_capacity_factor=4.0, eval_capacity_factor=4.0
+    )
     # All hidden units equal: a token's output then counts the units that live.
     layer.experts.w_in[...] = np.zeros_like(layer.experts.w_in[...]) + np.float32(1)
     layer.experts.w_out[...] = np.zeros_like(layer.experts.w_out[...]) + np.float32(1)
@@ -79,6 +81,7 @@ def test_expert_dropout_of_the_slices_of_an_expert_is_independent() -> None:
         del x
         ones = jax.device_put(np.ones((*mask.shape, 8), np.float32), mask.sharding)
         noisy, quiet = np.asarray(run(placed, ones, mask, KEY)[0]), np.asarray(run(placed, ones, mask, None)[0])
+    # Capacity is the group in both, so what differs is the dropout.
     alive = noisy[..., 0][np.asarray(mask)] / quiet[..., 0][np.asarray(mask)] * 8
     assert np.any(np.round(alive) % 2 == 1), "the two halves of 8 units drop in step"
     np.testing.assert_allclose(alive.mean(), 8, atol=5 * 2 / np.sqrt(alive.size))  # 5 standard errors

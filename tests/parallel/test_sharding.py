@@ -1,0 +1,147 @@
+"""One table from logical axes to mesh axes, and the layouts that follow from it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from switchjax.config import MeshConfig
+from switchjax.parallel.mesh import AXES, make_mesh
+from switchjax.parallel.sharding import (
+    AXIS_RULES,
+    constrain,
+    named_leaves,
+    optimizer_shardings,
+    parameter_shardings,
+    parameter_specs,
+    partition_spec,
+    with_leaves,
+)
+
+
+class Parameters(nnx.Module):
+    """The kinds of parameters that models have, in sizes that Adafactor factors (128 and more) and does not."""
+
+    def __init__(self) -> None:
+        self.norm = nnx.Param(jnp.ones(256), axes=("embed",))
+        self.w_in = nnx.Param(jnp.ones((256, 512)), axes=("embed", "mlp"))
+        self.out = nnx.Param(jnp.ones((4, 64, 256)), axes=("heads", "head", "embed"))
+        self.square = nnx.Param(jnp.ones((256, 256)), axes=("embed", "mlp"))
+        self.experts = nnx.Param(jnp.ones((2, 8, 512, 256)), axes=("layer", "expert", "mlp", "embed"))
+        self.bias = nnx.Param(jnp.ones((4, 32)), axes=("heads", "bucket"))
+
+
+SPECS = {
+    "norm": P(None),
+    "w_in": P(None, "model"),
+    "out": P("model", None, None),
+    "square": P(None, "model"),
+    "experts": P(None, "expert", "model", None),
+    "bias": P("model", None),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Parameters:
+    return jax.eval_shape(Parameters)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(2, 2, 2))
+
+
+def test_the_table_names_mesh_axes_only() -> None:
+    for rule in AXIS_RULES.values():
+        assert set(rule if isinstance(rule, tuple) else (rule,)) <= {*AXES, None}
+
+
+def test_specs_follow_the_axes_of_each_parameter(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:
+    specs, shardings = parameter_specs(shapes), parameter_shardings(shapes, mesh)
+    for name, spec in SPECS.items():
+        assert getattr(specs, name) == spec
+        assert getattr(shardings, name) == NamedSharding(mesh, spec)
+
+
+def test_a_sliced_parameter_keeps_the_layout_of_what_is_left(shapes: Parameters) -> None:
+    """Inside a scan over layers the first dimension is gone, the axes' names are not."""
+    sliced = jax.eval_shape(lambda model: jax.tree.map(lambda values: values[0], model), shapes)
+    assert parameter_specs(sliced).experts == P("expert", "model", None)
+
+
+def test_an_unknown_axis_is_an_error() -> None:
+    with pytest.raises(KeyError, match="mpl"):
+        partition_spec("embed", "mpl")
+
+
+def test_constrain_lays_an_array_over_the_mesh_and_leaves_it_alone_without_one(mesh: jax.sharding.Mesh) -> None:
+    x = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+    constrained = jax.jit(lambda x: constrain(x * 2, "batch", "embed"))
+    assert constrained(x).sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        y = constrained(x)
+    assert y.sharding.spec == P(("data", "expert"), None) or y.sharding.spec == P(("data", "expert"))
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_leaves_have_plain_names_and_come_back_under_them(shapes: Parameters) -> None:
+    nested = {"decoder": nnx.List([shapes, shapes])}
+    named = named_leaves(nested)
+    assert {name.removeprefix("decoder/1/") for name in named if "/1/" in name} == set(SPECS)
+    assert len(named) == 2 * len(SPECS)
+    values = {name: np.full(leaf.shape[:1], i) for i, (name, leaf) in enumerate(named.items())}
+    assert named_leaves(with_leaves(nested, dict(reversed(values.items())))) == values
+
+
+def layouts(optimizer: optax.GradientTransformation, shapes: Parameters, mesh: jax.sharding.Mesh) -> list[tuple]:
+    """(path, shape, spec) of every array of the optimiser's state."""
+    state = jax.eval_shape(optimizer.init, named_leaves(shapes))
+    shardings = optimizer_shardings(state, shapes, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+    return [(jax.tree_util.keystr(path), leaf.shape, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)]
+
+
+def entries(spec: P, rank: int) -> tuple:
+    return tuple(spec) + (None,) * (rank - len(spec))
+
+
+def test_adamw_moments_lie_where_their_parameters_do(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:
+    found = 0
+    for path, shape, spec in layouts(optax.adamw(1e-3), shapes, mesh):
+        owner = next((name for name in SPECS if f"'{name}'" in path), None)
+        assert entries(spec, len(shape)) == entries(SPECS[owner] if owner else P(), len(shape)), path
+        found += owner is not None
+    assert found == 2 * len(SPECS)
+
+
+def test_adafactor_statistics_lose_the_axis_that_was_averaged_away(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:
+    expected = {
+        ("v_row", "w_in"): ((256,), (None,)),
+        ("v_col", "w_in"): ((512,), ("model",)),
+        ("v_row", "experts"): ((2, 8, 256), (None, "expert", None)),
+        ("v_col", "experts"): ((2, 8, 512), (None, "expert", "model")),
+        # Which of two equal dimensions is gone cannot be told from the shape.
+        ("v_row", "square"): ((256,), (None,)),
+        ("v_col", "square"): ((256,), (None,)),
+        # Not factored: whole in `v`.
+        ("v", "norm"): ((256,), (None,)),
+        ("v", "bias"): ((4, 32), ("model", None)),
+        ("v", "out"): ((4, 64, 256), ("model", None, None)),
+    }
+    seen = {}
+    for path, shape, spec in layouts(optax.adafactor(1e-3), shapes, mesh):
+        for kind, name in expected:
+            if f".{kind}[" in path and f"'{name}'" in path:
+                seen[kind, name] = (shape, entries(spec, len(shape)))
+    assert seen == expected
+
+
+def test_everything_else_of_an_optimizer_is_on_every_device(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:
+    for path, shape, spec in layouts(optax.adafactor(1e-3), shapes, mesh):
+        if shape in ((), (1,)):  # step counts, and the stand-ins for what is not kept
+            assert entries(spec, len(shape)) == (None,) * len(shape), path
