@@ -8,7 +8,7 @@ and the split over processes exact, and a process computes its own rows only.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from switchjax.data.span_corruption import MIN_TOKENS, SpanCorruption
 
@@ -24,8 +24,8 @@ class Chunks:
         dropped_tokens: tokens in those.
     """
 
-    starts: Int[np.ndarray, "chunks"]
-    lengths: Int[np.ndarray, "chunks"]
+    starts: Integer[np.ndarray, "chunks"]
+    lengths: Integer[np.ndarray, "chunks"]
     dropped: int
     dropped_tokens: int
 
@@ -34,14 +34,14 @@ class Chunks:
 class Rows:
     """Row r holds the chunks `chunks[offsets[r]:offsets[r + 1]]`, each a segment."""
 
-    chunks: Int[np.ndarray, "chunks"]
-    offsets: Int[np.ndarray, "rows_plus_1"]
+    chunks: Integer[np.ndarray, "chunks"]
+    offsets: Integer[np.ndarray, "rows_plus_1"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
-def split_into_chunks(offsets: Int[np.ndarray, "documents_plus_1"], max_tokens: int) -> Chunks:
+def split_into_chunks(offsets: Integer[np.ndarray, "documents_plus_1"], max_tokens: int) -> Chunks:
     """Cuts documents into chunks of `max_tokens`, the last chunk of each being what remains.
 
     Args:
@@ -63,7 +63,7 @@ def one_chunk_a_row(num_chunks: int) -> Rows:
 
 
 def pack(
-    lengths: Int[np.ndarray, "chunks"],
+    lengths: Integer[np.ndarray, "chunks"],
     corruption: SpanCorruption,
     encoder_length: int,
     decoder_length: int,
@@ -105,8 +105,8 @@ def pack(
 
 
 def _composition(
-    left: Int[np.ndarray, "lengths"], corruption: SpanCorruption, encoder_room: int, decoder_room: int
-) -> tuple[Int[np.ndarray, "kinds"], Int[np.ndarray, "kinds"]]:
+    left: Integer[np.ndarray, "lengths"], corruption: SpanCorruption, encoder_room: int, decoder_room: int
+) -> tuple[Integer[np.ndarray, "kinds"], Integer[np.ndarray, "kinds"]]:
     """Chunk lengths that fill a row, and how often each is used in it."""
     kinds, uses = [], []
     available = np.flatnonzero(left)

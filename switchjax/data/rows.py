@@ -2,16 +2,16 @@
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from switchjax.config import UserError
 from switchjax.data.packing import Chunks, Rows
 from switchjax.data.vocabulary import PAD
 
-Batch = dict[str, Int[np.ndarray, "B _"]]
+Batch = dict[str, Integer[np.ndarray, "B _"]]
 """`encoder_tokens`, `encoder_segments`: [B, encoder_length]. `decoder_inputs`, `decoder_targets`,
 `decoder_segments`: [B, decoder_length]. All int32. Segments of a row are numbered 1, 2, ...; 0 is padding."""
-Row = dict[str, Int[np.ndarray, "_"]]
+Row = dict[str, Integer[np.ndarray, "_"]]
 """The same without B."""
 
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 from switchjax.config import UserError
-from switchjax.data.vocabulary import EOS, Vocabulary
+from switchjax.data.vocabulary import EOS
 
-Tokens = Int[np.ndarray, "tokens"]
+Tokens = Integer[np.ndarray, "..."]
+"""Ids of a text, or, as lengths and positions, numbers of them."""
 
 MIN_TOKENS = 2
 """Fewer cannot be corrupted: one token is noise and one is kept."""
@@ -38,12 +39,12 @@ class SpanCorruption:
         num_tokens = np.asarray(num_tokens)
         noise = np.clip(np.round(num_tokens * self.noise_density).astype(int), 1, num_tokens - 1)
         spans = np.maximum(np.round(noise / self.mean_span_length).astype(int), 1)
-        return noise, np.minimum(spans, num_tokens - noise)
+        return np.asarray(noise), np.asarray(np.minimum(spans, num_tokens - noise))
 
     def lengths(self, num_tokens: Tokens) -> tuple[Tokens, Tokens]:
         """Lengths of (inputs, targets) with their sentinels and EOS; T5's `random_spans_helper`."""
         noise, spans = self.num_noise(num_tokens)
-        return np.asarray(num_tokens) - noise + spans + 1, noise + spans + 1
+        return np.asarray(num_tokens - noise + spans + 1), np.asarray(noise + spans + 1)
 
     def max_tokens(self, inputs_length: int, targets_length: int) -> int:
         """The longest chunk that fits: 568 tokens for T5's 512 inputs and 114 targets.
@@ -87,7 +88,7 @@ def _random_segments(num_items: int, num_segments: int, rng: np.random.Generator
     return np.diff(cuts, prepend=0, append=num_items)
 
 
-def _intervals(starts: Tokens, ends: Tokens, length: int) -> Bool[np.ndarray, "tokens"]:
+def _intervals(starts: Tokens, ends: Tokens, length: int) -> Bool[np.ndarray, "_"]:
     """True in every [start, end)."""
     change = np.zeros(length + 1, np.int8)
     change[starts] += 1
@@ -108,23 +109,22 @@ def _with_sentinels(tokens: Tokens, before: Tokens, sentinels: Tokens) -> Tokens
     return result
 
 
-def restore(inputs: Tokens, targets: Tokens, vocabulary: Vocabulary) -> Tokens:
+def restore(inputs: Tokens, targets: Tokens, lowest_sentinel: int) -> Tokens:
     """The tokens that were corrupted: `corrupt` inverted.
 
     Args:
         inputs: as `corrupt` returns them.
         targets: the same.
-        vocabulary: tells sentinels from other ids.
+        lowest_sentinel: ids from here on are sentinels.
 
     Raises:
         ValueError: if a sentinel of the inputs is not answered in the targets.
     """
-    first = vocabulary.size - vocabulary.num_sentinels
-    positions = np.flatnonzero(targets[:-1] >= first)
+    positions = np.flatnonzero(targets[:-1] >= lowest_sentinel)
     spans = dict(zip(targets[positions].tolist(), np.split(targets[:-1], positions)[1:], strict=True))
     restored: list[np.ndarray] = []
     for token in inputs[:-1]:
-        if token < first:
+        if token < lowest_sentinel:
             restored.append(np.array([token]))
         elif int(token) in spans:
             restored.append(spans.pop(int(token))[1:])

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from switchjax.data.datasets import Dataset
@@ -35,8 +35,8 @@ class TokenizedDocuments:
         num_bytes: of the text, in UTF-8.
     """
 
-    tokens: Int[np.ndarray, "tokens"]
-    offsets: Int[np.ndarray, "documents_plus_1"]
+    tokens: Integer[np.ndarray, "tokens"]
+    offsets: Integer[np.ndarray, "documents_plus_1"]
     num_bytes: int
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int
+from jaxtyping import Integer
 from sentencepiece import sentencepiece_model_pb2
 
 from switchjax.config import UserError
@@ -90,7 +90,7 @@ class Vocabulary:
             end = match.end()
         return ids + self._encode_run(text[end:], first=end == 0)
 
-    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[Int[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[Integer[np.ndarray, "_"]]:
         """Ids of documents, in which `<extra_id_0>` is text like any other.
 
         Args:
@@ -99,7 +99,7 @@ class Vocabulary:
         """
         return [self._ids[ids] for ids in self._processor.encode(list(texts), num_threads=num_threads)]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
         """Text up to the first EOS; pads are left out, sentinels printed as `<extra_id_k>`.
 
         Raises:
@@ -132,7 +132,7 @@ class Vocabulary:
         processor = self._processor if first else self._continuation
         return [int(self._ids[i]) for i in processor.encode(text)]
 
-    def _until_eos(self, ids: Iterable[int]) -> list[int]:
+    def _until_eos(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> list[int]:
         kept = []
         for i in map(int, ids):
             if not 0 <= i < self.size:

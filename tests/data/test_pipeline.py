@@ -34,7 +34,9 @@ def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
         for segment in range(1, batch["encoder_segments"][row].max() + 1):
             inputs = batch["encoder_tokens"][row][batch["encoder_segments"][row] == segment]
             targets = batch["decoder_targets"][row][batch["decoder_segments"][row] == segment]
-            chunks.append(tuple(restore(inputs, targets, data.vocabulary).tolist()))
+            chunks.append(
+                tuple(restore(inputs, targets, data.vocabulary.size - data.vocabulary.num_sentinels).tolist())
+            )
     return chunks
 
 
