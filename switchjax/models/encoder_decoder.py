@@ -25,10 +25,9 @@ class EncoderDecoder(nnx.Module):
         self.embedding = Embedding(model, embedding_key)
         self.encoder = Stack(config, model.num_encoder_layers, causal=False, cross=False, key=encoder_key)
         self.decoder = Stack(config, model.num_decoder_layers, causal=True, cross=True, key=decoder_key)
-        self.logits = None
-        if not model.tie_embeddings:
-            shape = (model.d_model, model.vocab_size)
-            self.logits = kernel(logits_key, shape, ("embed", "vocab"), model.param_dtype, scale=1.0)
+        shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
+        untied = not model.tie_embeddings
+        self.logits = kernel(logits_key, shape, axes, model.param_dtype, scale=1.0) if untied else None
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B L V"], dict[str, RoutingSums]]:
         """Logits of the decoder's targets, and routing sums of the stacks that have MoE layers.
