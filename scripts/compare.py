@@ -3,20 +3,21 @@
 python scripts/compare.py --workdir=runs/quickstart/switch --baseline=runs/quickstart/dense
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
 
 from switchjax import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A complete run.", required=True)
-_BASELINE = flags.DEFINE_string("baseline", None, "The complete run that it is measured against.", required=True)
 
+def main(arguments: Sequence[str]) -> None:
+    parser = command.make_parser(__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="a complete run")
+    parser.add_argument("--baseline", type=Path, required=True, help="the complete run that it is measured against")
+    flags = parser.parse_args(arguments)
 
-def main() -> None:
     from switchjax.analysis.comparison import compare
 
-    print(compare(Path(_WORKDIR.value), Path(_BASELINE.value)))
+    print(compare(flags.workdir, flags.baseline))
 
 
 if __name__ == "__main__":

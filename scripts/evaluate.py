@@ -4,33 +4,31 @@ python scripts/evaluate.py --workdir=runs/quickstart/switch [--split=test] [--ba
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
 
 from switchjax import command
 from switchjax.config import load_workdir_config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A run's workdir.", required=True)
-_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 is the latest.")
-_SPLIT = flags.DEFINE_string("split", None, "train, validation or test; default: the run's own.")
-_BATCHES = flags.DEFINE_integer("batches", None, "Batches a corpus, 0 for all; default: the run's own.")
 
-
-def main() -> None:
-    config = load_workdir_config(_WORKDIR.value)
-    given = {"split": _SPLIT.value, "batches": _BATCHES.value}
-    evaluate = dataclasses.replace(
-        config.evaluate, **{name: value for name, value in given.items() if value is not None}
-    )
-    config = dataclasses.replace(config, evaluate=evaluate)
+def main(arguments: Sequence[str]) -> None:
+    parser = command.make_parser(__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
+    parser.add_argument("--split", help="train, validation or test; default: the run's own")
+    parser.add_argument("--batches", type=int, help="batches a corpus, 0 for all; default: the run's own")
+    flags = parser.parse_args(arguments)
+    config = load_workdir_config(flags.workdir)
+    given = {"split": flags.split, "batches": flags.batches}
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes))
 
     from switchjax.inference.evaluation import evaluate_workdir
     from switchjax.parallel.mesh import emulate_devices, make_mesh
 
     emulate_devices(config.mesh)
-    step, results = evaluate_workdir(config, Path(_WORKDIR.value), make_mesh(config.mesh), _STEP.value)
-    print(f"checkpoint of step {step}, {evaluate.split} split")
+    step, results = evaluate_workdir(config, flags.workdir, make_mesh(config.mesh), flags.step)
+    print(f"checkpoint of step {step}, {config.evaluate.split} split")
     for name, value in results.items():
         print(f"{name:48} {value:12.4f}")
 

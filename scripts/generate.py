@@ -3,35 +3,37 @@
 python scripts/generate.py --workdir=runs/quickstart/switch --prompt="In the <extra_id_0> God created the <extra_id_1>."
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
 
 from switchjax import command
 from switchjax.config import MeshConfig, load_workdir_config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A run's workdir.", required=True)
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt", None, "A passage with <extra_id_0>, <extra_id_1>, ...; may be repeated.", required=True
-)
-_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 is the latest.")
 
-
-def main() -> None:
-    config = load_workdir_config(_WORKDIR.value)
+def main(arguments: Sequence[str]) -> None:
+    parser = command.make_parser(__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="a passage with <extra_id_0>, <extra_id_1>, ...; may be repeated",
+    )
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
+    flags = parser.parse_args(arguments)
+    config = load_workdir_config(flags.workdir)
 
     import jax
 
-    from switchjax.data.pipeline import TextData
     from switchjax.inference.decoding import fill_in
     from switchjax.inference.evaluation import load_model
     from switchjax.parallel.mesh import make_mesh
+    from switchjax.training.loop import load_vocabulary
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        _, model = load_model(config, Path(_WORKDIR.value), mesh, _STEP.value)
-        vocabulary = TextData.prepare(config.data).vocabulary
-        for passage in fill_in(model, vocabulary, config, _PROMPT.value):
+        _, model = load_model(config, flags.workdir, mesh, flags.step)
+        for passage in fill_in(model, load_vocabulary(flags.workdir, config), config, flags.prompt):
             print(passage)
 
 

@@ -4,18 +4,17 @@ python scripts/prepare_data.py --corpora=kjv,austen [--directory=D] [--vocabular
 python scripts/prepare_data.py --list
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 
-from switchjax.config import DataConfig, UserError
+from switchjax import command
+from switchjax.config import DataConfig
 from switchjax.data.pipeline import TextData
 from switchjax.data.report import corrupted_example, statistics_table
 from switchjax.data.sources import SOURCES
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.make_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="list the project's own corpora and exit")
     parser.add_argument("--corpora", default=",".join(SOURCES), help="names of own corpora or TFDS datasets, by commas")
     parser.add_argument(
@@ -44,8 +43,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -1,41 +1,63 @@
-"""What the scripts share: flags, log lines, and errors in one line."""
+"""What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import logging
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+from ml_collections import config_flags
 
-from switchjax.config import UserError
-
-
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; bad input ends with one line on stderr and exit code 2."""
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+from switchjax.config import Config, UserError, suggest
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(list(argv))
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(str(error.args[0]) if error.args else str(error))
-
-
-def _guarded(main: Callable[[], None], argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]}")
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)  # other libraries' start-up is not the user's concern
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
-        _fail(str(error))
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _fail(message: str) -> NoReturn:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    print(f"error: {' '.join(lines)}", file=sys.stderr)
-    sys.exit(2)
+def make_parser(description: str | None) -> ArgumentParser:
+    """A parser whose `--help` shows a script's docstring as it is written."""
+    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:
+    """The parser's own flags, and the config of `--config=FILE.py[:arg]` with its `--config.section.key=value`.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown key or a value that does not fit.
+    """
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
+    known, others = parser.parse_known_args(arguments)
+    path = Path(known.config.partition(":")[0])
+    if not path.is_file():
+        raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        rest = values([parser.prog, f"--config={known.config}", *others])
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_one_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]}")
+    return known, Config.from_dict(config.value)
+
+
+def _one_line(error: Exception) -> str:
+    """The message on one line; of a traceback inside it, as ml_collections gives of a config file, the last line."""
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    return (
+        lines[-1].rpartition("UserError: ")[2]
+        if any(line.startswith("Traceback") for line in lines)
+        else " ".join(lines)
+    )

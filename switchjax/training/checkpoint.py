@@ -100,7 +100,7 @@ class Checkpoints:
                 named_leaves(shapes).items(), named_leaves(shardings).values(), strict=True
             )
         }
-        _check_same(self._stored(step), wanted, step, complete=not prefix)
+        _check_same(self.shapes(step), wanted, step, complete=not prefix)
         arguments = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -108,7 +108,8 @@ class Checkpoints:
         )
         return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
-    def _stored(self, step: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of a checkpoint, read without any config."""
         metadata = self._manager.item_metadata(step)["state"]
         return {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from switchjax.config import Config, UserError, first_difference, load_workdir_config
 from switchjax.data.pipeline import TextData
+from switchjax.data.vocabulary import Vocabulary
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.parallel.sharding import partition_spec
@@ -33,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 FIXED_SECTIONS = ("model", "moe", "data", "optimizer")
 """What must not change when a workdir is resumed; the mesh, for one, may."""
+
+_VOCABULARY = "vocabulary.model"
 
 Evaluator = Callable[[EncoderDecoder], dict[str, float]]
 
@@ -67,6 +70,7 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
         raise UserError(
             f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={config.model.vocab_size} is too small"
         )
+    _write_atomically(workdir / _VOCABULARY, data.vocabulary.model)
     with jax.set_mesh(mesh):
         run = _start(config, workdir, data, mesh)
         try:
@@ -149,7 +153,7 @@ class _Run:
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train),
             "evaluation": {name: value for name, value in last.items() if name not in ("kind", "step")},
         }
-        _write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _write_atomically(self.workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         return summary
 
     def close(self) -> None:
@@ -284,14 +288,23 @@ def _open_workdir(workdir: Path, config: Config) -> None:
             raise UserError(f"{workdir} holds a run with another config ({difference}); choose another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, config.to_json())
+        _write_atomically(path, config.to_json().encode())
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def load_vocabulary(workdir: Path, config: Config) -> Vocabulary:
+    """The vocabulary of a run, which its workdir keeps.
+
+    Raises:
+        UserError: if the workdir has none.
+    """
+    return Vocabulary.load(workdir / _VOCABULARY, config.data.num_sentinels)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

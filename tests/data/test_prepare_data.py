@@ -39,9 +39,9 @@ def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--corpora=nope"], "prepare_data: none of the corpora can be had here: nope"),
-        (["--corpora=kjv,kjv"], "prepare_data: data.corpora names a corpus twice"),
-        (["--directory=/dev/null/x"], "prepare_data: cannot prepare data in /dev/null/x"),
+        (["--corpora=nope"], "error: none of the corpora can be had here: nope"),
+        (["--corpora=kjv,kjv"], "error: data.corpora names a corpus twice"),
+        (["--directory=/dev/null/x"], "error: cannot prepare data in /dev/null/x"),
         (["--bogus"], "prepare_data.py: error: unrecognized arguments: --bogus"),
     ],
 )

@@ -1,0 +1,99 @@
+"""Norm, embedding, feed-forward layer, dropout and initialisers."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchjax.config import ModelConfig
+from switchjax.models.layers import Embedding, FeedForward, RMSNorm, dropout, kernel, split_key
+from tests.parameters import random_parameters
+
+CONFIG = ModelConfig(vocab_size=96, d_model=16, d_ff=32, num_heads=2, d_head=8)
+KEY = jax.random.key(0)
+
+
+def test_rms_norm_is_x_over_its_root_mean_square() -> None:
+    norm = RMSNorm(4, jnp.float32)
+    norm.scale[...] = jnp.array([1.0, 2.0, 3.0, -1.0])
+    x = np.array([[2.0, -2.0, 2.0, 2.0], [3.0, 0.0, 0.0, 4.0]], np.float32)
+    expected = [[1, -2, 3, -1], [3 / 2.5, 0, 0, -4 / 2.5]]  # the second row's root mean square is 2.5
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-6)
+
+
+def test_rms_norm_computes_in_float32_and_returns_the_inputs_dtype() -> None:
+    norm = RMSNorm(256, jnp.bfloat16)
+    x = jnp.asarray(300 + np.arange(256)).astype(jnp.bfloat16)
+    y = norm(x)
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    assert y.dtype == jnp.bfloat16
+    expected = wide / np.sqrt(np.mean(wide**2))
+    # One rounding to 8 bits, at the end: half a unit of 2^-8 relative to the binade.
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8)
+
+
+def test_huge_values_do_not_overflow_the_norm_in_bfloat16() -> None:
+    y = RMSNorm(4, jnp.float32)(jnp.full((1, 4), 1e15, jnp.bfloat16))
+    np.testing.assert_array_equal(y, np.ones((1, 4)))
+
+
+def test_tied_logits_are_products_with_the_tokens_vectors_over_root_d() -> None:
+    embedding = random_parameters(lambda: Embedding(CONFIG, KEY))
+    vectors = np.asarray(embedding.vectors[...], np.float64)
+    x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
+    # float32 sums of 16 terms.
+    np.testing.assert_allclose(embedding.logits(jnp.asarray(x)), x @ vectors.T / 4, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(embedding(jnp.array([[5, 0]])), np.asarray(embedding.vectors[...])[[5, 0]][None])
+
+
+@pytest.mark.parametrize("activation", ["relu", "geglu"])
+def test_feed_forward_is_its_equation(activation: str) -> None:
+    layer = random_parameters(lambda: FeedForward(replace(CONFIG, activation=activation), 0.0, KEY))
+    x = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    w_in, w_out = np.asarray(layer.w_in[...]), np.asarray(layer.w_out[...])
+    if activation == "relu":
+        hidden = np.maximum(x @ w_in, 0)
+    else:
+        gate = x @ np.asarray(layer.w_gate[...])
+        hidden = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * (x @ w_in)
+    np.testing.assert_allclose(layer(jnp.asarray(x), None), hidden @ w_out, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_the_gated_form_has_a_third_matrix() -> None:
+    sizes = {}
+    for activation in ("relu", "geglu"):
+        config = replace(CONFIG, activation=activation)
+        shapes = jax.eval_shape(lambda config=config: FeedForward(config, 0.0, KEY))
+        sizes[activation] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert sizes == {"relu": 2 * 16 * 32, "geglu": 3 * 16 * 32}
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_a_key() -> None:
+    x = jnp.ones((100, 100))
+    y = np.asarray(dropout(x, 0.25, KEY))
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(y.mean(), 1, atol=5 * np.sqrt(0.25 / 0.75) / 100)  # 5 standard errors
+    assert dropout(x, 0.25, None) is x
+    assert dropout(x, 0.0, KEY) is x
+    assert dropout(x.astype(jnp.bfloat16), 0.25, KEY).dtype == jnp.bfloat16
+
+
+def test_split_key_gives_nones_for_none() -> None:
+    assert split_key(None, 3) == [None, None, None]
+    assert len({str(jax.random.key_data(key)) for key in split_key(KEY, 3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_inputs", "fan_in"), [((200, 300), 1, 200), ((100, 4, 150), 1, 100), ((4, 50, 300), 2, 200)]
+)
+def test_a_kernel_is_truncated_normal_of_variance_scale_over_fan_in(
+    shape: tuple[int, ...], num_inputs: int, fan_in: int
+) -> None:
+    values = np.asarray(kernel(KEY, shape, ("embed",) * len(shape), jnp.float32, num_inputs)[...])
+    # 60000 draws: the variance's standard error is about 0.4 %.
+    np.testing.assert_allclose(values.var(), 0.1 / fan_in, rtol=0.02)
+    np.testing.assert_allclose(values.mean(), 0, atol=5 * values.std() / np.sqrt(values.size))
+    # Cut at two standard deviations of the untruncated normal, which is 1 / 0.8796 as wide.
+    assert np.abs(values).max() < 2 / 0.87 * np.sqrt(0.1 / fan_in)

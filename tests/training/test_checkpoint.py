@@ -1,0 +1,135 @@
+"""Checkpoints come back bit for bit, on any mesh; what does not fit or is damaged is named."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from switchjax.config import Config, MeshConfig, UserError
+from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import named_leaves
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.state import StatePlan, TrainState, plan_state
+from tests.training.conftest import changed
+
+
+@pytest.fixture(scope="module")
+def plan(tiny: Config) -> StatePlan:
+    return plan_state(tiny, make_mesh(tiny.mesh))
+
+
+@pytest.fixture(scope="module")
+def state(plan: StatePlan) -> TrainState:
+    return plan.create()
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Config, state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with checkpoints of steps 1, 2 and 3, of which two are kept."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(restored_at(step, state), {"position": step}, tiny)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def assert_equal(actual: object, expected: object) -> None:
+    wanted = named_leaves(expected)
+    assert list(named_leaves(actual)) == list(wanted)
+    for name, leaf in named_leaves(actual).items():
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+
+
+def test_the_newest_comes_back_bit_for_bit_and_laid_out_as_asked(
+    workdir: Path, plan: StatePlan, state: TrainState
+) -> None:
+    checkpoints = Checkpoints(workdir, keep=2)
+    assert checkpoints.steps() == [2, 3]
+    restored = checkpoints.restore_latest(plan)
+    assert restored is not None
+    assert restored[1] == {"position": 3}
+    assert int(restored[0].step) == 3
+    assert_equal(restored[0].model, state.model)
+    assert_equal(restored[0].opt_state, state.opt_state)
+    for leaf, sharding in zip(jax.tree.leaves(restored[0]), jax.tree.leaves(plan.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_another_mesh_gets_the_same_values(
+    workdir: Path, tiny: Config, state: TrainState, shape: tuple[int, int, int]
+) -> None:
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+    assert_equal(Checkpoints(workdir).restore_state(3, plan_state(tiny, mesh)), restored_at(3, state))
+
+
+def restored_at(step: int, state: TrainState) -> TrainState:
+    return TrainState(state.step + step, state.model, state.opt_state)
+
+
+def test_a_model_is_restored_without_its_optimiser(workdir: Path, plan: StatePlan, state: TrainState) -> None:
+    assert_equal(Checkpoints(workdir).restore_model(2, plan), state.model)
+
+
+def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
+    stored = Checkpoints(workdir).shapes(3)
+    assert stored["model/encoder/periods/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
+    assert stored["step"] == ()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_message(
+    workdir: Path, plan: StatePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(workdir, 3)
+    with caplog.at_level(logging.WARNING):
+        restored = Checkpoints(workdir, keep=2).restore_latest(plan)
+    assert restored is not None
+    assert int(restored[0].step) == 2
+    assert "checkpoint 3 cannot be read" in caplog.text
+
+
+def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(workdir: Path, plan: StatePlan) -> None:
+    damage(workdir, 2)
+    damage(workdir, 3)
+    with pytest.raises(UserError, match=r"none of the checkpoints \[2, 3\]"):
+        Checkpoints(workdir, keep=2).restore_latest(plan)
+
+
+def damage(workdir: Path, step: int) -> None:
+    """Cuts every data file of a checkpoint's state short."""
+    files = [path for path in (workdir / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
+    wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
+    with pytest.raises(UserError, match=r"w_in is \(1, 16, 32\) there and \(1, 16, 64\) here"):
+        Checkpoints(workdir).restore_model(3, wider)
+
+
+def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
+    gated = plan_state(changed(tiny, model={"activation": "geglu"}), make_mesh(tiny.mesh))
+    with pytest.raises(UserError, match=r"it has no .*w_gate"):
+        Checkpoints(workdir, keep=2).restore_latest(gated)
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 .* \[2, 3\]"):
+        Checkpoints(workdir).restore_model(7, plan)
+
+
+def test_reading_a_workdir_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoints in"):
+        Checkpoints(tmp_path)

@@ -1,0 +1,156 @@
+"""A run is resumed to the bit, whatever ended it, and refuses what it cannot go on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switchjax.config import Config, UserError
+from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.training import loop
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.metrics import read_metrics
+from tests.training.conftest import changed, losses
+
+
+@pytest.fixture(scope="module")
+def complete(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an undisturbed run of 6 steps."""
+    workdir = tmp_path_factory.mktemp("complete")
+    loop.train(tiny, workdir, perplexity_evaluator)
+    return workdir
+
+
+def test_a_complete_run_leaves_everything_in_its_workdir(tiny: Config, complete: Path) -> None:
+    assert Config.from_json((complete / "config.json").read_text()) == tiny
+    summary = json.loads((complete / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["evaluation"]["neg_log_perplexity"] < 0
+    assert set(summary["corpora"]) == {"tales", "yarns"}
+    assert Checkpoints(complete).steps() == [4, 6]
+    assert list(losses(complete)) == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in read_metrics(complete, "evaluate")] == [3, 6]
+
+
+def test_every_record_holds_the_metrics_that_are_promised(tiny: Config, complete: Path) -> None:
+    promised = {"loss", "load_balance_loss", "fraction_tokens_dropped", "expert_load", "router_entropy"}
+    promised |= {"router_confidence", "gradient_norm", "parameter_norm", "learning_rate", "tokens_per_second"}
+    for record in read_metrics(complete, "train"):
+        assert promised <= set(record)
+        assert np.shape(record["expert_load"]) == (2, tiny.moe.num_experts)
+        assert 0 <= record["data_wait_fraction"] <= 1
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
+    tiny: Config, complete: Path, tmp_path: Path
+) -> None:
+    loop.train(tiny, tmp_path / "again", perplexity_evaluator)
+    assert losses(tmp_path / "again") == losses(complete)
+    loop.train(changed(tiny, train={"seed": 1, "steps": 2}), tmp_path / "other", perplexity_evaluator)
+    assert losses(tmp_path / "other")[2] != losses(complete)[2]
+
+
+def test_a_longer_run_goes_on_from_the_last_checkpoint_bit_for_bit(
+    tiny: Config, complete: Path, tmp_path: Path
+) -> None:
+    loop.train(changed(tiny, train={"steps": 3}), tmp_path, perplexity_evaluator)
+    loop.train(tiny, tmp_path, perplexity_evaluator)
+    assert losses(tmp_path) == losses(complete)
+
+
+def test_a_complete_run_started_again_does_nothing_but_say_so(tiny: Config, complete: Path) -> None:
+    before = (complete / "metrics.jsonl").read_text()
+    assert loop.train(tiny, complete, perplexity_evaluator)["steps"] == 6
+    assert (complete / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused_with_the_key_that_differs(tiny: Config, complete: Path) -> None:
+    with pytest.raises(UserError, match=r"moe\.num_experts: 4 -> 8"):
+        loop.train(changed(tiny, moe={"num_experts": 8}), complete, perplexity_evaluator)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tiny: Config, tmp_path: Path) -> None:
+    # AdamW at this rate sends the parameters to 1e30 at the first step, and the loss to infinity or NaN after it.
+    wild = changed(
+        tiny,
+        optimizer={"name": "adamw", "schedule": "constant", "learning_rate": 1e30, "warmup_steps": 0},
+        train={"checkpoint_every": 1},
+    )
+    with pytest.raises(loop.NonFiniteError, match=r"step 2: not finite: loss .* parameters .*: model|step 2: .*: \w+/"):
+        loop.train(wild, tmp_path, perplexity_evaluator)
+    assert Checkpoints(tmp_path).steps() == [1]
+
+
+def test_weights_are_taken_from_another_run(tiny: Config, complete: Path, tmp_path: Path) -> None:
+    continued = changed(tiny, init_from={"workdir": str(complete)}, train={"steps": 1})
+    loop.train(continued, tmp_path, perplexity_evaluator)
+    assert losses(tmp_path)[1] < losses(complete)[1]
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        loop.train(tiny, tmp_path / "file" / "workdir", perplexity_evaluator)
+
+
+def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes]:
+    path = folder / "config.json"
+    path.write_text(config.to_json())
+    command = [sys.executable, "-m", "tests.training.small_run", str(path), str(workdir)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], workdir: Path, step: int) -> None:
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def long(tiny: Config) -> Config:
+    return changed(
+        tiny, train={"steps": 40, "checkpoint_every": 3}, evaluate={"every": 0}, mesh={"emulated_devices": 8}
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(long, folder / "run", folder)
+    assert process.wait() == 0, process.communicate()
+    return losses(folder / "run")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(
+    long: Config, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    for step in (4, 17, 29):
+        process = start(long, tmp_path / "run", tmp_path)
+        wait_for_step(process, tmp_path / "run", step)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    process = start(long, tmp_path / "run", tmp_path)
+    assert process.wait() == 0, process.communicate()
+    assert losses(tmp_path / "run") == undisturbed
+    assert len(undisturbed) == 40
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_cleanly_and_loses_nothing(
+    long: Config, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    process = start(long, tmp_path / "run", tmp_path)
+    wait_for_step(process, tmp_path / "run", 5)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 0, process.communicate()
+    reached = max(losses(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run").steps()[-1] == reached < 40
+    assert start(long, tmp_path / "run", tmp_path).wait() == 0
+    assert losses(tmp_path / "run") == undisturbed

@@ -1,0 +1,80 @@
+"""Schedules by their formulas; stacked layers optimised as if each were alone."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from switchjax.config import OptimizerConfig
+from switchjax.parallel.sharding import named_leaves
+from switchjax.parallel.stacking import stack
+from switchjax.training.optimizer import make_optimizer, make_schedule
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (99, 0.1), (100, 0.1), (400, 0.05), (10_000, 0.01)])
+def test_rsqrt_is_constant_until_the_warm_up_ends_and_falls_from_there(step: int, expected: float) -> None:
+    schedule = make_schedule(OptimizerConfig(schedule="rsqrt", learning_rate=1.0, warmup_steps=100), steps=1000)
+    assert float(schedule(jnp.array(step))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_cosine_rises_linearly_and_ends_at_zero() -> None:
+    schedule = make_schedule(OptimizerConfig(schedule="cosine", learning_rate=2.0, warmup_steps=10), steps=110)
+    values = [float(schedule(jnp.array(step))) for step in (0, 4, 9, 10, 60, 110)]
+    assert values == pytest.approx([0.2, 1.0, 2.0, 2.0, 1 + math.cos(math.pi / 2), 0.0], abs=1e-6)
+
+
+def test_constant_stays_after_the_warm_up() -> None:
+    schedule = make_schedule(OptimizerConfig(schedule="constant", learning_rate=3.0, warmup_steps=3), steps=10)
+    assert [float(schedule(jnp.array(step))) for step in (0, 2, 3, 1000)] == pytest.approx([1, 3, 3, 3])
+
+
+class Matrix(nnx.Module):
+    """One weight, large enough for Adafactor to factor its second moment."""
+
+    def __init__(self, key: jax.Array):
+        scale = jax.random.uniform(key, (), minval=0.01, maxval=10.0)
+        self.weight = nnx.Param(scale * jax.random.normal(key, (128, 130)), axes=("embed", "mlp"))
+
+
+class Layers(nnx.Module):
+    def __init__(self, key: jax.Array):
+        self.layers = stack(Matrix, jax.random.split(key, 3), "layer")
+        self.last = Matrix(key)
+
+
+def test_adafactor_treats_each_layer_of_a_stack_as_if_it_were_alone() -> None:
+    model = Layers(jax.random.key(0))
+    config = OptimizerConfig(schedule="constant", learning_rate=0.1, warmup_steps=0)
+    optimizer = make_optimizer(config, 10, model)
+    alone = optax.adafactor(0.1, decay_rate=0.8, clipping_threshold=1.0, multiply_by_parameter_scale=True)
+    parameters = named_leaves(model)
+    state = optimizer.init(parameters)
+    layers = [{"weight": parameters["layers/weight"][i]} for i in range(3)]
+    states = [alone.init(layer) for layer in layers]
+    for step in range(3):
+        gradients = {
+            name: jax.random.normal(jax.random.fold_in(jax.random.key(step), i), leaf.shape)
+            for i, (name, leaf) in enumerate(parameters.items())
+        }
+        updates, state = optimizer.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        for i in range(3):
+            update, states[i] = alone.update({"weight": gradients["layers/weight"][i]}, states[i], layers[i])
+            layers[i] = optax.apply_updates(layers[i], update)
+    for i in range(3):  # the same operations, vectorised: rounding only
+        np.testing.assert_allclose(parameters["layers/weight"][i], layers[i]["weight"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_to_its_global_norm() -> None:
+    model = Layers(jax.random.key(0))
+    config = OptimizerConfig(name="adamw", schedule="constant", warmup_steps=0, clip_norm=1e-9, learning_rate=1.0)
+    parameters = named_leaves(model)
+    gradients = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 100.0), parameters)
+    optimizer = make_optimizer(config, 10, model)
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    # Adam divides by |gradient| + 1e-8: unclipped updates would be 1, clipped gradients are far below that epsilon.
+    assert float(optax.global_norm(updates)) < 0.1 * math.sqrt(sum(leaf.size for leaf in parameters.values()))

@@ -1,0 +1,108 @@
+"""The train step: the loss by hand, and gradients that no division of the batch changes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchjax.config import Config, MeshConfig
+from switchjax.data.pipeline import TextData
+from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import named_leaves
+from switchjax.training.loop import place_batch
+from switchjax.training.state import TrainState, plan_state
+from switchjax.training.step import Metrics, token_losses, train_step
+from tests.training.conftest import changed
+
+
+def test_token_losses_by_hand() -> None:
+    logits = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], [[1.0, 2.0, 5.0], [1 / 3] * 3]], np.float32))
+    targets, mask = jnp.array([[0, 1], [2, 0]]), jnp.array([[True, True], [True, False]])
+    nll, z_loss = token_losses(jnp.asarray(logits), targets, mask)
+    assert float(nll) == pytest.approx(-np.log(0.5) - np.log(0.8) - np.log(5 / 8), rel=1e-6)
+    assert float(z_loss) == pytest.approx(np.log(8.0) ** 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny: Config) -> dict[str, np.ndarray]:
+    return next(TextData.prepare(tiny.data).train_batches())
+
+
+def take_steps(
+    config: Config, batch: dict[str, np.ndarray], count: int, devices: int = 8
+) -> tuple[TrainState, Metrics]:
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        plan = plan_state(config, mesh)
+        state = plan.create()
+        step = jax.jit(partial(train_step, config=config, optimizer=plan.optimizer))
+        for _ in range(count):
+            state, metrics = step(state, place_batch(batch, mesh))
+        return jax.device_get((state, metrics))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Config, batch: dict[str, np.ndarray]) -> tuple[TrainState, Metrics]:
+    return take_steps(tiny, batch, 3)
+
+
+def assert_same(actual: tuple[TrainState, Metrics], expected: tuple[TrainState, Metrics]) -> None:
+    """Equal to float32 rounding, which three optimiser steps at unit scale grow to a few 1e-5."""
+    for name, value in expected[1].items():
+        if name != "gradient_norms":
+            np.testing.assert_allclose(actual[1][name], value, rtol=2e-5, atol=1e-5, err_msg=name)
+    parameters = named_leaves(actual[0].model)
+    for name, leaf in named_leaves(expected[0].model).items():
+        np.testing.assert_allclose(parameters[name], leaf, rtol=1e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(expert=4, model=2)], ids=["one device", "1x4x2"])
+def test_three_steps_are_the_same_on_every_mesh(
+    tiny: Config, batch: dict[str, np.ndarray], reference: tuple[TrainState, Metrics], mesh: MeshConfig
+) -> None:
+    config = changed(tiny, mesh={"data": mesh.data, "expert": mesh.expert, "model": mesh.model})
+    assert_same(take_steps(config, batch, 3, devices=1 if mesh.expert == 1 else 8), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
+def test_micro_batches_change_nothing(tiny: Config, batch: dict[str, np.ndarray], count: int) -> None:
+    # Without noise: micro-batches draw their own.
+    quiet = changed(tiny, moe={"jitter_noise": 0.0})
+    expected = take_steps(quiet, batch, 2, devices=8)
+    devices = 8 if count == 1 else 4
+    mesh = {"data": 2, "expert": devices // 2}
+    accumulated = changed(quiet, train={"accumulation_steps": count}, mesh=mesh)
+    assert_same(take_steps(accumulated, batch, 2, devices), expected)
+
+
+def test_padding_rows_change_nothing(tiny: Config, batch: dict[str, np.ndarray]) -> None:
+    quiet = changed(tiny, moe={"jitter_noise": 0.0})
+    empty = {name: np.concatenate([rows, np.zeros_like(rows)]) for name, rows in batch.items()}
+    assert_same(take_steps(quiet, empty, 1), take_steps(quiet, batch, 1))
+
+
+def test_the_schedule_counts_optimizer_steps_and_tokens_leave_out_padding(
+    batch: dict[str, np.ndarray], reference: tuple[TrainState, Metrics]
+) -> None:
+    state, metrics = reference
+    assert state.step == 3
+    assert metrics["learning_rate"] == pytest.approx(10**-0.5)  # rsqrt, still in the warm-up of 10
+    assert metrics["tokens"] == sum(np.sum(batch[f"{stack}_segments"] > 0) for stack in ("encoder", "decoder"))
+
+
+def test_metrics_of_routing_are_there_for_each_moe_layer(tiny: Config, reference: tuple[TrainState, Metrics]) -> None:
+    metrics = reference[1]
+    assert metrics["expert_load"].shape == (2, tiny.moe.num_experts)  # one MoE layer a stack
+    np.testing.assert_allclose(metrics["expert_load"].sum(axis=1), 1, rtol=1e-6)
+    assert 0 <= metrics["fraction_tokens_dropped"] < 1
+    assert metrics["load_balance_loss"] >= 1 - 1e-3
+    assert 0 < metrics["router_entropy"] <= np.log(4) + 1e-6
+    assert all(norm > 0 for norm in metrics["gradient_norms"].values())
+
+
+def test_one_batch_is_learnt(tiny: Config, batch: dict[str, np.ndarray], reference: tuple[TrainState, Metrics]) -> None:
+    _, later = take_steps(tiny, batch, 40)
+    assert later["loss"] < reference[1]["loss"] - 1.0
