@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from switchjax.config import Config, UserError, suggest
+from switchjax.config import Config, UserError, check_key, suggest
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -42,6 +42,9 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
     path = Path(known.config.partition(":")[0])
     if not path.is_file():
         raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
+    for argument in others:
+        if argument.startswith("--config."):
+            check_key(argument.removeprefix("--config.").partition("=")[0])
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values)
     try:

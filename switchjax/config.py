@@ -135,7 +135,6 @@ class MoEConfig:
         )
         _check_positive("moe", {name: getattr(self, name) for name in sizes})
         _check_fraction("moe", {"jitter_noise": self.jitter_noise, "expert_dropout": self.expert_dropout})
-        check_choice("moe.router", self.router, ["switch"])
         check_choice("moe.dispatch", self.dispatch, ["gather", "einsum"])
         _require(
             self.num_selected_experts <= self.num_experts,
@@ -329,6 +328,15 @@ class Config:
     def to_json(self) -> str:
         """The resolved config as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def check_key(key: str) -> None:
+    """Raises a `UserError` with a suggestion unless `key` is a `section.key` of `Config`."""
+    section, _, name = key.partition(".")
+    sections = typing.get_type_hints(Config)
+    _require(section in sections, f"unknown config key '{section}'{suggest(section, sections)}")
+    names = [entry.name for entry in dataclasses.fields(sections[section])]
+    _require(name in names, f"unknown config key '{key}'{suggest(name, names)}")
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

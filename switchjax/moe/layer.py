@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from switchjax.config import MoEConfig, UserError
+from switchjax.config import MoEConfig, UserError, check_choice
 from switchjax.moe.dispatch import DISPATCHERS
 from switchjax.moe.routing import ROUTERS, Routing, jitter
 from switchjax.moe.slots import expert_capacity, tokens_per_group
@@ -46,6 +46,7 @@ class MoELayer(nnx.Module):
     def __init__(
         self, make_expert: Callable[[PRNGKeyArray], nnx.Module], d_model: int, config: MoEConfig, key: PRNGKeyArray
     ):
+        check_choice("moe.router", config.router, ROUTERS)
         router_key, expert_key = jax.random.split(key)
         self.config = config
         # float32 whatever the model's dtype: selective precision (Switch Transformer, section 2.4).

@@ -39,7 +39,8 @@ def test_buckets_are_t5s(buckets: int, most: int, bidirectional: bool) -> None:
     actual = relative_position_bucket(jnp.asarray(distances)[None], bidirectional, buckets, most)
     expected = [bucket_by_t5s_rule(int(distance), bidirectional, buckets, most) for distance in distances]
     np.testing.assert_array_equal(actual[0], expected)
-    assert set(expected) == set(range(buckets)), "a bucket is never used"
+    # Bidirectional, a distance of 0 counts as before the query, and the other half's first bucket stays empty.
+    assert set(range(buckets)) - set(expected) == ({buckets // 2} if bidirectional else set())
 
 
 def test_the_bias_of_a_pair_depends_on_its_distance_and_head() -> None:
@@ -88,8 +89,7 @@ def test_a_query_with_nothing_to_see_gives_finite_values_and_gradients() -> None
     assert np.all(np.isfinite(gradient))
 
 
-def test_bfloat16_scores_are_softmaxed_in_float32() -> None:
-    """Equal keys but for a difference that bfloat16 sums would lose: weights stay those of float32."""
+def test_bfloat16_attention_is_close_to_float32() -> None:
     attention = random_parameters(lambda: Attention(replace(CONFIG, num_heads=1, d_head=12), KEY))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 12))).astype(jnp.bfloat16)
     mask = jnp.ones((1, 1, 64, 64), bool)

@@ -1,0 +1,63 @@
+"""The scripts: `--help` at once, and bad input in one line with a non-zero exit, never a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_an_example(script: str) -> None:
+    done = run(f"scripts/{script}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python scripts/{script}" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare"])
+def test_help_starts_no_jax(script: str) -> None:
+    done = run("-X", "importtime", f"scripts/{script}.py", "--help")
+    assert done.returncode == 0
+    assert "| jax" not in done.stderr
+
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.py", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py (did you mean"),
+        (["train.py", f"{QUICKSTART}:swich"], "unknown value 'swich' (did you mean 'switch'?)"),
+        (["train.py", QUICKSTART, "--config.model.d_modell=3"], "unknown config key 'model.d_modell' (did you mean"),
+        (["train.py", QUICKSTART, "--config.modle.d_model=3"], "unknown config key 'modle' (did you mean 'model'?)"),
+        (["train.py", QUICKSTART, "--config.model.d_model=wide"], "invalid literal for int"),
+        (["train.py", QUICKSTART, "--config.moe.train_capacity_factor=0.0"], "must be positive"),
+        (["train.py", QUICKSTART, "--surprise=1"], "surprise"),
+        (["train.py", QUICKSTART, "surprise"], "unexpected argument surprise"),
+        (["train.py", QUICKSTART, "--config.mesh.expert=3"], "mesh.expert * mesh.model must divide 8"),
+        (["train.py", QUICKSTART, "--config.data.batch_size=12"], "the nearest multiples are 8 and 16"),
+        (["train.py", QUICKSTART, "--config.moe.num_experts=6"], "does not divide over mesh.expert=4"),
+        (["evaluate.py"], "cannot read"),
+        (["generate.py", "--prompt=x"], "cannot read"),
+        (["compare.py", "--baseline=nowhere"], "cannot read"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    script, *flags = arguments
+    done = run(f"scripts/{script}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
