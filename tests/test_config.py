@@ -73,7 +73,7 @@ def test_every_section_is_frozen_and_described(section: str) -> None:
         ({"model": {"pattern": "moe"}}, "model.pattern must be a tuple, got 'moe'"),
         ({"data": {"rates": [1, "2"]}}, "data.rates[1] must be of type float, got '2'"),
         ({"model": {"activation": "gelu"}}, "model.activation: unknown value 'gelu' (did you mean 'geglu'?)"),
-        ({"moe": {"router": "hash"}}, "moe.router: unknown value 'hash'"),
+        ({"moe": {"dispatch": "gathr"}}, "moe.dispatch: unknown value 'gathr' (did you mean 'gather'?)"),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_refused(values: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     """The step of a record; infinite for the half line that a kill has left."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
