@@ -15,7 +15,8 @@ from switchjax.config import Config, UserError, check_key, suggest
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("switchjax").setLevel(logging.INFO)  # other libraries' start-up is not the user's concern
+    logging.getLogger("switchjax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's remarks on its own start-up
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -5,6 +5,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+pytest_plugins = ("tests.stories", "tests.tiny")
+
 # Before anything imports these packages or starts JAX.
 install_import_hook(
     [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference")], "beartype.beartype"

@@ -10,7 +10,7 @@ from switchjax.analysis.parameters import count_parameters
 from switchjax.config import Config, UserError
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training.loop import train
-from tests.training.conftest import losses
+from tests.tiny import losses
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
 

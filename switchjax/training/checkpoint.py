@@ -28,7 +28,12 @@ class Checkpoints:
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
         """Starts writing; the state may be donated as soon as this returns.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,12 +38,8 @@ FIXED_SECTIONS = ("model", "moe", "data", "optimizer")
 _VOCABULARY = "vocabulary.model"
 
 Evaluator = Callable[[EncoderDecoder], dict[str, float]]
-
-
-class MakeEvaluator(Protocol):
-    """Prepares the held-out evaluation of a run."""
-
-    def __call__(self, config: Config, data: TextData, mesh: Mesh) -> Evaluator: ...
+MakeEvaluator = Callable[[Config, TextData, Mesh], Evaluator]
+"""Prepares the held-out evaluation of a run."""
 
 
 class NonFiniteError(UserError):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from switchjax.config import Config
 from switchjax.models.encoder_decoder import EncoderDecoder, build
@@ -18,9 +17,13 @@ from switchjax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Steps taken, parameters and the optimiser's state; random keys follow from the seed and `step`."""
+    """Steps taken, parameters and the optimiser's state; random keys follow from the seed and `step`.
 
-    step: Int[Array, ""]
+    A `StatePlan` has the same tree with shapes or shardings in place of the arrays, hence no narrower type of `step`.
+    """
+
+    step: Any
+    """`Int[Array, ""]`."""
     model: EncoderDecoder
     opt_state: Any
 
@@ -31,10 +34,8 @@ class StatePlan:
 
     config: Config
     optimizer: optax.GradientTransformation
-    shapes: Any
-    """A `TrainState` of `jax.ShapeDtypeStruct`."""
-    shardings: Any
-    """A `TrainState` of `NamedSharding`."""
+    shapes: TrainState
+    shardings: TrainState
 
     def create(self) -> TrainState:
         """A fresh state, each device making its own shards: no parameter is ever whole on one device."""
@@ -54,15 +55,10 @@ def plan_state(config: Config, mesh: Mesh) -> StatePlan:
     return StatePlan(
         config,
         optimizer,
-        shapes=_state_of(step, model, opt_state),
-        shardings=_state_of(
+        shapes=TrainState(step, model, opt_state),
+        shardings=TrainState(
             NamedSharding(mesh, PartitionSpec()),
             parameter_shardings(model, mesh),
             optimizer_shardings(opt_state, model, mesh),
         ),
     )
-
-
-def _state_of(step: Any, model: Any, opt_state: Any) -> Any:
-    """A state's tree around something other than arrays."""
-    return TrainState(step, model, opt_state)

@@ -13,7 +13,7 @@ from switchjax.data.datasets import Dataset
 from switchjax.data.directory import exclusive
 from switchjax.data.pipeline import TextData
 from switchjax.data.splits import SPLITS
-from tests.data.conftest import small_source, story
+from tests.stories import small_source, story
 
 
 def test_prepared_splits_are_disjoint(prepared: dict[str, Dataset]) -> None:
@@ -96,7 +96,7 @@ def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path) -> N
 def test_tensorflow_is_never_imported(config: DataConfig, data: TextData) -> None:
     script = (
         "from switchjax.config import DataConfig; from switchjax.data.pipeline import TextData\n"
-        "from switchjax.data import sources; from tests.data.conftest import small_source\n"
+        "from switchjax.data import sources; from tests.stories import small_source\n"
         "sources.SOURCES.update(tales=small_source('tales', 0))\n"
         f"config = DataConfig(corpora=('tales',), directory={config.directory!r}, vocabulary_size=330)\n"
         "data = TextData.prepare(config)\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from switchjax.config import UserError
 from switchjax.data.pipeline import TextData
 from switchjax.data.vocabulary import EOS, PAD, UNK, Vocabulary, sample_texts, train_vocabulary
-from tests.data.conftest import story
+from tests.stories import story
 
 TEXTS = [story(seed) for seed in range(60)]
 

@@ -13,9 +13,7 @@ from switchjax.inference.evaluation import evaluate_workdir, load_model, perplex
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import TrainState, plan_state
-from tests.training.conftest import changed, config, data_config, sources, tiny
-
-__all__ = ["config", "data_config", "sources", "tiny"]
+from tests.tiny import changed
 
 
 @pytest.fixture(scope="module")

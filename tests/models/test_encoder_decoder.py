@@ -1,7 +1,5 @@
 """The whole model on one device: who sees whom, and forms of the same computation that agree."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,16 +47,18 @@ def test_the_future_moves_no_logit() -> None:
 def test_tokens_of_padding_may_be_anything() -> None:
     model, batch = make_model(), make_batch()
     other = {name: values if "segments" in name else np.where(values == 0, 9, values) for name, values in batch.items()}
-    loss, gradients = loss_and_gradients(model, batch, KEY)
-    other_loss, other_gradients = loss_and_gradients(model, other, KEY)
+    loss, gradients = loss_and_gradients(model, batch, None)
+    other_loss, other_gradients = loss_and_gradients(model, other, None)
     assert loss == other_loss
     assert_close(other_gradients, gradients)
 
 
 def test_evaluation_is_deterministic_and_training_follows_its_key() -> None:
-    config = changed(dropout=0.3)
+    config = changed(dropout=0.3, pattern=("dense",), num_encoder_layers=1, num_decoder_layers=1)
     model, batch = make_model(config), make_batch(config)
-    np.testing.assert_array_equal(forward(model, batch, None), forward(make_model(TINY), batch, None))
+    np.testing.assert_array_equal(
+        forward(model, batch, None), forward(make_model(changed(config, dropout=0.0)), batch, None)
+    )
     trained = forward(model, batch, KEY)
     np.testing.assert_array_equal(forward(model, batch, KEY), trained)
     assert not np.allclose(forward(model, batch, jax.random.key(6)), trained)
@@ -68,22 +68,30 @@ def test_evaluation_is_deterministic_and_training_follows_its_key() -> None:
     "form",
     [
         {"scan_layers": False},
-        {"remat": "full"},
         {"remat": "exchange"},
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         pytest.param({"remat": "full", "scan_layers": False}, marks=pytest.mark.slow),
         pytest.param({"dispatch": "einsum"}, marks=pytest.mark.slow),
     ],
 )
 def test_loops_remat_and_dispatch_change_neither_loss_nor_gradients(form: dict[str, object]) -> None:
-    config = changed(dropout=0.1)
+    config = changed(pattern=("moe",))  # two periods a stack
     batch = make_batch(config)
-    expected = loss_and_gradients(make_model(config), batch, KEY)
-    assert_close(loss_and_gradients(make_model(changed(config, **form)), batch, KEY), expected)
+    expected = loss_and_gradients(make_model(config), batch, None)
+    assert_close(loss_and_gradients(make_model(changed(config, **form)), batch, None), expected)
+
+
+@pytest.mark.slow
+def test_remat_repeats_the_same_noise() -> None:
+    config = changed(pattern=("moe",), dropout=0.1, remat="full")
+    batch = make_batch(config)
+    expected = loss_and_gradients(make_model(changed(config, remat="none")), batch, KEY)
+    assert_close(loss_and_gradients(make_model(config), batch, KEY), expected)
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    _, gradients = loss_and_gradients(make_model(), make_batch(), KEY)
+    _, gradients = loss_and_gradients(make_model(), make_batch(), None)
     without = [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(gradients) if not np.any(leaf)]
     assert without == []
 
@@ -93,8 +101,8 @@ def test_routing_sums_name_the_stacks_and_count_their_tokens() -> None:
     sums = jax.jit(lambda model, batch: model(batch, None)[1])(make_model(), batch)
     assert sums.keys() == {"encoder", "decoder"}
     for stack, tokens in routed_tokens({name: jnp.asarray(values) for name, values in batch.items()}).items():
-        np.testing.assert_array_equal(sums[stack]["tokens"], [tokens, tokens])  # 2 MoE layers in 4
-        assert sums[stack]["expert_load"].shape == (2, TINY.moe.num_experts)
+        np.testing.assert_array_equal(sums[stack]["tokens"], [tokens])  # one MoE layer in 2
+        assert sums[stack]["expert_load"].shape == (1, TINY.moe.num_experts)
 
 
 def test_a_dense_model_has_no_routing_sums() -> None:
@@ -106,7 +114,7 @@ def test_a_dense_model_has_no_routing_sums() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_the_decoders_output_times_the_embedding_or_a_matrix_of_their_own(tied: bool) -> None:
     """Doubling the output matrix doubles the logits; with tied embeddings that matrix is the tokens' own."""
-    config = changed(tie_embeddings=tied, num_encoder_layers=2, num_decoder_layers=2)
+    config = changed(tie_embeddings=tied)
     model, batch = make_model(config), make_batch(config)
     logits = np.asarray(forward(model, batch, None))
     if tied:
@@ -123,27 +131,26 @@ def test_logits_are_the_decoders_output_times_the_embedding_or_a_matrix_of_their
 
 
 def test_a_bfloat16_model_is_close_to_the_float32_one() -> None:
-    config = changed(**DROPLESS, num_encoder_layers=2, num_decoder_layers=2)
+    config = changed(**DROPLESS)
     batch, low = make_batch(config), changed(config, dtype="bfloat16")
     logits = forward(make_model(low), batch, None)
     assert logits.dtype == jnp.bfloat16
-    loss, gradients = loss_and_gradients(make_model(low), batch, KEY)
+    loss, gradients = loss_and_gradients(make_model(low), batch, None)
     assert all(leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
-    # 4 layers, each a few roundings of 2^-9; a token whose two best experts are near each other may change its mind.
-    np.testing.assert_allclose(loss, loss_and_gradients(make_model(config), batch, KEY)[0], rtol=0.02)
+    # 2 layers a stack, each a few roundings of 2^-9; a token whose two best experts are near each other may change its mind.
+    np.testing.assert_allclose(loss, loss_and_gradients(make_model(config), batch, None)[0], rtol=0.02)
 
 
 @pytest.mark.slow
 def test_bfloat16_parameters_have_bfloat16_gradients_and_a_float32_router() -> None:
-    config = changed(dtype="bfloat16", param_dtype="bfloat16", num_encoder_layers=2, num_decoder_layers=2)
-    _, gradients = loss_and_gradients(make_model(config), make_batch(config), KEY)
+    config = changed(dtype="bfloat16", param_dtype="bfloat16")
+    _, gradients = loss_and_gradients(make_model(config), make_batch(config), None)
     for path, leaf in jax.tree.leaves_with_path(gradients):
         name = jax.tree_util.keystr(path)
         assert leaf.dtype == (jnp.float32 if ".router" in name else jnp.bfloat16), name
 
 
 def test_a_row_does_not_depend_on_the_rows_of_other_groups() -> None:
-    config = replace(TINY, moe=replace(TINY.moe, group_size=8))  # groups of one decoder row and half an encoder row
-    model, batch = make_model(config), make_batch(config)
+    model, batch = make_model(), make_batch()  # groups of one decoder row and half an encoder row
     other = {name: np.concatenate([values[:4], values[:4]]) for name, values in batch.items()}
     np.testing.assert_array_equal(forward(model, other, None)[:4], forward(model, batch, None)[:4])

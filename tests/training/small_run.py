@@ -9,7 +9,7 @@ from switchjax.data.sources import SOURCES
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.parallel.mesh import emulate_devices
 from switchjax.training.loop import train
-from tests.data.conftest import small_source
+from tests.stories import small_source
 
 
 def main(config_path: str, workdir: str) -> None:

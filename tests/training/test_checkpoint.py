@@ -14,7 +14,7 @@ from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import StatePlan, TrainState, plan_state
-from tests.training.conftest import changed
+from tests.tiny import changed
 
 
 @pytest.fixture(scope="module")

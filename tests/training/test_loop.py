@@ -16,7 +16,7 @@ from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.metrics import read_metrics
-from tests.training.conftest import changed, losses
+from tests.tiny import changed, losses
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from switchjax.parallel.sharding import named_leaves
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, token_losses, train_step
-from tests.training.conftest import changed
+from tests.tiny import changed
 
 
 def test_token_losses_by_hand() -> None:

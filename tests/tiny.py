@@ -15,14 +15,10 @@ from switchjax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from tests.data.conftest import config as data_config
-from tests.data.conftest import sources
-
-__all__ = ["data_config", "sources"]
 
 
 @pytest.fixture(scope="session")
-def tiny(config: DataConfig) -> Config:
+def tiny(data_config: DataConfig) -> Config:
     return Config(
         model=ModelConfig(
             vocab_size=352,
@@ -35,7 +31,7 @@ def tiny(config: DataConfig) -> Config:
         ),
         moe=MoEConfig(num_experts=4, group_size=96),
         mesh=MeshConfig(data=2, expert=4),
-        data=dataclasses.replace(config, batch_size=24),
+        data=dataclasses.replace(data_config, batch_size=24),
         optimizer=OptimizerConfig(warmup_steps=10),
         train=TrainConfig(steps=6, log_every=1, checkpoint_every=2, keep_checkpoints=2),
         evaluate=EvaluateConfig(every=3, batches=1),
