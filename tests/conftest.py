@@ -15,12 +15,14 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # As `emulate_devices` has it: programs in flight at once can wait for each other's threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Compiling takes longer than running what is compiled.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiling takes longer than running: workers and runs share what they compile, in pytest's cache folder."""
+    """Workers and runs share what they compile, in pytest's cache folder."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
