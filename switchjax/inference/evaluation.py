@@ -1,7 +1,5 @@
 """Negative log perplexity on held-out text, corpus by corpus."""
 
-from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 
 import jax
@@ -12,6 +10,7 @@ from jax.sharding import Mesh
 from switchjax.config import Config, UserError
 from switchjax.data.pipeline import TextData
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder
+from switchjax.parallel.mesh import one_at_a_time
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.state import plan_state
@@ -38,8 +37,11 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
     step = jax.jit(_sums)
 
     def evaluator(model: EncoderDecoder) -> dict[str, float]:
-        totals = {corpus: _add(step(model, batch) for batch in rows) for corpus, rows in batches.items()}
-        return _results(jax.device_get(totals))
+        totals = {}
+        for corpus, rows in batches.items():
+            sums = [one_at_a_time(step(model, batch)) for batch in rows]
+            totals[corpus] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
+        return _results(totals)
 
     return evaluator
 
@@ -81,10 +83,6 @@ def _sums(model: EncoderDecoder, batch: Batch) -> Metrics:
         "routed": sum(jnp.sum(sums["routed"]) for sums in routing.values()),
         "dispatched": sum(jnp.sum(sums["dispatched"]) for sums in routing.values()),
     }
-
-
-def _add(batches: Iterable[Metrics]) -> Metrics:
-    return reduce(lambda total, sums: jax.tree.map(jnp.add, total, sums), batches)
 
 
 def _results(totals: dict[str, Metrics]) -> dict[str, float]:

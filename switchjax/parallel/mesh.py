@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from switchjax.config import Config, MeshConfig, UserError
 DATA, EXPERT, MODEL = "data", "expert", "model"
 AXES = (DATA, EXPERT, MODEL)
 
+Tree = TypeVar("Tree")
+
 
 def emulate_devices(config: MeshConfig) -> None:
     """Makes the CPU look like `config.emulated_devices` devices; to be called before JAX is first used.
@@ -21,8 +24,6 @@ def emulate_devices(config: MeshConfig) -> None:
     """
     if not config.emulated_devices:
         return
-    # Several programs in flight can take the threads that each other's collectives wait for: a deadlock.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.config.update("jax_num_cpu_devices", config.emulated_devices)
     except RuntimeError:  # JAX has started: fine as long as it has the devices
@@ -31,6 +32,15 @@ def emulate_devices(config: MeshConfig) -> None:
                 f"mesh.emulated_devices={config.emulated_devices}, but JAX has already started "
                 f"with {jax.device_count()} devices"
             ) from None
+
+
+def one_at_a_time(results: Tree) -> Tree:
+    """`results`, waited for where devices are emulated.
+
+    Programs in flight together there can take the threads that each other's collectives wait for: a deadlock. Real
+    devices run their programs in order, and waiting would only leave them idle.
+    """
+    return jax.block_until_ready(results) if jax.default_backend() == "cpu" else results
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

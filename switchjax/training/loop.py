@@ -23,7 +23,7 @@ from switchjax.config import Config, UserError, first_difference, load_workdir_c
 from switchjax.data.pipeline import TextData
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder
-from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
@@ -99,7 +99,7 @@ class _Run:
         started = time.perf_counter()
         batch = next(self.batches)
         self.clock.waited += time.perf_counter() - started
-        self.state, metrics = self.compiled(self.state, place_batch(batch, self.mesh))
+        self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
         self.step += 1
         self.pending.append((self.step, metrics))
 
@@ -262,7 +262,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def _check_finite(step: int, values: Metrics, gradient_norms: dict[str, float]) -> None:
+def _check_finite(step: int, values: Metrics, gradient_norms: Metrics) -> None:
     if np.isfinite(values["total_loss"]) and np.isfinite(values["gradient_norm"]):
         return
     bad = [name for name, norm in gradient_norms.items() if not np.isfinite(norm)]

@@ -22,8 +22,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     else:
         decay = optax.constant_schedule(peak)
-    # Step 0 is the first of the warm-up's equal increments, or it would change nothing.
-    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), decay], [warmup])
+    # Step 0 takes the first of the warm-up's equal increments: at a rate of 0 it would change nothing.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
@@ -48,9 +49,21 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: nnx.Module) -> op
             ),
             model,
         )
-    if not config.clip_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return _with_promotion(optimizer)
+
+
+def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """optax counts in integers and divides by them, which JAX allows unless told to be strict."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:

@@ -46,7 +46,7 @@ def train_step(
         The next state, and metrics: scalars, `expert_load` [MoE layers, E], and `gradient_norms`, one a parameter.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0), 1)
+    targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0, dtype=jnp.float32), 1)
     routed = routed_tokens(batch)
 
     def contribution(model: EncoderDecoder, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, UserError
-from switchjax.data.vocabulary import EOS, PAD
+from switchjax.data.vocabulary import EOS, PAD, Vocabulary
 from switchjax.inference.decoding import _insert, fill_in, greedy_decode
 from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.parallel.sharding import named_leaves, with_leaves
 
 CONFIG = Config(
     model=ModelConfig(
@@ -47,16 +48,17 @@ def test_greedy_decoding_equals_one_token_at_a_time(model: EncoderDecoder) -> No
 
 
 def test_decoding_stops_at_eos(model: EncoderDecoder) -> None:
-    vectors = model.embedding.vectors[...].at[EOS].set(100 * jnp.ones(16))  # now EOS wins or loses by far
-    flattened, structure = jax.tree.flatten(model)
-    always_ends = jax.tree.unflatten(structure, [vectors if leaf.shape == (32, 16) else leaf for leaf in flattened])
-    tokens = jax.random.randint(jax.random.key(2), (8, 8), 3, 32)
-    output = np.asarray(greedy_decode(always_ends, tokens, jnp.ones_like(tokens), 8))
-    for row in output:
-        ends = np.flatnonzero(row == EOS)
-        if len(ends):
-            assert (row[ends[0] + 1 :] == PAD).all()
-    assert (output == EOS).any()
+    # Every vector but that of EOS is 0, and EOS' is large: it wins the argmax from where its logit is positive.
+    vectors = jnp.zeros((32, 16)).at[EOS].set(10 * model.embedding.vectors[...][EOS])
+    vectors = vectors.at[PAD].set(model.embedding.vectors[...][PAD])
+    ending = with_leaves(model, named_leaves(model) | {"embedding/vectors": vectors})
+    tokens = jax.random.randint(jax.random.key(2), (3, 8), 3, 32)
+    segments = jnp.ones_like(tokens)
+    output = np.asarray(greedy_decode(ending, tokens, segments, 8))
+    np.testing.assert_array_equal(output, naive(ending, tokens, segments, 8))
+    ended = np.cumsum(output == EOS, axis=1) > 0
+    assert ended.any()
+    assert (output[ended] != EOS).sum() == (output[:, 1:][ended[:, :-1]] == PAD).sum()
 
 
 def test_the_answer_goes_back_into_the_passage() -> None:
@@ -65,8 +67,11 @@ def test_the_answer_goes_back_into_the_passage() -> None:
     assert _insert(passage, answer) == "In the [beginning] God created the [heaven and the earth]. And []"
 
 
-class Words:
-    """Stands in for a vocabulary: one id a word."""
+class Words(Vocabulary):
+    """One id a word."""
+
+    def __init__(self) -> None:
+        """Without a model."""
 
     def encode(self, text: str) -> list[int]:
         return [3] * len(text.split())

@@ -9,7 +9,7 @@ import pytest
 
 from switchjax.config import Config, MeshConfig
 from switchjax.data.pipeline import TextData
-from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.mesh import make_mesh, one_at_a_time
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
@@ -39,7 +39,7 @@ def take_steps(
         state = plan.create()
         step = jax.jit(partial(train_step, config=config, optimizer=plan.optimizer))
         for _ in range(count):
-            state, metrics = step(state, place_batch(batch, mesh))
+            state, metrics = one_at_a_time(step(state, place_batch(batch, mesh)))
         return jax.device_get((state, metrics))
 
 
