@@ -142,7 +142,7 @@ def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: 
     ("values", "message"),
     [
         ({"data": {"batch_size": 10}, "train": {"accumulation_steps": 4}}, "data.batch_size=10 is not a multiple"),
-        ({"model": {"vocab_size": 2000}}, "model.vocab_size=2000 does not hold"),
+        ({"model": {"vocab_size": 2000}}, "model.vocab_size=2000 holds less"),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:

@@ -40,13 +40,14 @@ def test_appended_rows_of_padding_change_nothing(dispatch: str, key: jax.Array |
     padded = np.concatenate([mask, np.zeros_like(mask)])
     (_, (y, sums)), (gradient, dx) = run_with_gradients(layer, x, mask, key)
     (_, (padded_y, padded_sums)), (padded_gradient, padded_dx) = run_with_gradients(layer, more, padded, key)
-    np.testing.assert_array_equal(padded_y[:8], y)
+    for name in ("tokens", "routed", "dispatched", "expert_load"):
+        np.testing.assert_array_equal(padded_sums[name], sums[name])
     np.testing.assert_array_equal(padded_y[8:], 0)
-    np.testing.assert_array_equal(padded_dx[:8], dx)
     np.testing.assert_array_equal(padded_dx[8:], 0)
-    jax.tree.map(np.testing.assert_array_equal, dict(padded_sums), dict(sums))
-    # Sums over tokens in blocks of another size.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), padded_gradient, gradient)
+    # Programs of other sizes may sum in another order: a few units in the last place of float32. What padding holds
+    # is without effect to the last bit, below.
+    actual, expected = (padded_y[:8], padded_dx[:8], padded_sums, padded_gradient), (y, dx, sums, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
 
 
 def test_padded_tokens_may_hold_anything() -> None:
