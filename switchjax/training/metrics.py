@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Progress:
     """A bar with loss, tokens a second and the time left."""
 
     def __init__(self, first: int, last: int):
-        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
+        # In a log file, where a bar cannot be drawn over, a line now and then.
+        interval = 0.1 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval)
 
     def update(self, step: int, shown: Mapping[str, str] | None = None) -> None:
         """Moves the bar to `step`; `shown` are values beside it."""

@@ -43,7 +43,7 @@ def train_step(
         optimizer: the one whose state `state` holds.
 
     Returns:
-        The next state, and metrics: scalars, `expert_load` [MoE layers, E], and `gradient_norms`, one a parameter.
+        The next state, and metrics: scalars, `expert_load` [MoE layers, E] (encoder first), and `gradient_norms`, one a parameter.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0, dtype=jnp.float32), 1)
@@ -63,10 +63,10 @@ def train_step(
     norms = {name: jnp.linalg.norm(leaf.astype(jnp.float32).reshape(-1)) for name, leaf in gradients.items()}
     metrics = {
         **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},
-        **routing_metrics(sums["routing"]),
+        **routing_metrics([sums["routing"][stack] for stack in routed if stack in sums["routing"]]),
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
         "gradient_norm": jnp.sqrt(sum(jnp.square(norm) for norm in norms.values())),
-        "parameter_norm": optax.global_norm(parameters),
+        "parameter_norm": optax.tree.norm(parameters),
         "tokens": sum(routed.values()),
         "gradient_norms": norms,
     }
@@ -108,10 +108,10 @@ def _accumulate(
     return total
 
 
-def routing_metrics(routing: dict[str, RoutingSums]) -> Metrics:
-    """Means over MoE layers, and `expert_load` of each layer [layers, E], encoder first; empty for a dense model."""
-    if not routing:
+def routing_metrics(stacks: list[RoutingSums]) -> Metrics:
+    """Means over the MoE layers of all stacks, and `expert_load` of each layer [layers, E]; empty for a dense model."""
+    if not stacks:
         return {}
-    stacks = [summarize(sums) for sums in routing.values()]
-    layers = {name: jnp.concatenate([stack[name] for stack in stacks]) for name in stacks[0]}
+    summaries = [summarize(sums) for sums in stacks]
+    layers = {name: jnp.concatenate([summary[name] for summary in summaries]) for name in summaries[0]}
     return {name: values if name == "expert_load" else jnp.mean(values) for name, values in layers.items()}

@@ -77,4 +77,4 @@ def test_the_gradient_is_clipped_to_its_global_norm() -> None:
     optimizer = make_optimizer(config, 10, model)
     updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
     # Adam divides by |gradient| + 1e-8: unclipped updates would be 1, clipped gradients are far below that epsilon.
-    assert float(optax.global_norm(updates)) < 0.1 * math.sqrt(sum(leaf.size for leaf in parameters.values()))
+    assert float(optax.tree.norm(updates)) < 0.1 * math.sqrt(sum(leaf.size for leaf in parameters.values()))
