@@ -147,6 +147,23 @@ class MoEConfig:
         for name in ("load_balance_loss_weight", "router_z_loss_weight"):
             _require(getattr(self, name) >= 0, f"moe.{name} must not be negative, got {getattr(self, name)}")
 
+    def tokens_per_group(self, rows: int, length: int) -> int:
+        """S, the tokens of a group when `rows` x `length` tokens are divided into groups of at most `group_size`.
+
+        Rows shorter than that are grouped whole, as many as fit and divide `rows`; a longer row is divided evenly. The
+        mesh plays no part, so a model computes the same on every mesh.
+
+        Raises:
+            UserError: if `group_size` does not divide a longer row.
+        """
+        if self.group_size >= length:
+            return length * max(n for n in range(1, self.group_size // length + 1) if rows % n == 0)
+        _require(
+            length % self.group_size == 0,
+            f"moe.group_size={self.group_size} neither divides a row of {length} tokens nor holds one",
+        )
+        return self.group_size
+
 
 @dataclass(frozen=True)
 class MeshConfig:

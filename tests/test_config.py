@@ -214,3 +214,24 @@ def test_suggestions_name_the_closest_or_all() -> None:
 def test_the_defaults_are_switch_base() -> None:
     assert ModelConfig().pattern == ("dense", "moe")
     assert (MoEConfig().train_capacity_factor, MoEConfig().eval_capacity_factor) == (1.25, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "rows", "length", "size"),
+    [
+        (512, 8, 512, 512),  # a row is a group
+        (512, 8, 114, 456),  # 4 whole rows
+        (512, 6, 114, 342),  # 4 would not divide 6 rows, 3 do
+        (512, 7, 114, 114),  # no more than one divides 7
+        (512, 2, 114, 228),  # all rows there are
+        (128, 8, 512, 128),  # a part of a row
+    ],
+)
+def test_a_group_is_whole_rows_or_an_even_part_of_one(group_size: int, rows: int, length: int, size: int) -> None:
+    assert MoEConfig(group_size=group_size).tokens_per_group(rows, length) == size
+    assert rows * length % size == 0
+
+
+def test_a_group_that_cuts_rows_unevenly_is_refused() -> None:
+    with pytest.raises(UserError, match=r"group_size=100 neither divides a row of 512 tokens nor holds one"):
+        MoEConfig(group_size=100).tokens_per_group(8, 512)

@@ -46,7 +46,10 @@ def _flat_indices(routing: Routing) -> tuple[Int[Array, "E G C"], Int[Array, "G 
 
 
 def dispatch_by_einsum(x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "E G C D"]:
-    """`dispatch_by_gather` as the papers write it, by a one-hot mask (G, E, C, S)."""
+    """`dispatch_by_gather` as the papers write it, by a one-hot mask (G, E, C, S).
+
+    A token that is not finite spreads to all slots of its group, 0 times infinity being NaN; the gather keeps it apart.
+    """
     return jnp.einsum("gecs,gsd->egcd", _dispatch_mask(x, routing), x)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from switchjax.config import MoEConfig, UserError, check_choice
 from switchjax.moe.dispatch import DISPATCHERS
 from switchjax.moe.routing import ROUTERS, Routing, jitter
-from switchjax.moe.slots import expert_capacity, tokens_per_group
+from switchjax.moe.slots import expert_capacity
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack
@@ -33,7 +33,8 @@ RoutingSums = dict[str, Float[Array, "..."]]
 class MoELayer(nnx.Module):
     """E experts behind a router and buffers of `expert_capacity` slots an expert and group.
 
-    The outcome for a token depends on the tokens before it in its group, as those may fill its expert's buffer.
+    The outcome for a token depends on the tokens before it in its group, as those may fill its expert's buffer. All
+    noise is the same on every mesh, but for expert dropout where `model` > 1: each slice of d_ff draws its own.
 
     Args:
         make_expert: makes one expert from a key: a module from [N, D] to [N, D], called as `expert(x, key)` where the
@@ -60,14 +61,14 @@ class MoELayer(nnx.Module):
         """Applies to each token the experts that it is routed to; zeros where it found no slot.
 
         Args:
-            x: tokens; a group is some whole rows, or an even part of one (`tokens_per_group`).
+            x: tokens; a group is some whole rows, or an even part of one (`MoEConfig.tokens_per_group`).
             token_mask: False for padding.
             key: for jitter and expert dropout; None in evaluation, which also takes the evaluation's capacity.
 
         Raises:
             UserError: if rows do not divide into groups, or groups not over the mesh.
         """
-        size = tokens_per_group(self.config.group_size, x.shape[0], x.shape[1])
+        size = self.config.tokens_per_group(x.shape[0], x.shape[1])
         groups = x.reshape(-1, size, x.shape[-1])
         mask = token_mask.reshape(-1, size)
         apply = self._apply_local if jax.sharding.get_abstract_mesh().empty else self._apply_over_mesh

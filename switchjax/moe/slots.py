@@ -7,22 +7,6 @@ from jaxtyping import Array, Bool, Int
 from switchjax.config import UserError
 
 
-def tokens_per_group(group_size: int, rows: int, length: int) -> int:
-    """S, the tokens of a group when `rows` x `length` tokens are divided into groups of at most `group_size`.
-
-    Rows shorter than that are grouped whole, as many as fit and divide `rows`; a longer row is divided evenly. The mesh
-    plays no part, so a model computes the same on every mesh.
-
-    Raises:
-        UserError: if `group_size` does not divide a longer row.
-    """
-    if group_size < length:
-        if length % group_size:
-            raise UserError(f"moe.group_size={group_size} neither divides a row of {length} tokens nor holds one")
-        return group_size
-    return length * max(n for n in range(1, group_size // length + 1) if rows % n == 0)
-
-
 def expert_capacity(
     group_size: int, num_experts: int, num_selected_experts: int, capacity_factor: float, min_expert_capacity: int
 ) -> int:

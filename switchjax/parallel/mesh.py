@@ -100,17 +100,12 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"sizes that fit are {_divisors(moe.num_experts, mesh.size)}"
         )
     for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
-        # As `switchjax.moe.slots.tokens_per_group` divides rows.
-        whole_rows = max((n for n in range(1, moe.group_size // length + 1) if rows % n == 0), default=0)
-        shard_rows = rows // shards
-        if whole_rows and shard_rows % whole_rows:
+        tokens = moe.tokens_per_group(rows, length)
+        if rows * length // tokens % shards:
+            shard_rows, group_rows = rows // shards, tokens // length
             raise UserError(
-                f"groups of moe.group_size={moe.group_size} tokens hold {whole_rows} {key} rows, which do not divide "
-                f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, whole_rows) * length} would"
-            )
-        if whole_rows == 0 and length % moe.group_size:
-            raise UserError(
-                f"moe.group_size={moe.group_size} neither divides data.{key}_length={length} nor holds such a row"
+                f"groups of moe.group_size={moe.group_size} tokens hold {group_rows} {key} rows, which do not divide "
+                f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, group_rows) * length} would"
             )
 
 

@@ -43,7 +43,8 @@ def train_step(
         optimizer: the one whose state `state` holds.
 
     Returns:
-        The next state, and metrics: scalars, `expert_load` [MoE layers, E] (encoder first), and `gradient_norms`, one a parameter.
+        The next state, and metrics: scalars, `expert_load` [MoE layers, E] with the encoder's layers first, and
+        `gradient_norms` by the names of parameters.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0, dtype=jnp.float32), 1)

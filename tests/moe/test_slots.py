@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchjax.config import UserError
-from switchjax.moe.slots import expert_capacity, fill_slots, tokens_per_group
+from switchjax.moe.slots import expert_capacity, fill_slots
 from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_choices
 
 # One compilation a case; hypothesis then varies the values only.
@@ -43,27 +43,6 @@ def test_expert_capacity_is_the_papers_formula(arguments: tuple[int, int, int, f
 def test_a_capacity_of_nothing_is_refused(factor: float, minimum: int) -> None:
     with pytest.raises(UserError, match="capacity"):
         expert_capacity(512, 8, 1, factor, minimum)
-
-
-@pytest.mark.parametrize(
-    ("group_size", "rows", "length", "size"),
-    [
-        (512, 8, 512, 512),  # a row is a group
-        (512, 8, 114, 456),  # 4 whole rows
-        (512, 6, 114, 342),  # 4 would not divide 6 rows, 3 do
-        (512, 7, 114, 114),  # no more than one divides 7
-        (512, 2, 114, 228),  # all rows there are
-        (128, 8, 512, 128),  # a part of a row
-    ],
-)
-def test_a_group_is_whole_rows_or_an_even_part_of_one(group_size: int, rows: int, length: int, size: int) -> None:
-    assert tokens_per_group(group_size, rows, length) == size
-    assert rows * length % size == 0
-
-
-def test_a_group_that_cuts_rows_unevenly_is_refused() -> None:
-    with pytest.raises(UserError, match=r"group_size=100 neither divides a row of 512 tokens nor holds one"):
-        tokens_per_group(100, 8, 512)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig, UserError
-from switchjax.moe.slots import tokens_per_group
 from switchjax.parallel.mesh import AXES, check_fit, emulate_devices, make_mesh
 
 FITTING = Config(
@@ -71,7 +70,7 @@ def test_a_config_that_fits_is_let_through(shape: tuple[int, int, int]) -> None:
         ("model", {"d_ff": 90}, (2, 1, 4), r"model.d_ff=90 .* mesh.model=4: sizes that fit are 1, 2$"),
         ("model", {"vocab_size": 4098}, (2, 1, 4), r"model.vocab_size=4098 .* multiples are 4096 and 4100"),
         ("moe", {"num_experts": 12}, (1, 8, 1), r"moe.num_experts=12 .* mesh.expert=8: sizes that fit are 1, 2, 4$"),
-        ("moe", {"group_size": 100}, (8, 1, 1), r"moe.group_size=100 neither divides data.encoder_length=512"),
+        ("moe", {"group_size": 100}, (8, 1, 1), r"moe.group_size=100 neither divides a row of 512 tokens"),
         ("moe", {"group_size": 4096}, (8, 1, 1), r"hold 8 encoder rows, .* the 4 rows of a shard: moe.group_size=2048"),
         ("data", {"batch_size": 24}, (8, 1, 1), r"hold 4 decoder rows, .* the 3 rows of a shard: moe.group_size=128"),
     ],
@@ -97,7 +96,7 @@ def test_groups_are_let_through_exactly_if_the_layer_can_divide_them(group_size:
 
     def fits(length: int) -> bool:
         try:
-            tokens = tokens_per_group(group_size, batch_size, length)
+            tokens = MoEConfig(group_size=group_size).tokens_per_group(batch_size, length)
         except UserError:
             return False
         return batch_size * length // tokens % 8 == 0
