@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import load_workdir_config
+from switchjax.config import MeshConfig, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,11 +17,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
     parser.add_argument("--split", help="train, validation or test; default: the run's own")
     parser.add_argument("--batches", type=int, help="batches a corpus, 0 for all; default: the run's own")
+    axes = ("DATA", "EXPERT", "MODEL")
+    parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: the run's own")
     flags = parser.parse_args(arguments)
     config = load_workdir_config(flags.workdir)
     given = {"split": flags.split, "batches": flags.batches}
     changes = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes))
+    if flags.mesh:
+        config = dataclasses.replace(config, mesh=MeshConfig(*flags.mesh, config.mesh.emulated_devices))
 
     from switchjax.inference.evaluation import evaluate_workdir
     from switchjax.parallel.mesh import emulate_devices, make_mesh

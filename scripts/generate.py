@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     from switchjax.inference.decoding import fill_in
     from switchjax.inference.evaluation import load_model
     from switchjax.parallel.mesh import make_mesh
-    from switchjax.training.loop import load_vocabulary
+    from switchjax.training.workdir import load_vocabulary
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -250,7 +250,7 @@ class TrainConfig:
     steps: int = 100_000
     seed: int = 0
     accumulation_steps: int = 1
-    """Micro-batches a step; gradients equal those of the undivided batch."""
+    """Micro-batches a step; but for noise, which each draws anew, gradients equal those of the undivided batch."""
     z_loss_weight: float = 1e-4
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -382,14 +382,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-def first_difference(old: Config, new: Config, sections: typing.Iterable[str]) -> str | None:
-    """`section.key: old -> new` for the first key of `sections` that differs, or None."""
-    for section in sections:
-        was, now = getattr(old, section), getattr(new, section)
-        for entry in dataclasses.fields(was):
-            if getattr(was, entry.name) != getattr(now, entry.name):
-                return f"{section}.{entry.name}: {getattr(was, entry.name)!r} -> {getattr(now, entry.name)!r}"
-    return None
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """`section.key` -> `old -> new`, for every key that differs."""
+    changes: dict[str, str] = {}
+    for section, was in old.to_dict().items():
+        now = new.to_dict()[section]
+        changes |= {f"{section}.{key}": f"{was[key]!r} -> {now[key]!r}" for key in was if was[key] != now[key]}
+    return changes
 
 
 def load_workdir_config(workdir: str | Path) -> Config:

@@ -16,7 +16,7 @@ from switchjax.config import (
     MoEConfig,
     UserError,
     check_choice,
-    first_difference,
+    differences,
     load_workdir_config,
     suggest,
 )
@@ -186,10 +186,10 @@ def test_json_is_plain_and_has_every_key() -> None:
     assert set(values["mesh"]) == {entry.name for entry in dataclasses.fields(MeshConfig)}
 
 
-def test_first_difference_names_key_and_both_values() -> None:
+def test_differences_name_keys_and_both_values() -> None:
     other = dataclasses.replace(Config(), moe=MoEConfig(num_experts=4), mesh=MeshConfig(expert=2))
-    assert first_difference(Config(), other, ["model", "moe"]) == "moe.num_experts: 8 -> 4"
-    assert first_difference(Config(), other, ["model", "data"]) is None
+    assert differences(Config(), other) == {"moe.num_experts": "8 -> 4", "mesh.expert": "1 -> 2"}
+    assert differences(other, other) == {}
 
 
 def test_a_workdir_gives_its_config_back(tmp_path: Path) -> None:

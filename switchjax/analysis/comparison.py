@@ -16,7 +16,7 @@ def compare(workdir: Path, baseline: Path) -> str:
         UserError: if one of them is not complete, or they were not evaluated on the same text.
     """
     run, base = _read(workdir), _read(baseline)
-    if run["tokens"] != base["tokens"]:
+    if run["tokens"] != base["tokens"] or run["corpora"].keys() != base["corpora"].keys():
         raise UserError(f"{workdir} and {baseline} were not evaluated on the same held-out text")
     rows = [
         ("parameters, total", f"{run['total']:,}", f"{base['total']:,}"),
@@ -39,14 +39,15 @@ def _read(workdir: Path) -> dict[str, Any]:
     counts = count_parameters(load_workdir_config(workdir))
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        curve = read_metrics(workdir, "evaluate")
-    except (OSError, json.JSONDecodeError) as error:
+        return _facts(summary, read_metrics(workdir, "evaluate")) | counts._asdict()
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{workdir} holds no complete run: {error}") from None
+
+
+def _facts(summary: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
     results = summary["evaluation"]
     prefix = "neg_log_perplexity/"
     return {
-        "total": counts.total,
-        "active": counts.active,
         "steps": summary["steps"],
         "speed": summary["tokens_per_second"],
         "loss": -results["neg_log_perplexity"],

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from switchjax.config import Config, UserError
@@ -15,9 +14,9 @@ from switchjax.models.encoder_decoder import EncoderDecoder
 SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
-@partial(jax.jit, static_argnames="max_length")
+@partial(jax.jit, static_argnames=("max_length", "num_ids"))
 def greedy_decode(
-    model: EncoderDecoder, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], max_length: int
+    model: EncoderDecoder, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], max_length: int, num_ids: int
 ) -> Int[Array, "B T"]:
     """The most probable next token, `max_length` times or until every row has ended.
 
@@ -26,6 +25,7 @@ def greedy_decode(
         tokens: the encoder's input.
         segments: 1 for its tokens, 0 for padding.
         max_length: T.
+        num_ids: ids that the vocabulary has; the model's table may be larger.
 
     Returns:
         Token ids up to and with EOS; padding after it.
@@ -43,7 +43,8 @@ def greedy_decode(
         # What is not yet written is padding: it takes no slot of an expert.
         written = jnp.broadcast_to(jnp.arange(max_length)[None] <= position, output.shape).astype(output.dtype)
         logits, _ = model.decode(encoded, segments, inputs, written, None)
-        chosen = jnp.argmax(jax.lax.dynamic_index_in_dim(logits, position, axis=1, keepdims=False), axis=-1)
+        logits = jax.lax.dynamic_index_in_dim(logits, position, axis=1, keepdims=False)
+        chosen = jnp.argmax(logits[:, :num_ids], axis=-1)
         chosen = jnp.where(ended, PAD, chosen.astype(output.dtype))
         output = jax.lax.dynamic_update_index_in_dim(output, chosen, position, axis=1)
         return position + 1, output, ended | (chosen == EOS)
@@ -59,26 +60,26 @@ def fill_in(model: EncoderDecoder, vocabulary: Vocabulary, config: Config, passa
     Raises:
         UserError: if a passage masks nothing or is longer than the encoder.
     """
+    return [_fill_in_one(model, vocabulary, config, passage) for passage in passages]
+
+
+def _fill_in_one(model: EncoderDecoder, vocabulary: Vocabulary, config: Config, passage: str) -> str:
+    """One by one, since passages that are routed together would compete for the experts' buffers."""
+    if not SENTINEL.search(passage):
+        raise UserError(f"nothing to fill in: mark spans with <extra_id_0>, <extra_id_1>, ... in: {passage}")
     length = config.data.encoder_length
-    tokens = np.full((len(passages), length), PAD, np.int32)
-    for row, passage in enumerate(passages):
-        ids = vocabulary.encode(passage)
-        if not SENTINEL.search(passage):
-            raise UserError(
-                f"nothing to fill in: mark spans of the passage with <extra_id_0>, <extra_id_1>, ...: {passage}"
-            )
-        if len(ids) > length:
-            raise UserError(f"a passage of {len(ids)} tokens is longer than data.encoder_length={length}")
-        tokens[row, : len(ids)] = ids
-    segments = (tokens != PAD).astype(np.int32)
-    outputs = greedy_decode(model, jnp.asarray(tokens), jnp.asarray(segments), config.data.decoder_length)
-    return [
-        _insert(passage, vocabulary.decode(row.tolist()))
-        for passage, row in zip(passages, np.asarray(outputs), strict=True)
-    ]
+    ids = [*vocabulary.encode(passage), EOS]
+    if len(ids) > length:
+        raise UserError(f"a passage of {len(ids)} tokens is longer than data.encoder_length={length}")
+    tokens = jnp.asarray([ids + [PAD] * (length - len(ids))], jnp.int32)
+    segments = jnp.asarray([[1] * len(ids) + [0] * (length - len(ids))], jnp.int32)
+    (output,) = greedy_decode(model, tokens, segments, config.data.decoder_length, vocabulary.size)
+    return _insert(passage, vocabulary.decode(output.tolist()))
 
 
 def _insert(passage: str, answer: str) -> str:
-    """Puts the span after each sentinel of `answer` in that sentinel's place; `[]` where it has none."""
-    spans = dict(zip(SENTINEL.findall(answer), SENTINEL.split(answer)[1:], strict=True))
+    """Puts the span after a sentinel's first place in `answer` in its place in `passage`; `[]` where there is none."""
+    spans: dict[str, str] = {}
+    for sentinel, span in zip(SENTINEL.findall(answer), SENTINEL.split(answer)[1:], strict=True):
+        spans.setdefault(sentinel, span)
     return SENTINEL.sub(lambda sentinel: f"[{spans.get(sentinel.group(), '').strip()}]", passage)

@@ -1,5 +1,9 @@
 """Negative log perplexity on held-out text, corpus by corpus."""
 
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -10,11 +14,14 @@ from jax.sharding import Mesh
 from switchjax.config import Config, UserError
 from switchjax.data.pipeline import TextData
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder
-from switchjax.parallel.mesh import one_at_a_time
+from switchjax.parallel.mesh import check_fit, one_at_a_time
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import Metrics, token_losses
+from switchjax.training.workdir import vocabulary_path
+
+_log = logging.getLogger(__name__)
 
 
 def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluator:
@@ -25,21 +32,23 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
     capacity.
     """
     evaluate = config.evaluate
-    batches = {
-        corpus: [
-            place_batch(batch, mesh) for batch in data.evaluation_batches(corpus, evaluate.split, evaluate.batches)
-        ]
-        for corpus in data.corpora
-    }
-    batches = {corpus: rows for corpus, rows in batches.items() if rows}
-    if not batches:
-        raise UserError(f"no corpus has held-out text in its {evaluate.split} split")
     step = jax.jit(_sums)
+
+    def batches(corpus: str) -> Iterator[Batch]:
+        processes = jax.process_index(), jax.process_count()
+        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, *processes)
+        return (place_batch(batch, mesh) for batch in rows)
+
+    corpora = [corpus for corpus in data.corpora if next(batches(corpus), None) is not None]
+    for corpus in set(data.corpora) - set(corpora):
+        _log.warning("corpus %s has no text in its %s split: not evaluated", corpus, evaluate.split)
+    if not corpora:
+        raise UserError(f"no corpus has text in its {evaluate.split} split")
 
     def evaluator(model: EncoderDecoder) -> dict[str, float]:
         totals = {}
-        for corpus, rows in batches.items():
-            sums = [one_at_a_time(step(model, batch)) for batch in rows]
+        for corpus in corpora:
+            sums = [one_at_a_time(step(model, batch)) for batch in batches(corpus)]
             totals[corpus] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
         return _results(totals)
 
@@ -47,30 +56,28 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
 
 
 def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, dict[str, float]]:
-    """The step and the metrics of a workdir's checkpoint, the latest for -1.
+    """The step and the metrics of a workdir's checkpoint, the latest for -1, with the vocabulary of its run.
 
     Raises:
         UserError: if there is no such checkpoint.
     """
-    with jax.set_mesh(mesh):
-        step, model = load_model(config, workdir, mesh, step)
-        return step, perplexity_evaluator(config, TextData.prepare(config.data), mesh)(model)
+    check_fit(config, mesh)
+    data = TextData.prepare(dataclasses.replace(config.data, vocabulary=str(vocabulary_path(workdir))))
+    with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
+        step, model = checkpoints.load_model(plan_state(config, mesh), step)
+        if checkpoints.restore_data(step)["fingerprint"] != data.fingerprint:
+            _log.warning("the corpora here are not those that %s was trained on", workdir)
+        return step, perplexity_evaluator(config, data, mesh)(model)
 
 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, EncoderDecoder]:
-    """The model of a workdir's checkpoint, the latest for -1, laid over `mesh`; and its step.
+    """The step and the model of a workdir's checkpoint, the latest for -1, laid over `mesh`.
 
     Raises:
         UserError: if there is no such checkpoint, or it does not fit the config.
     """
-    checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"no complete checkpoint in {workdir}")
-    chosen = step if step >= 0 else steps[-1]
-    model = checkpoints.restore_model(chosen, plan_state(config, mesh))
-    checkpoints.close()
-    return chosen, model
+    with closing(Checkpoints(workdir)) as checkpoints:
+        return checkpoints.load_model(plan_state(config, mesh), step)
 
 
 def _sums(model: EncoderDecoder, batch: Batch) -> Metrics:

@@ -101,6 +101,11 @@ def check_fit(config: Config, mesh: Mesh) -> None:
         )
     for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
         tokens = moe.tokens_per_group(rows, length)
+        if tokens != moe.tokens_per_group(data.batch_size, length):
+            raise UserError(
+                f"the {key} rows of a micro-batch ({rows}) and of a batch ({data.batch_size}) divide into groups of "
+                f"different sizes: moe.group_size={length} fits both"
+            )
         if rows * length // tokens % shards:
             shard_rows, group_rows = rows // shards, tokens // length
             raise UserError(

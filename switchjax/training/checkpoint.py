@@ -1,8 +1,10 @@
 """Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,6 +14,8 @@ from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -36,21 +40,26 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
-        """Starts writing; the state may be donated as soon as this returns.
+        """Starts writing; the state may be donated as soon as this returns. What is there already is not written again.
 
         Args:
             state: what is saved; its step names the checkpoint.
             data: state of the data iterator, JSON-able.
             config: of the run.
         """
-        self._manager.save(
-            int(state.step),
+        step = int(state.step)
+        if step in self.steps():
+            return
+        saved = self._manager.save(
+            step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(named_leaves(state)),
                 data=ocp.args.JsonSave(data),
                 config=ocp.args.JsonSave(config.to_dict()),
             ),
         )
+        if not saved:
+            raise UserError(f"step {step} cannot be saved beside the checkpoints {self.steps()} in {self._directory}")
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
@@ -59,25 +68,58 @@ class Checkpoints:
     def restore_latest(self, plan: StatePlan) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with the data iterator's state; None if there is none at all.
 
-        One that is damaged is passed over with a message.
+        Those that are damaged are passed over with a message, and set aside so that their steps can be saved anew.
 
         Raises:
             UserError: if checkpoints are there but none can be read, or they belong to another model.
         """
+        newest = self._newest_readable(lambda step: (self.restore_state(step, plan), self.restore_data(step)))
+        if newest is None:
+            return None
+        step, restored = newest
+        for damaged in [other for other in self.steps() if other > step]:
+            target = self._directory.with_name("damaged_checkpoints") / f"{damaged}-{time.time_ns()}"
+            target.parent.mkdir(exist_ok=True)
+            (self._directory / str(damaged)).rename(target)
+        self._manager.reload()
+        return restored
+
+    def load_model(self, plan: StatePlan, step: int = -1) -> tuple[int, Any]:
+        """Step and model of a checkpoint without its optimiser; for -1, of the newest that can be read.
+
+        Raises:
+            UserError: if there is no such checkpoint, it cannot be read or belongs to another model.
+        """
+        if step < 0:
+            newest = self._newest_readable(lambda step: self.restore_model(step, plan))
+            if newest is None:
+                raise UserError(f"no complete checkpoint in {self._directory}")
+            return newest
+        if step not in self.steps():
+            raise UserError(f"no checkpoint of step {step} in {self._directory}: there are {self.steps()}")
+        try:
+            return step, self.restore_model(step, plan)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of the reader
+            raise UserError(f"checkpoint {step} in {self._directory} cannot be read: {_first_line(error)}") from None
+
+    def _newest_readable(self, read: Callable[[int], T]) -> tuple[int, T] | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                state = self.restore_state(step, plan)
-                data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+                return step, read(step)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes of the reader
                 _log.warning("checkpoint %d cannot be read and is passed over: %s", step, _first_line(error))
-                continue
-            return state, data
         if steps:
             raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
         return None
+
+    def restore_data(self, step: int) -> dict[str, Any]:
+        """The data iterator's state of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
         """The state of a step, laid out as `plan` says.
@@ -91,10 +133,8 @@ class Checkpoints:
         """The model of a step alone, without its optimiser.
 
         Raises:
-            UserError: naming the first parameter that differs in name or shape, or if there is no such step.
+            UserError: naming the first parameter that differs in name or shape.
         """
-        if step not in self.steps():
-            raise UserError(f"no checkpoint of step {step} in {self._directory}: there are {self.steps()}")
         named = self._restore_named(step, plan.shapes.model, plan.shardings.model, "model/")
         return with_leaves(plan.shapes.model, {name.removeprefix("model/"): leaf for name, leaf in named.items()})
 

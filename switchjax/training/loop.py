@@ -1,14 +1,12 @@
 """The run: set up or resume, step, log, evaluate, checkpoint, summarise."""
 
-import json
 import logging
-import os
 import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from switchjax.config import Config, UserError, first_difference, load_workdir_config
+from switchjax.config import Config, UserError
 from switchjax.data.pipeline import TextData
-from switchjax.data.vocabulary import Vocabulary
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
@@ -29,13 +26,9 @@ from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, train_step
+from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path, write_summary
 
 _log = logging.getLogger(__name__)
-
-FIXED_SECTIONS = ("model", "moe", "data", "optimizer")
-"""What must not change when a workdir is resumed; the mesh, for one, may."""
-
-_VOCABULARY = "vocabulary.model"
 
 Evaluator = Callable[[EncoderDecoder], dict[str, float]]
 MakeEvaluator = Callable[[Config, TextData, Mesh], Evaluator]
@@ -60,13 +53,12 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     """
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
-    _open_workdir(workdir, config)
+    open_workdir(workdir, config)
     data = TextData.prepare(config.data)
     if data.vocabulary.size > config.model.vocab_size:
         raise UserError(
             f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={config.model.vocab_size} is too small"
         )
-    _write_atomically(workdir / _VOCABULARY, data.vocabulary.model)
     with jax.set_mesh(mesh):
         run = _start(config, workdir, data, mesh)
         try:
@@ -149,7 +141,7 @@ class _Run:
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train),
             "evaluation": {name: value for name, value in last.items() if name not in ("kind", "step")},
         }
-        _write_atomically(self.workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_summary(self.workdir, summary)
         return summary
 
     def close(self) -> None:
@@ -181,10 +173,13 @@ class _Clock:
 
 def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     config, last = run.config, run.config.train.steps
+    # On real devices the next step is dispatched before the metrics of the last one are waited for.
+    in_flight = 0 if jax.default_backend() == "cpu" else 1
+    run.clock.lap()
     with _sigterm() as stop:
         while run.step < last and not stop.requested:
             run.advance()
-            run.settle(1)
+            run.settle(in_flight)
             if config.evaluate.every and run.step % config.evaluate.every == 0 and run.step < last:
                 run.evaluate(evaluator)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
@@ -199,10 +194,10 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
 def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh) -> _Run:
     plan = plan_state(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    batches = data.train_batches()
+    batches = data.train_batches(jax.process_index(), jax.process_count())
     restored = checkpoints.restore_latest(plan)
     if restored is None:
-        state = _initial_state(config, plan)
+        state = _initial_state(config, plan, data)
     else:
         state, saved = restored
         if saved["fingerprint"] != data.fingerprint:
@@ -210,18 +205,24 @@ def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh) -> _Run:
         batches.set_state(saved["iterator"])
         _log.info("resuming %s from step %d", workdir, int(state.step))
     step = int(state.step)
-    compiled = _compile(config, plan, mesh) if step < config.train.steps else _nothing_to_do
+    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = _nothing_to_do
+    if step < config.train.steps:
+        record_run(workdir, config, data.vocabulary)
+        compiled = _compile(config, plan, mesh)
     writer, progress = MetricsWriter(workdir, step), Progress(step, config.train.steps)
     return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled)
 
 
-def _initial_state(config: Config, plan: StatePlan) -> TrainState:
+def _initial_state(config: Config, plan: StatePlan, data: TextData) -> TrainState:
     state = plan.create()
     if not config.init_from.workdir:
         return state
-    source = Checkpoints(Path(config.init_from.workdir))
-    step = config.init_from.step if config.init_from.step >= 0 else source.steps()[-1]
-    return TrainState(state.step, source.restore_model(step, plan), state.opt_state)
+    source = Path(config.init_from.workdir)
+    if load_vocabulary(source, config).fingerprint != data.vocabulary.fingerprint:
+        raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
+    with closing(Checkpoints(source)) as checkpoints:
+        _, model = checkpoints.load_model(plan, config.init_from.step)
+    return TrainState(state.step, model, state.opt_state)
 
 
 def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -271,37 +272,8 @@ def _check_finite(step: int, values: Metrics, gradient_norms: Metrics) -> None:
     )
     raise NonFiniteError(
         f"step {step}: not finite: {shown}; first of {len(bad)} parameters whose gradient is not finite: "
-        f"{bad[0] if bad else 'none'}; the last checkpoint is intact"
+        f"{bad[0] if bad else 'none'}; checkpoints of earlier steps are intact"
     )
-
-
-def _open_workdir(workdir: Path, config: Config) -> None:
-    """Creates it, or checks that it belongs to the same run; writes `config.json`."""
-    path = workdir / "config.json"
-    if path.exists():
-        difference = first_difference(load_workdir_config(workdir), config, FIXED_SECTIONS)
-        if difference:
-            raise UserError(f"{workdir} holds a run with another config ({difference}); choose another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, config.to_json().encode())
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
-
-
-def load_vocabulary(workdir: Path, config: Config) -> Vocabulary:
-    """The vocabulary of a run, which its workdir keeps.
-
-    Raises:
-        UserError: if the workdir has none.
-    """
-    return Vocabulary.load(workdir / _VOCABULARY, config.data.num_sentinels)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def naive(model: EncoderDecoder, tokens: jax.Array, segments: jax.Array, length:
 def test_greedy_decoding_equals_one_token_at_a_time(model: EncoderDecoder) -> None:
     tokens = jax.random.randint(jax.random.key(1), (3, 8), 3, 32)
     segments = jnp.ones_like(tokens).at[1, 5:].set(0)
-    output = greedy_decode(model, tokens, segments, 8)
+    output = greedy_decode(model, tokens, segments, 8, num_ids=32)
     np.testing.assert_array_equal(output, naive(model, tokens, segments, 8))
 
 
@@ -54,7 +54,7 @@ def test_decoding_stops_at_eos(model: EncoderDecoder) -> None:
     ending = with_leaves(model, named_leaves(model) | {"embedding/vectors": vectors})
     tokens = jax.random.randint(jax.random.key(2), (3, 8), 3, 32)
     segments = jnp.ones_like(tokens)
-    output = np.asarray(greedy_decode(ending, tokens, segments, 8))
+    output = np.asarray(greedy_decode(ending, tokens, segments, 8, num_ids=32))
     np.testing.assert_array_equal(output, naive(ending, tokens, segments, 8))
     ended = np.cumsum(output == EOS, axis=1) > 0
     assert ended.any()
@@ -62,7 +62,7 @@ def test_decoding_stops_at_eos(model: EncoderDecoder) -> None:
 
 
 def test_the_answer_goes_back_into_the_passage() -> None:
-    answer = "<extra_id_0> beginning <extra_id_1> heaven and the earth <extra_id_2>"
+    answer = "<extra_id_0> beginning <extra_id_1> heaven and the earth <extra_id_2> <extra_id_0> end"
     passage = "In the <extra_id_0> God created the <extra_id_1>. And <extra_id_3>"
     assert _insert(passage, answer) == "In the [beginning] God created the [heaven and the earth]. And []"
 

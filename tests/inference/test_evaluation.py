@@ -13,6 +13,7 @@ from switchjax.inference.evaluation import evaluate_workdir, load_model, perplex
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import TrainState, plan_state
+from switchjax.training.workdir import vocabulary_path
 from tests.tiny import changed
 
 
@@ -68,11 +69,12 @@ def test_a_dense_model_drops_nothing_and_says_nothing_of_it(tiny: Config, data: 
 
 
 def test_a_checkpoint_gives_the_same_on_one_device(
-    tiny: Config, state: TrainState, results: dict[str, float], tmp_path: Path
+    tiny: Config, data: TextData, state: TrainState, results: dict[str, float], tmp_path: Path
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state, {}, tiny)
+    checkpoints.save(state, {"fingerprint": data.fingerprint}, tiny)
     checkpoints.close()
+    vocabulary_path(tmp_path).write_bytes(data.vocabulary.model)
     step, again = evaluate_workdir(tiny, tmp_path, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert step == 0
     assert again == pytest.approx(results, rel=1e-5)

@@ -78,7 +78,10 @@ def restored_at(step: int, state: TrainState) -> TrainState:
 
 
 def test_a_model_is_restored_without_its_optimiser(workdir: Path, plan: StatePlan, state: TrainState) -> None:
-    assert_equal(Checkpoints(workdir).restore_model(2, plan), state.model)
+    for step, expected in ((2, 2), (-1, 3)):
+        restored, model = Checkpoints(workdir).load_model(plan, step)
+        assert restored == expected
+        assert_equal(model, state.model)
 
 
 def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
@@ -96,6 +99,28 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
     assert restored is not None
     assert int(restored[0].step) == 2
     assert "checkpoint 3 cannot be read" in caplog.text
+
+
+def test_after_a_damaged_checkpoint_its_step_can_be_saved_again(
+    workdir: Path, tiny: Config, plan: StatePlan, state: TrainState
+) -> None:
+    damage(workdir, 3)
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.restore_latest(plan)
+    assert checkpoints.steps() == [2]
+    checkpoints.save(restored_at(3, state), {"position": 3}, tiny)
+    checkpoints.close()
+    step, model = Checkpoints(workdir).load_model(plan)
+    assert step == 3
+    assert_equal(model, state.model)
+    assert list((workdir / "damaged_checkpoints").glob("3-*"))
+
+
+def test_a_model_is_taken_from_the_newest_checkpoint_that_can_be_read(workdir: Path, plan: StatePlan) -> None:
+    damage(workdir, 3)
+    assert Checkpoints(workdir).load_model(plan)[0] == 2
+    with pytest.raises(UserError, match=r"checkpoint 3 .* cannot be read"):
+        Checkpoints(workdir).load_model(plan, 3)
 
 
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(workdir: Path, plan: StatePlan) -> None:
@@ -116,7 +141,7 @@ def damage(workdir: Path, step: int) -> None:
 def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
     wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
     with pytest.raises(UserError, match=r"w_in is \(1, 16, 32\) there and \(1, 16, 64\) here"):
-        Checkpoints(workdir).restore_model(3, wider)
+        Checkpoints(workdir).load_model(wider)
 
 
 def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
@@ -127,7 +152,7 @@ def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7 .* \[2, 3\]"):
-        Checkpoints(workdir).restore_model(7, plan)
+        Checkpoints(workdir).load_model(plan, 7)
 
 
 def test_reading_a_workdir_without_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,33 @@ def test_another_config_is_refused_with_the_key_that_differs(tiny: Config, compl
         loop.train(changed(tiny, moe={"num_experts": 8}), complete, perplexity_evaluator)
 
 
+def test_what_does_not_change_a_step_may_change_and_a_start_that_failed_leaves_nothing_in_the_way(
+    tiny: Config, complete: Path, tmp_path: Path
+) -> None:
+    assert loop.train(changed(tiny, train={"log_every": 2}), complete, perplexity_evaluator)["steps"] == 6
+    with pytest.raises(UserError, match="unknown value 'swich'"):
+        loop.train(changed(tiny, moe={"router": "swich"}), tmp_path, perplexity_evaluator)
+    assert loop.train(changed(tiny, train={"steps": 1}), tmp_path, perplexity_evaluator)["steps"] == 1
+
+
+def test_other_data_is_refused_and_leaves_the_vocabulary_of_the_run(tiny: Config, tmp_path: Path) -> None:
+    short = changed(tiny, train={"steps": 1})
+    loop.train(short, tmp_path, perplexity_evaluator)
+    before = (tmp_path / "vocabulary.model").read_bytes()
+    # As on a machine where one of the corpora cannot be had.
+    config_path = tmp_path / "config.json"
+    fewer = changed(tiny, data={"corpora": ("tales",)})
+    config_path.write_text(fewer.to_json())
+    with pytest.raises(UserError, match="corpora or vocabulary have changed"):
+        loop.train(fewer, tmp_path, perplexity_evaluator)
+    assert (tmp_path / "vocabulary.model").read_bytes() == before
+
+
+def test_the_objective_is_not_changed_half_way(tiny: Config, complete: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.z_loss_weight"):
+        loop.train(changed(tiny, train={"z_loss_weight": 0.5}), complete, perplexity_evaluator)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tiny: Config, tmp_path: Path) -> None:
     # AdamW at this rate sends the parameters to 1e30 at the first step, and the loss to infinity or NaN after it.
     wild = changed(
