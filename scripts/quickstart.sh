@@ -3,15 +3,17 @@
 # emulated 8-device mesh, their evaluation, a filled-in passage, and a table. About 10 minutes on 2 cores, downloads apart.
 set -euo pipefail
 if [ $# -gt 1 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  echo "usage: scripts/quickstart.sh [WORKDIR]   (default: runs/quickstart; started again, it resumes)"
+  echo "usage: scripts/quickstart.sh [WORKDIR]   (default: the repository's runs/quickstart; started again, it resumes)"
   [ $# -le 1 ] || exit 2
   exit 0
 fi
-workdir=${1:-runs/quickstart}
+root=$(cd "$(dirname "$0")/.." && pwd)
+workdir=${1:-$root/runs/quickstart}
 mkdir -p "$workdir"
 workdir=$(cd "$workdir" && pwd)
-cd "$(dirname "$0")/.."
-. scripts/environment.sh
+cd "$root"
+. scripts/use_environment.sh
+use_environment
 
 for model in switch dense; do
   echo "== Training $model"

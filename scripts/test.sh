@@ -6,7 +6,8 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
   exit 0
 fi
 cd "$(dirname "$0")/.."
-. scripts/environment.sh dev
+. scripts/use_environment.sh
+use_environment dev
 
 ruff format --check .
 ruff check .

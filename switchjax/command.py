@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,16 +27,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
+class _Parser(ArgumentParser):
+    """argparse's own `error` prints the usage as well, over several lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
 def make_parser(description: str | None) -> ArgumentParser:
-    """A parser whose `--help` shows a script's docstring as it is written."""
-    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    """A parser whose `--help` shows a script's docstring as it is written; bad arguments raise `UserError`."""
+    return _Parser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:
     """The parser's own flags, and the config of `--config=FILE.py[:arg]` with its `--config.section.key=value`.
 
     Raises:
-        UserError: for a file that cannot be read, an unknown key or a value that does not fit.
+        UserError: for a file that cannot be read or run, an unknown key or a value that does not fit.
     """
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
@@ -52,6 +60,8 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
         rest = values([parser.prog, f"--config={known.config}", *others])
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
+    except Exception as error:  # A config file is code, and anything may go wrong in it.
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}")
     return known, Config.from_dict(config.value)

@@ -38,6 +38,8 @@ QUICKSTART = "--config=configs/quickstart.py"
     ("arguments", "message"),
     [
         (["train.py", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py (did you mean"),
+        (["train.py"], "the following arguments are required: --config"),
+        (["generate.py"], "the following arguments are required: --prompt"),
         (["train.py", f"{QUICKSTART}:swich"], "unknown value 'swich' (did you mean 'switch'?)"),
         (["train.py", QUICKSTART, "--config.model.d_modell=3"], "unknown config key 'model.d_modell' (did you mean"),
         (["train.py", QUICKSTART, "--config.modle.d_model=3"], "unknown config key 'modle' (did you mean 'model'?)"),
@@ -61,3 +63,20 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax (config.py, line 1)"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("get_config = nothing", "NameError: name 'nothing' is not defined"),
+        ("get_config = lambda: 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_broken_config_file_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(code)
+    done = run("scripts/train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path}: {message}\n"

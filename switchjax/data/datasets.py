@@ -7,6 +7,7 @@ here as three splits that share no document: train, validation and test.
 import contextlib
 import importlib
 import io
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 from tqdm import tqdm
 
 from switchjax.config import UserError, suggest
@@ -25,6 +25,8 @@ from switchjax.data.directory import unfinished
 from switchjax.data.packages import Downloads, SourceUnavailable, read_members
 from switchjax.data.sources import SOURCES, Source
 from switchjax.data.splits import split_documents, split_expressions
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = 512
 """Records a read: single reads are slow."""
@@ -131,7 +133,7 @@ def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) ->
             try:
                 datasets[name] = _open(name, directory / "datasets", downloads, text_feature)
             except SourceUnavailable as error:
-                logging.warning("Corpus %s is passed over: %s", name, error)
+                _log.warning("Corpus %s is passed over: %s", name, error)
     if not datasets:
         raise UserError(f"none of the corpora can be had here: {', '.join(names)} (the warnings above say why)")
     return datasets

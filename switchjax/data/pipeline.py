@@ -233,7 +233,7 @@ def _fingerprint(vocabulary: Vocabulary, documents: Mapping[str, Mapping[str, To
     facts: list[object] = [vocabulary.fingerprint, vocabulary.num_sentinels]
     for corpus, splits in documents.items():
         for split, text in splits.items():
-            facts.append([corpus, split, text.offsets.tolist()[-9:], zlib.crc32(text.tokens[:4096].tobytes())])
+            facts.append([corpus, split, text.checksum])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -5,20 +5,23 @@ known from the offsets.
 """
 
 import json
+import logging
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from absl import logging
 from jaxtyping import Integer
 from tqdm import tqdm
 
 from switchjax.data.datasets import Dataset
 from switchjax.data.directory import unfinished
 from switchjax.data.vocabulary import Vocabulary
+
+_log = logging.getLogger(__name__)
 
 
 class _Unusable(Exception):
@@ -33,11 +36,13 @@ class TokenizedDocuments:
         tokens: all documents one after the other, without EOS.
         offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`.
         num_bytes: of the text, in UTF-8.
+        checksum: CRC-32 of all tokens and offsets.
     """
 
     tokens: Integer[np.ndarray, "tokens"]
     offsets: Integer[np.ndarray, "documents_plus_1"]
     num_bytes: int
+    checksum: int
 
 
 def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
@@ -48,13 +53,14 @@ def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Pa
     Raises:
         UserError: for a record that cannot be read.
     """
-    cache = directory / "tokens" / dataset.name / dataset.version / vocabulary.fingerprint / split
+    text = Path(dataset.name, dataset.version, dataset.text_feature)
+    cache = directory / "tokens" / text / vocabulary.fingerprint / split
     try:
         return _load(cache)
     except FileNotFoundError:
         pass
     except _Unusable as error:
-        logging.warning("Tokens of %s %s are made again: %s", dataset.name, split, error)
+        _log.warning("Tokens of %s %s are made again: %s", dataset.name, split, error)
     with unfinished(directory) as folder:
         _write(dataset, split, vocabulary, folder / "tokens")
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +76,7 @@ def _load(cache: Path) -> TokenizedDocuments:
         offsets = np.fromfile(cache / "offsets.bin", "<i8")
         size = (cache / "tokens.bin").stat().st_size
         dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
-        num_bytes = int(facts["num_bytes"])
+        num_bytes, checksum = int(facts["num_bytes"]), int(facts["checksum"])
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,31 +85,35 @@ def _load(cache: Path) -> TokenizedDocuments:
         raise _Unusable(f"the files in {cache} do not fit each other")
     # An empty file cannot be mapped.
     tokens = np.memmap(cache / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
-    return TokenizedDocuments(tokens, offsets, num_bytes)
+    return TokenizedDocuments(tokens, offsets, num_bytes, checksum)
 
 
 def _write(dataset: Dataset, split: str, vocabulary: Vocabulary, folder: Path) -> None:
     folder.mkdir()
     dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
     with (folder / "tokens.bin").open("wb") as file:
-        lengths, num_bytes = _write_tokens(_progress(dataset, split), vocabulary, dtype, file)
-    np.cumsum([0, *lengths], dtype="<i8").tofile(folder / "offsets.bin")
-    facts = {"bytes_per_token": dtype.itemsize, "num_bytes": num_bytes}
+        lengths, num_bytes, checksum = _write_tokens(_progress(dataset, split), vocabulary, dtype, file)
+    offsets = np.cumsum([0, *lengths], dtype="<i8").tobytes()
+    (folder / "offsets.bin").write_bytes(offsets)
+    checksum = zlib.crc32(offsets, checksum)
+    facts = {"bytes_per_token": dtype.itemsize, "num_bytes": num_bytes, "checksum": checksum}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
 def _write_tokens(
     blocks: Iterator[list[str]], vocabulary: Vocabulary, dtype: np.dtype, file: BinaryIO
-) -> tuple[list[int], int]:
-    """Appends the tokens of all documents; returns their lengths and the size of the text."""
+) -> tuple[list[int], int, int]:
+    """Appends the tokens of all documents; returns their lengths, the size of the text and the tokens' CRC-32."""
     lengths: list[int] = []
-    num_bytes = 0
+    num_bytes = checksum = 0
     for texts in blocks:
         documents = vocabulary.encode_batch(texts)
         lengths += map(len, documents)
         num_bytes += sum(len(text.encode()) for text in texts)
-        file.write(np.concatenate(documents).astype(dtype).tobytes())
-    return lengths, num_bytes
+        tokens = np.concatenate(documents).astype(dtype).tobytes()
+        checksum = zlib.crc32(tokens, checksum)
+        file.write(tokens)
+    return lengths, num_bytes, checksum
 
 
 def _progress(dataset: Dataset, split: str) -> Iterator[list[str]]:

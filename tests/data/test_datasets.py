@@ -84,13 +84,10 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
             datasets.open_datasets(("letters:2.0.0",), tmp_path, "bodi")
 
 
-def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path) -> None:
-    warnings: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, exclusive(tmp_path):
-        patch.setattr("absl.logging.warning", lambda message, *values: warnings.append(message % values))
-        with pytest.raises(UserError, match="none of the corpora can be had here: moby_dik"):
-            datasets.open_datasets(("moby_dik",), tmp_path, "text")
-    assert "did you mean 'moby_dick'" in warnings[0]
+def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with exclusive(tmp_path), pytest.raises(UserError, match="none of the corpora can be had here: moby_dik"):
+        datasets.open_datasets(("moby_dik",), tmp_path, "text")
+    assert "did you mean 'moby_dick'" in caplog.messages[0]
 
 
 def test_tensorflow_is_never_imported(config: DataConfig, data: TextData) -> None:

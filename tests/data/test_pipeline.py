@@ -192,19 +192,25 @@ def test_preparing_twice_makes_nothing_again(data: TextData, config: DataConfig)
     assert_same(take(again.train_batches(), 2), take(data.train_batches(), 2))
 
 
+def test_the_fingerprint_changes_with_any_text(data: TextData, config: DataConfig) -> None:
+    tales = data._documents["tales"]
+    other = dataclasses.replace(tales["test"], checksum=tales["test"].checksum ^ 1)
+    documents = {**data._documents, "tales": {**tales, "test": other}}
+    assert TextData(config, data.vocabulary, documents).fingerprint != data.fingerprint
+
+
 def test_preparing_elsewhere_gives_the_same_batches(data: TextData, config: DataConfig, tmp_path: Path) -> None:
     elsewhere = TextData.prepare(dataclasses.replace(config, directory=str(tmp_path)))
     assert elsewhere.fingerprint == data.fingerprint
     assert_same(take(elsewhere.train_batches(), 2), take(data.train_batches(), 2))
 
 
-def test_a_corpus_that_cannot_be_had_is_passed_over(data: TextData, config: DataConfig) -> None:
+def test_a_corpus_that_cannot_be_had_is_passed_over(
+    data: TextData, config: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     rates = dataclasses.replace(config, corpora=("lost", "tales"), rates=(0.9, 0.1))
-    with pytest.MonkeyPatch.context() as patch:
-        warnings: list[str] = []
-        patch.setattr("absl.logging.warning", lambda message, *values: warnings.append(message % values))
-        assert TextData.prepare(rates).corpora == ("tales",)
-    assert warnings == ["Corpus lost is passed over: cannot fetch the own package -1: it is lost"]
+    assert TextData.prepare(rates).corpora == ("tales",)
+    assert caplog.messages == ["Corpus lost is passed over: cannot fetch the own package -1: it is lost"]
 
 
 @pytest.mark.parametrize(

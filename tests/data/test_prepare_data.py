@@ -42,7 +42,7 @@ def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str
         (["--corpora=nope"], "error: none of the corpora can be had here: nope"),
         (["--corpora=kjv,kjv"], "error: data.corpora names a corpus twice"),
         (["--directory=/dev/null/x"], "error: cannot prepare data in /dev/null/x"),
-        (["--bogus"], "prepare_data.py: error: unrecognized arguments: --bogus"),
+        (["--bogus"], "error: unrecognized arguments: --bogus"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -51,3 +51,10 @@ def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in done.stderr
+
+
+def test_says_why_a_corpus_is_passed_over(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), f"--directory={tmp_path}", "--corpora=moby_dik"]
+    warning, _ = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+    assert warning.startswith("Corpus moby_dik is passed over: ")
+    assert "did you mean 'moby_dick'" in warning

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,43 @@ def test_a_damaged_cache_is_made_again(
     np.testing.assert_array_equal(tokenize(dataset, "test", data.vocabulary, tmp_path).tokens, expected)
 
 
-def test_another_version_or_vocabulary_is_tokenised_anew(data: TextData, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_cache_without_a_checksum_is_made_again(data: TextData, dataset: Dataset, tmp_path: Path) -> None:
+    expected = tokenize(dataset, "test", data.vocabulary, tmp_path).checksum
+    (path,) = tmp_path.rglob("facts.json")
+    facts = json.loads(path.read_text())
+    del facts["checksum"]
+    path.write_text(json.dumps(facts))
+    assert tokenize(dataset, "test", data.vocabulary, tmp_path).checksum == expected
+
+
+def cut_last_word(texts: list[str]) -> list[str]:
+    return [*texts[:-1], texts[-1].rpartition(" ")[0]]
+
+
+def other_stops(texts: list[str]) -> list[str]:
+    """Changes tokens, but not their number."""
+    return [*texts[:-1], texts[-1].replace("e", "a")]
+
+
+@pytest.mark.parametrize("change", [cut_last_word, other_stops])
+def test_the_checksum_changes_with_the_last_document(
+    data: TextData,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[list[str]], list[str]],
+) -> None:
+    blocks = list(dataset.texts("train"))
+    expected = tokenize(dataset, "train", data.vocabulary, tmp_path).checksum
+    monkeypatch.setattr(Dataset, "texts", lambda *_: iter([*blocks[:-1], change(blocks[-1])]))
+    changed = dataclasses.replace(dataset, version="1.0.1")
+    assert tokenize(changed, "train", data.vocabulary, tmp_path).checksum != expected
+
+
+@pytest.mark.parametrize("change", [{"version": "1.0.1"}, {"text_feature": "id"}])
+def test_another_version_or_feature_is_tokenised_anew(
+    data: TextData, dataset: Dataset, tmp_path: Path, change: dict[str, str]
+) -> None:
     tokenize(dataset, "test", data.vocabulary, tmp_path)
-    tokenize(dataclasses.replace(dataset, version="1.0.1"), "test", data.vocabulary, tmp_path)
+    tokenize(dataclasses.replace(dataset, **change), "test", data.vocabulary, tmp_path)
     assert len(list(tmp_path.rglob("tokens.bin"))) == 2
