@@ -26,6 +26,7 @@ _PATTERNS = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
 
 
 def get_config(arg: str = "switch") -> ConfigDict:
+    """One of the two models, or the smallest form of the first."""
     check_choice("configs/quickstart.py", arg, [*_PATTERNS, "runlocal"])
     config = Config(
         model=ModelConfig(
@@ -39,18 +40,18 @@ def get_config(arg: str = "switch") -> ConfigDict:
             pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
             scan_layers=False,
         ),
-        moe=MoEConfig(num_experts=8, group_size=128),
+        moe=MoEConfig(num_experts=8, group_size=256),
         mesh=MeshConfig(data=2, expert=4, emulated_devices=8),
         data=DataConfig(
             corpora=("kjv", "newsgroups", "austen", "state_of_the_union"),
             vocabulary_size=2000,
             num_sentinels=48,
-            batch_size=32,
+            batch_size=64,
             encoder_length=128,
             decoder_length=32,
         ),
         optimizer=OptimizerConfig(schedule="cosine", learning_rate=0.1, warmup_steps=40),
-        train=TrainConfig(steps=700, log_every=10, checkpoint_every=350),
+        train=TrainConfig(steps=380, log_every=10, checkpoint_every=190),
         evaluate=EvaluateConfig(every=50, batches=4),
     )
     if arg == "runlocal":

@@ -25,6 +25,7 @@ for model in switch dense; do
 done
 echo "== Filling in a passage"
 python scripts/generate.py --workdir="$workdir/switch" \
-  --prompt="And the LORD spake unto <extra_id_0>, saying, Speak unto the children of <extra_id_1>."
+  --prompt="And it came to pass that night, that the word of the LORD came unto <extra_id_0>, saying, Go and tell my \
+<extra_id_1> David, Thus saith the LORD, Shalt thou build me an <extra_id_2> for me to dwell in?"
 echo "== The two side by side (validation split)"
 python scripts/compare.py --workdir="$workdir/switch" --baseline="$workdir/dense"

@@ -50,9 +50,10 @@ class MoELayer(nnx.Module):
         check_choice("moe.router", config.router, ROUTERS)
         router_key, expert_key = jax.random.split(key)
         self.config = config
-        # float32 whatever the model's dtype: selective precision (Switch Transformer, section 2.4).
-        router = 0.02 * jax.random.truncated_normal(router_key, -2, 2, (d_model, config.num_experts), jnp.float32)
-        self.router = nnx.Param(router, axes=("embed", None))
+        # float32 whatever the model's dtype: selective precision (Switch Transformer, section 2.4). Scaled by fan_in as
+        # all weights are; the released code's fixed N(0, 0.02) leaves the logits of a narrow model close to equal.
+        init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        self.router = nnx.Param(init(router_key, (d_model, config.num_experts), jnp.float32), axes=("embed", None))
         self.experts = stack(make_expert, jax.random.split(expert_key, config.num_experts), "expert")
 
     def __call__(
