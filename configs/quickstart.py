@@ -40,7 +40,7 @@ def get_config(arg: str = "switch") -> ConfigDict:
             pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
             scan_layers=False,
         ),
-        moe=MoEConfig(num_experts=8, group_size=256),
+        moe=MoEConfig(num_experts=8, group_size=256, train_capacity_factor=2.0),
         mesh=MeshConfig(data=2, expert=4, emulated_devices=8),
         data=DataConfig(
             corpora=("kjv", "newsgroups", "austen", "state_of_the_union"),
