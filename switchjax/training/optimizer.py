@@ -24,7 +24,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = optax.constant_schedule(peak)
     # Step 0 takes the first of the warm-up's equal increments: at a rate of 0 it would change nothing.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, decay], [warmup])
+    schedule = optax.join_schedules([rise, decay], [warmup])
+    return lambda step: schedule(step.astype(jnp.float32))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:

@@ -130,7 +130,8 @@ def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes
     path = folder / "config.json"
     path.write_text(config.to_json())
     command = [sys.executable, "-m", "tests.training.small_run", str(path), str(workdir)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
+    with (folder / "stderr.log").open("wb") as log:
+        return subprocess.Popen(command, stderr=log)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], workdir: Path, step: int) -> None:
@@ -150,7 +151,7 @@ def long(tiny: Config) -> Config:
 def undisturbed(long: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     folder = tmp_path_factory.mktemp("undisturbed")
     process = start(long, folder / "run", folder)
-    assert process.wait() == 0, process.communicate()
+    assert process.wait() == 0, (folder / "stderr.log").read_text()
     return losses(folder / "run")
 
 
@@ -164,7 +165,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(
         process.kill()
         assert process.wait() == -signal.SIGKILL
     process = start(long, tmp_path / "run", tmp_path)
-    assert process.wait() == 0, process.communicate()
+    assert process.wait() == 0, (tmp_path / "stderr.log").read_text()
     assert losses(tmp_path / "run") == undisturbed
     assert len(undisturbed) == 40
 
@@ -176,7 +177,7 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(
     process = start(long, tmp_path / "run", tmp_path)
     wait_for_step(process, tmp_path / "run", 5)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait() == 0, process.communicate()
+    assert process.wait() == 0, (tmp_path / "stderr.log").read_text()
     reached = max(losses(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run").steps()[-1] == reached < 40
     assert start(long, tmp_path / "run", tmp_path).wait() == 0
