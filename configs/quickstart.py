@@ -40,7 +40,7 @@ def get_config(arg: str = "switch") -> ConfigDict:
             pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
             scan_layers=False,
         ),
-        moe=MoEConfig(num_experts=8, group_size=256, train_capacity_factor=2.0),
+        moe=MoEConfig(num_experts=8, group_size=256),
         mesh=MeshConfig(data=2, expert=4, emulated_devices=8),
         data=DataConfig(
             corpora=("kjv", "newsgroups", "austen", "state_of_the_union"),
@@ -51,7 +51,7 @@ def get_config(arg: str = "switch") -> ConfigDict:
             decoder_length=32,
         ),
         optimizer=OptimizerConfig(schedule="cosine", learning_rate=0.1, warmup_steps=40),
-        train=TrainConfig(steps=380, log_every=10, checkpoint_every=190),
+        train=TrainConfig(steps=350, log_every=10, checkpoint_every=175),
         evaluate=EvaluateConfig(every=50, batches=4),
     )
     if arg == "runlocal":
