@@ -3,7 +3,9 @@
 python scripts/train.py --config=configs/quickstart.py:switch --workdir=runs/quickstart/switch
 python scripts/train.py --config=configs/quickstart.py:dense --workdir=runs/quickstart/dense
 
-Both run on 8 emulated devices (data 2 x expert 4). They differ in every other feed-forward layer only.
+Both run on 8 emulated devices (data 2 x expert 4). They differ in every other feed-forward layer only. Measured by
+scripts/quickstart.sh on 2 cores, 350 steps: held-out loss 4.508 (switch) and 4.469 (dense) nats a token, 16,601 and
+18,472 tokens/s.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, UserError
+from switchjax.data.pipeline import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints
@@ -142,6 +143,7 @@ def wait_for_step(process: subprocess.Popen[bytes], workdir: Path, step: int) ->
 
 @pytest.fixture(scope="module")
 def long(tiny: Config) -> Config:
+    TextData.prepare(tiny.data)  # the small corpora can be fetched in this process only
     return changed(
         tiny, train={"steps": 40, "checkpoint_every": 3}, evaluate={"every": 0}, mesh={"emulated_devices": 8}
     )
