@@ -48,7 +48,7 @@ class EncoderDecoder(nnx.Module):
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
         """The encoder's output for each token, with its routing sums."""
-        return self.encoder(self._embed(tokens), segments, key)
+        return self.encoder(self._embed(tokens), tokens, segments, key)
 
     def decode(
         self,
@@ -60,7 +60,7 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B L V"], RoutingSums | None]:
         """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
-        x, sums = self.decoder(self._embed(tokens), segments, key, cross)
+        x, sums = self.decoder(self._embed(tokens), tokens, segments, key, cross)
         if self.logits is None:
             return self.embedding.logits(x), sums
         return x @ self.logits[...].astype(x.dtype), sums

@@ -90,14 +90,23 @@ class FeedForward(nnx.Module):
         self.w_gate = kernel(gate_key, up, ("embed", "mlp"), dtype) if gated else None
         self.w_out = kernel(out_key, up[::-1], ("mlp", "embed"), dtype)
 
-    def __call__(self, x: Float[Array, "*B D"], key: PRNGKeyArray | None) -> Float[Array, "*B D"]:
+    def __call__(
+        self, x: Float[Array, "*B D"], key: PRNGKeyArray | None, matmul: Callable[[Array, Array], Array] = jnp.matmul
+    ) -> Float[Array, "*B D"]:
+        """Applies the network.
+
+        Args:
+            x: inputs.
+            key: for dropout; None in evaluation.
+            matmul: how a weight is applied (stacked experts are given a grouped product, `switchjax.moe.ragged`).
+        """
         activation, _ = ACTIVATIONS[self.config.activation]
-        hidden = x @ self.w_in[...].astype(x.dtype)
+        hidden = matmul(x, self.w_in[...].astype(x.dtype))
         if self.w_gate is None:
             hidden = activation(hidden)
         else:
-            hidden = activation(x @ self.w_gate[...].astype(x.dtype)) * hidden
-        return dropout(hidden, self.dropout, key) @ self.w_out[...].astype(x.dtype)
+            hidden = activation(matmul(x, self.w_gate[...].astype(x.dtype))) * hidden
+        return matmul(dropout(hidden, self.dropout, key), self.w_out[...].astype(x.dtype))
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {

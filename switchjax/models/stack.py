@@ -37,6 +37,7 @@ class CrossInputs:
 class StackInputs:
     """What every block of a stack sees besides the residual stream."""
 
+    tokens: Int[Array, "B L"]
     token_mask: Bool[Array, "B L"]
     self_mask: Bool[Array, "B 1 L L"]
     self_bias: Float[Array, "1 H L L"]
@@ -75,7 +76,7 @@ class Block(nnx.Module):
             x = residual(x, self.cross_attention(self.cross_norm(x), encoded, mask, None, next(keys)))
         normed, sums = self.ff_norm(x), None
         if isinstance(self.ff, MoELayer):
-            y, sums = self.ff(normed, inputs.token_mask, next(keys))
+            y, sums = self.ff(normed, inputs.token_mask, next(keys), inputs.tokens)
         else:
             y = self.ff(normed, next(keys))
         return residual(x, y), sums
@@ -87,7 +88,7 @@ def _dense(config: Config, key: PRNGKeyArray) -> FeedForward:
 
 def _moe(config: Config, key: PRNGKeyArray) -> MoELayer:
     make_expert = partial(FeedForward, config.model, config.moe.expert_dropout)
-    return MoELayer(make_expert, config.model.d_model, config.moe, key)
+    return MoELayer(make_expert, config.model.d_model, config.moe, key, config.model.vocab_size)
 
 
 _FEED_FORWARD: dict[str, Callable[[Config, PRNGKeyArray], nnx.Module]] = {"dense": _dense, "moe": _moe}
@@ -130,6 +131,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
+        tokens: Int[Array, "B L"],
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
         cross: CrossInputs | None = None,
@@ -138,6 +140,7 @@ class Stack(nnx.Module):
 
         Args:
             x: embedded tokens.
+            tokens: their ids, for routers that go by them.
             segments: the packed sequence that each token belongs to, 0 for padding.
             key: for dropout and routing noise; None in evaluation.
             cross: what the cross-attention of a decoder attends to.
@@ -146,6 +149,7 @@ class Stack(nnx.Module):
             The normalised residual stream, and the routing sums of the MoE layers on a first axis (None without any).
         """
         inputs = StackInputs(
+            tokens=tokens,
             token_mask=segments > 0,
             self_mask=attention_mask(segments, segments, self.causal),
             self_bias=self.bias(x.shape[1], x.shape[1]),

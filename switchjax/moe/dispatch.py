@@ -1,7 +1,8 @@
 """Moving tokens into the experts' slots and back, as gathers in both directions of differentiation.
 
 A slot holds at most one token and a token at most K slots, so each of the two moves is a gather and each is the other's
-transpose: `gather_sum` with the two index arrays swapped. The papers' one-hot einsum is kept beside it.
+transpose: `gather_sum` with the two index arrays swapped. Where experts choose, a token may have any number of slots;
+what brings them together is then a scatter-add. The papers' one-hot einsum is kept beside both.
 """
 
 from collections.abc import Callable
@@ -17,32 +18,41 @@ from switchjax.moe.routing import Routing
 
 def dispatch_by_gather(x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "E G C D"]:
     """Each slot's token; zeros in empty slots."""
-    slot_row, token_row = _flat_indices(routing)
     groups, experts, capacity = routing.slot_token.shape
-    rows = gather_sum(x.reshape(-1, x.shape[-1]), slot_row.reshape(-1, 1), token_row.reshape(-1, token_row.shape[-1]))
+    slot_row, tokens = _token_rows(routing).reshape(-1), x.reshape(-1, x.shape[-1])
+    if routing.token_slot is None:
+        rows = jnp.take(tokens, slot_row, axis=0, mode="fill", fill_value=0)
+    else:
+        rows = gather_sum(tokens, slot_row[:, None], _slot_rows(routing, routing.token_slot))
     return rows.reshape(experts, groups, capacity, -1)
 
 
 def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Array, "G S D"]:
     """Each token's outputs, weighted by their gates and summed; zeros for a token without a slot."""
-    slot_row, token_row = _flat_indices(routing)
-    weighted = y * routing.slot_gate.swapaxes(0, 1)[..., None].astype(y.dtype)
-    rows = gather_sum(
-        weighted.reshape(-1, y.shape[-1]), token_row.reshape(-1, token_row.shape[-1]), slot_row.reshape(-1, 1)
-    )
-    return rows.reshape(*token_row.shape[:2], -1)
+    slot_row, groups = _token_rows(routing).reshape(-1), y.shape[1]
+    weighted = (y * routing.slot_gate.swapaxes(0, 1)[..., None].astype(y.dtype)).reshape(-1, y.shape[-1])
+    if routing.token_slot is None:
+        rows = jnp.zeros((groups * routing.num_tokens, y.shape[-1]), y.dtype).at[slot_row].add(weighted, mode="drop")
+    else:
+        rows = gather_sum(weighted, _slot_rows(routing, routing.token_slot), slot_row[:, None])
+    return rows.reshape(groups, routing.num_tokens, -1)
 
 
-def _flat_indices(routing: Routing) -> tuple[Int[Array, "E G C"], Int[Array, "G S K"]]:
-    """The row (of G * S tokens) in each slot, and the rows (of E * G * C slots) of each token; past the end: none."""
-    groups, experts, capacity = routing.slot_token.shape
-    tokens = routing.token_slot.shape[1]
+def _token_rows(routing: Routing) -> Int[Array, "E G C"]:
+    """The row (of G * S tokens) in each slot; G * S in an empty one."""
+    groups, tokens = routing.slot_token.shape[0], routing.num_tokens
     group = jnp.arange(groups)[:, None, None]
-    slot_row = jnp.where(routing.slot_token < tokens, group * tokens + routing.slot_token, groups * tokens)
-    expert, position = jnp.divmod(routing.token_slot, capacity)
+    rows = jnp.where(routing.slot_token < tokens, group * tokens + routing.slot_token, groups * tokens)
+    return rows.swapaxes(0, 1)
+
+
+def _slot_rows(routing: Routing, token_slot: Int[Array, "G S K"]) -> Int[Array, "T K"]:
+    """The rows (of E * G * C slots) of each of the G * S tokens; E * G * C for a dropped choice."""
+    groups, experts, capacity = routing.slot_token.shape
+    group = jnp.arange(groups)[:, None, None]
+    expert, position = jnp.divmod(token_slot, capacity)
     row = (expert * groups + group) * capacity + position
-    token_row = jnp.where(expert < experts, row, experts * groups * capacity)
-    return slot_row.swapaxes(0, 1), token_row
+    return jnp.where(expert < experts, row, experts * groups * capacity).reshape(-1, token_slot.shape[-1])
 
 
 def dispatch_by_einsum(x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "E G C D"]:

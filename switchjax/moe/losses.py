@@ -21,7 +21,8 @@ def load_balance_loss(
     """
     num_experts = router_probs.shape[-1]
     tokens = jnp.maximum(jnp.sum(token_mask, axis=1, dtype=jnp.float32), 1)[:, None]
-    fraction = _choices(expert_index, token_mask, num_experts) / (tokens * expert_index.shape[-1])
+    taken = jnp.broadcast_to(token_mask[..., None], expert_index.shape)
+    fraction = choices_of_experts(expert_index, taken, num_experts) / (tokens * expert_index.shape[-1])
     mean_probability = jnp.sum(router_probs, axis=1, where=token_mask[..., None]) / tokens
     return num_experts * jnp.sum(fraction * mean_probability, axis=-1) * tokens[:, 0]
 
@@ -34,48 +35,55 @@ def router_z_loss(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"])
 def routing_metrics(
     router_probs: Float[Array, "G S E"],
     expert_index: Int[Array, "G S K"],
-    token_mask: Bool[Array, "G S"],
+    taken: Bool[Array, "G S K"],
     dispatched: Int[Array, "G"],
+    token_mask: Bool[Array, "G S"],
 ) -> dict[str, Float[Array, "G *E"]]:
     """Sums from which `summarize` makes the metrics.
 
     Args:
         router_probs: probabilities of the experts.
         expert_index: the experts that each token selected.
+        taken: the choices that ask for a slot.
+        dispatched: choices that found one.
         token_mask: False for padding.
-        dispatched: choices that found a slot.
     """
     probs = jax.lax.stop_gradient(router_probs)
     entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs), 0.0), axis=-1)
-    tokens = jnp.sum(token_mask, axis=1, dtype=jnp.float32)
     return {
-        "tokens": tokens,
-        "routed": tokens * expert_index.shape[-1],
+        "tokens": jnp.sum(token_mask, axis=1, dtype=jnp.float32),
+        "routed": jnp.sum(taken, axis=(1, 2), dtype=jnp.float32),
         "dispatched": dispatched.astype(jnp.float32),
-        "expert_load": _choices(expert_index, token_mask, probs.shape[-1]),
+        "expert_load": choices_of_experts(expert_index, taken, probs.shape[-1]),
         "router_entropy": jnp.sum(entropy, axis=1, where=token_mask),
         "router_confidence": jnp.sum(jnp.max(probs, axis=-1), axis=1, where=token_mask),
     }
 
 
-def _choices(expert_index: Array, token_mask: Array, num_experts: int) -> Float[Array, "G E"]:
+def choices_of_experts(
+    expert_index: Int[Array, "G S K"], taken: Bool[Array, "G S K"], num_experts: int
+) -> Float[Array, "G E"]:
     """How many choices fall on each expert, before capacity."""
     chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.float32)
-    return jnp.sum(chosen, axis=(1, 2), where=token_mask[..., None, None])
+    return jnp.sum(chosen, axis=(1, 2), where=taken[..., None])
 
 
 def summarize(sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
     """Losses and metrics under their fixed names, from sums over tokens (any leading axes, e.g. layers).
 
     Returns:
-        load_balance_loss (1 at perfect balance), router_z_loss, fraction_tokens_dropped (of the K choices a token),
-        expert_load (share of the choices before capacity, sums to 1), router_entropy (nats), router_confidence (the
-        highest probability), means over tokens.
+        The losses of the router, such as load_balance_loss (1 at perfect balance), router_entropy (nats) and
+        router_confidence (the highest probability) as means over tokens; fraction_tokens_dropped (of the choices that
+        asked for a slot); expert_load (share of the choices before capacity, sums to 1), and the shares of the most
+        and the least used expert, expert_load_top and expert_load_bottom.
     """
     tokens = jnp.maximum(sums["tokens"], 1.0)
     routed = jnp.maximum(sums["routed"], 1.0)
-    means = ("load_balance_loss", "router_z_loss", "router_entropy", "router_confidence")
+    means = [name for name in sums if name.endswith("_loss")] + ["router_entropy", "router_confidence"]
+    load = sums["expert_load"] / routed[..., None]
     return {name: sums[name] / tokens for name in means} | {
         "fraction_tokens_dropped": (sums["routed"] - sums["dispatched"]) / routed,
-        "expert_load": sums["expert_load"] / routed[..., None],
+        "expert_load": load,
+        "expert_load_top": jnp.max(load, axis=-1),
+        "expert_load_bottom": jnp.min(load, axis=-1),
     }

@@ -1,18 +1,43 @@
-"""What every router returns, and the routers: pure functions from logits to a `Routing`.
+"""The contract between routers and dispatchers: what a router sees (`Tokens`) and what it decides (`Routing`)."""
 
-To add a router, write a function of the type `Router` and enter it in `ROUTERS`.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from switchjax.config import MoEConfig
 from switchjax.moe.gather import gather_sum
-from switchjax.moe.losses import load_balance_loss, router_z_loss, routing_metrics
-from switchjax.moe.slots import fill_slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """What a router sees: the tokens of some groups, none of which knows of the others."""
+
+    x: Float[Array, "G S D"]
+    """float32 whatever the model's dtype; in training with jitter or dropout on it."""
+    mask: Bool[Array, "G S"]
+    """False for padding, which takes no slot and counts nowhere."""
+    capacity: int = field(metadata={"static": True})
+    """C, slots of an expert for a group."""
+    ids: Int[Array, "G S"] | None = None
+    """Vocabulary ids, for routers that go by them."""
+    keys: Key[Array, "G"] | None = None
+    """A key a group, the same on every mesh; None in evaluation, where nothing is random."""
+
+    @property
+    def training(self) -> bool:
+        """Whether this is training: only then is anything random."""
+        return self.keys is not None
+
+    def random(self, purpose: str, draw: Callable[[PRNGKeyArray], Array]) -> Array:
+        """`draw(key)` for each group, stacked: a stream of its own for each purpose."""
+        assert self.keys is not None, "evaluation is deterministic"
+        number = zlib.crc32(purpose.encode()) & 0x7FFFFFFF
+        return jax.vmap(lambda key: draw(jax.random.fold_in(key, number)))(self.keys)
 
 
 @jax.tree_util.register_dataclass
@@ -28,18 +53,67 @@ class Routing:
     """Token of the group in each slot; S where the slot is empty."""
     slot_gate: Float[Array, "G E C"]
     """Weight of the slot's output (differentiable); 0 where the slot is empty."""
-    token_slot: Int[Array, "G S K"]
-    """The inverse: slots `e * C + c` of each token; E * C where a choice was dropped."""
+    token_slot: Int[Array, "G S K"] | None
+    """The inverse: slots `e * C + c` of each token; E * C where a choice was dropped. None where experts choose, as
+    a token may then have any number of slots."""
+    num_tokens: int = field(metadata={"static": True})
+    """S, tokens of a group."""
     losses: dict[str, Float[Array, "G"]]
     metrics: dict[str, Float[Array, "G *E"]]
-
-    @property
-    def num_tokens(self) -> int:
-        """S, tokens of a group."""
-        return self.token_slot.shape[1]
+    token_values: dict[str, Float[Array, "G S"]] = field(default_factory=dict)
+    """What a loss outside of the layer needs to know of each token (reinforced routing)."""
 
 
-Router = Callable[[Float[Array, "G S E"], Bool[Array, "G S"], int], Routing]
+Weights = Mapping[str, Float[Array, "..."]]
+"""The weights of a router, by name."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a router as it is created."""
+
+    value: Float[Array, "..."]
+    axes: tuple[str | None, ...]
+    """Logical axes, as `switchjax.parallel.sharding` names them."""
+    update: str = "gradient"
+    """How training changes it; see `switchjax.training.optimizer`."""
+
+
+@dataclass(frozen=True)
+class RouterSizes:
+    """What the shapes of a router's weights follow from."""
+
+    d_model: int
+    num_experts: int
+    num_expert_groups: int = 1
+    vocab_size: int = 0
+
+
+def linear_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+    """W_r [D, E], for `logits = x W_r`.
+
+    N(0, 0.02) as the Switch Transformer was released; scaled by fan_in like other weights, a narrow model's router
+    drops more tokens at first.
+    """
+    init = jax.nn.initializers.truncated_normal(0.02)
+    return {"logits": Weight(init(key, (sizes.d_model, sizes.num_experts), jnp.float32), ("embed", None))}
+
+
+@dataclass(frozen=True)
+class Router:
+    """A routing system: a function of tokens, and what it needs to know of it before it runs."""
+
+    route: Callable[[Weights, Tokens, MoEConfig], Routing]
+    weights: Callable[[RouterSizes, PRNGKeyArray], dict[str, Weight]] = linear_router
+    selected: tuple[int, ...] | None = None
+    """The K that it knows; None: any."""
+    noncausal: str | None = None
+    """Why a token's experts depend, in evaluation too, on tokens after it; None: they do not."""
+
+
+def project(x: Float[Array, "G S D"], weight: Float[Array, "D N"]) -> Float[Array, "G S N"]:
+    """`x W` in full float32: the matrix units of accelerators would round the logits otherwise."""
+    return jnp.einsum("gsd,dn->gsn", x, weight, precision=jax.lax.Precision.HIGHEST)
 
 
 def jitter(x: Float[Array, "G S D"], noise: float, keys: Key[Array, "G"]) -> Float[Array, "G S D"]:
@@ -51,43 +125,6 @@ def jitter(x: Float[Array, "G S D"], noise: float, keys: Key[Array, "G"]) -> Flo
         keys
     )
     return x * factors
-
-
-def route_switch(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"], capacity: int) -> Routing:
-    """Switch Transformer's top-1 routing (section 2.1): `y = p_e(x) E_e(x)`, e the argmax of `p = softmax(logits)`.
-
-    The gate multiplies although there is one expert only: through it the router gets the language model's gradient.
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    expert_index = jnp.argmax(probs, axis=-1, keepdims=True)
-    # A masked sum and not a gather, whose derivative would be a scatter.
-    chosen = jax.nn.one_hot(expert_index[..., 0], probs.shape[-1], dtype=bool)
-    gate = jnp.sum(probs, axis=-1, keepdims=True, where=chosen)
-    return token_choice(logits, probs, gate, expert_index, token_mask, capacity)
-
-
-def token_choice(
-    logits: Float[Array, "G S E"],
-    router_probs: Float[Array, "G S E"],
-    gate: Float[Array, "G S K"],
-    expert_index: Int[Array, "G S K"],
-    token_mask: Bool[Array, "G S"],
-    capacity: int,
-) -> Routing:
-    """The routing in which each token goes to the experts it selected, as far as their buffers reach."""
-    num_experts, tokens = logits.shape[-1], logits.shape[1]
-    slot_choice, choice_slot = fill_slots(expert_index, token_mask, num_experts, capacity)
-    empty = slot_choice == expert_index.shape[-1] * tokens
-    return Routing(
-        slot_token=jnp.where(empty, tokens, slot_choice % tokens),
-        slot_gate=gates_of_slots(gate, slot_choice, choice_slot),
-        token_slot=choice_slot,
-        losses={
-            "load_balance_loss": load_balance_loss(router_probs, expert_index, token_mask),
-            "router_z_loss": router_z_loss(logits, token_mask),
-        },
-        metrics=routing_metrics(router_probs, expert_index, token_mask, jnp.sum(~empty, axis=(1, 2))),
-    )
 
 
 def gates_of_slots(
@@ -106,6 +143,3 @@ def gates_of_slots(
         return gather_sum(rows, slot_choice.reshape(-1, 1), choice_slot.T.reshape(-1, 1)).reshape(slot_choice.shape)
 
     return jax.vmap(one_group)(gate, slot_choice, choice_slot)
-
-
-ROUTERS: dict[str, Router] = {"switch": route_switch}

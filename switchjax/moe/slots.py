@@ -26,15 +26,20 @@ def expert_capacity(
 
 
 def fill_slots(
-    expert_index: Int[Array, "G S K"], token_mask: Bool[Array, "G S"], num_experts: int, capacity: int
+    expert_index: Int[Array, "G S K"],
+    taken: Bool[Array, "G S K"],
+    num_experts: int,
+    capacity: int,
+    rank: Int[Array, "G S K"] | None = None,
 ) -> tuple[Int[Array, "G E C"], Int[Array, "G S K"]]:
-    """Puts choices into the experts' buffers, first come first served; all first choices come before any second one.
+    """Puts choices into the experts' buffers, in the order of their rank.
 
     Args:
         expert_index: the experts that each token selects, distinct, in the order of preference.
-        token_mask: False for padding, which takes no slot.
+        taken: False for a choice that asks for no slot, such as those of padding.
         num_experts: E.
         capacity: C, slots of an expert.
+        rank: who comes first; None: first come first served, all first choices before any second one.
 
     Returns:
         slot_choice: which choice fills each slot, as `k * S + s` (K * S where the slot stays empty).
@@ -42,9 +47,12 @@ def fill_slots(
     """
     groups, tokens, selected = expert_index.shape
     choices = selected * tokens
-    expert = jnp.where(token_mask[..., None], expert_index, num_experts).swapaxes(1, 2).reshape(groups, choices)
+    expert = jnp.where(taken, expert_index, num_experts).swapaxes(1, 2).reshape(groups, choices)
     # A stable sort lines up each expert's choices in their order of arrival.
-    order = jnp.argsort(expert, axis=1, stable=True)
+    if rank is None:
+        order = jnp.argsort(expert, axis=1, stable=True)
+    else:
+        order = jnp.lexsort((rank.swapaxes(1, 2).reshape(groups, choices), expert), axis=1)
     in_line = jnp.take_along_axis(expert, order, axis=1)
     bounds = jax.vmap(lambda line: jnp.searchsorted(line, jnp.arange(num_experts + 1)))(in_line)
     first, end = bounds[:, :-1], bounds[:, 1:]

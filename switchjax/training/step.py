@@ -81,11 +81,10 @@ def _auxiliary_loss(
     layers = sum(sums["tokens"].shape[0] for sums in routing.values())
     total = jnp.zeros(())
     for stack, sums in routing.items():
-        for name, weight in (
-            ("load_balance_loss", config.moe.load_balance_loss_weight),
-            ("router_z_loss", config.moe.router_z_loss_weight),
-        ):
-            total += weight / layers * jnp.sum(sums[name]) / jnp.maximum(tokens[stack], 1).astype(jnp.float32)
+        count = jnp.maximum(tokens[stack], 1).astype(jnp.float32)
+        for name in sums:
+            if name.endswith("_loss"):
+                total += getattr(config.moe, f"{name}_weight") / layers * jnp.sum(sums[name]) / count
     return total
 
 

@@ -76,7 +76,7 @@ STANDARD_DEVIATIONS: dict[str, Callable[[ModelConfig], float]] = {
     "attention/out": lambda c: math.sqrt(0.1 / (c.num_heads * c.d_head)),
     "w_in": lambda c: math.sqrt(0.1 / c.d_model),
     "w_out": lambda c: math.sqrt(0.1 / c.d_ff),
-    "router": lambda _: 0.02 * 0.8796,  # of a normal cut at two standard deviations
+    "router/logits": lambda _: 0.02 * 0.8796,  # of a normal cut at two standard deviations
     "embedding/vectors": lambda _: 1.0,
     "logits": lambda c: math.sqrt(1 / c.d_model),
     "bias/bias": lambda c: math.sqrt(1 / c.d_model),

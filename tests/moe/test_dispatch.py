@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchjax.config import MoEConfig
+from switchjax.moe.choice import token_choice
 from switchjax.moe.dispatch import DISPATCHERS
-from switchjax.moe.routing import Routing, token_choice
+from switchjax.moe.routing import Routing, Tokens
 from tests.hlo import count_operations
 from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_choices
 
@@ -17,7 +19,12 @@ D = 5
 
 def routing_of(choices: Choices, gate: jax.Array | np.ndarray, capacity: int) -> Routing:
     logits, index, mask = map(jnp.asarray, (choices.logits, choices.expert_index, choices.token_mask))
-    return token_choice(logits, jax.nn.softmax(logits), jnp.asarray(gate), index, mask, capacity)
+    tokens = Tokens(jnp.zeros((*mask.shape, 1)), mask, capacity)
+    chosen = jax.nn.one_hot(index, logits.shape[-1])
+    gates = jnp.sum(chosen * jnp.asarray(gate)[..., None], axis=-2)
+    return token_choice(
+        tokens, MoEConfig(), logits=logits, probs=jax.nn.softmax(logits), gates=gates, expert_index=index
+    )
 
 
 def moe(x: jax.Array, gate: jax.Array, weights: jax.Array, *, choices: Choices, capacity: int, form: str) -> jax.Array:

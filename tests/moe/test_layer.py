@@ -17,7 +17,7 @@ def test_identical_experts_are_the_dense_layer_times_the_gate() -> None:
     layer, (x, mask) = make_layer(**DROPLESS), make_inputs()
     set_experts(layer, expert_slice(layer, 0))
     y, _ = run(layer, x, mask, None)
-    gate = jax.nn.softmax(x @ layer.router[...], axis=-1).max(axis=-1, keepdims=True)
+    gate = jax.nn.softmax(x @ layer.router["logits"][...], axis=-1).max(axis=-1, keepdims=True)
     dense = expert_slice(layer, 0)(jnp.asarray(x), None)
     # Sums of 16 float32 numbers of about 1, in another order.
     np.testing.assert_allclose(y, np.where(mask[..., None], gate * dense, 0), rtol=1e-5, atol=1e-6)
@@ -104,8 +104,8 @@ def test_einsum_and_gather_dispatch_agree_in_outputs_and_gradients() -> None:
 def test_a_bfloat16_model_routes_as_its_float32_router() -> None:
     layer, (x, mask) = make_layer(num_experts=16), make_inputs(rows=64)
     low = jnp.asarray(x).astype(jnp.bfloat16)
-    exact = jnp.einsum("bld,de->ble", low.astype(jnp.float32), layer.router[...])
-    rounded = jnp.einsum("bld,de->ble", low, layer.router[...].astype(jnp.bfloat16))
+    exact = jnp.einsum("bld,de->ble", low.astype(jnp.float32), layer.router["logits"][...])
+    rounded = jnp.einsum("bld,de->ble", low, layer.router["logits"][...].astype(jnp.bfloat16))
     assert np.any(exact.argmax(axis=-1) != rounded.argmax(axis=-1)), "nothing here tells the two apart"
 
     layer.experts = jax.tree.map(lambda values: values.astype(jnp.bfloat16), layer.experts)
@@ -119,7 +119,9 @@ def test_a_bfloat16_model_routes_as_its_float32_router() -> None:
 @pytest.mark.parametrize("dispatch", ["gather", "einsum"])
 def test_huge_inputs_and_idle_experts_give_finite_values_and_gradients(dispatch: str) -> None:
     layer = make_layer(num_experts=8, dispatch=dispatch)
-    layer.router[...] = jnp.zeros_like(layer.router[...]).at[:, 3].set(1.0)  # every token goes to expert 3
+    layer.router["logits"][...] = (
+        jnp.zeros_like(layer.router["logits"][...]).at[:, 3].set(1.0)
+    )  # every token goes to expert 3
     x, mask = np.full((4, LENGTH, D), 1e15, np.float32), np.ones((4, LENGTH), bool)
 
     def loss(layer: object, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -135,7 +137,9 @@ def test_huge_inputs_and_idle_experts_give_finite_values_and_gradients(dispatch:
 
 def test_a_token_over_capacity_comes_back_as_zeros() -> None:
     layer = make_layer(group_size=LENGTH, eval_capacity_factor=0.1, min_expert_capacity=3)
-    layer.router[...] = jnp.zeros_like(layer.router[...])  # all probabilities equal: all to expert 0
+    layer.router["logits"][...] = jnp.zeros_like(
+        layer.router["logits"][...]
+    )  # all probabilities equal: all to expert 0
     x, mask = np.ones((1, LENGTH, D), np.float32), np.ones((1, LENGTH), bool)
     y, sums = run(layer, x, mask, None)
     assert np.all(np.asarray(y)[0, :3] != 0)

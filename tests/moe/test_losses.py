@@ -8,6 +8,10 @@ import pytest
 from switchjax.moe.losses import load_balance_loss, router_z_loss, routing_metrics, summarize
 
 
+def taken_of(index: jax.Array | np.ndarray, mask: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(mask)[..., None], index.shape)
+
+
 def jitted_load_balance_loss(probs: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(load_balance_loss)(probs.astype(np.float32), index.astype(np.int32), mask))
 
@@ -50,7 +54,7 @@ def test_padding_adds_nothing_to_any_sum() -> None:
         return {
             "load_balance_loss": load_balance_loss(probs, index, mask),
             "router_z_loss": router_z_loss(logits, mask),
-        } | routing_metrics(probs, index, mask, jnp.zeros(index.shape[0], jnp.int32))
+        } | routing_metrics(probs, index, taken_of(index, mask), jnp.zeros(index.shape[0], jnp.int32), mask)
 
     index = np.argsort(-logits, axis=-1)[..., :2].astype(np.int32)
     padded = jax.jit(sums)(logits, index, mask)
@@ -78,7 +82,8 @@ def test_router_z_loss_by_hand() -> None:
 def test_routing_metrics_by_hand() -> None:
     probs = np.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], np.float32)
     index = np.array([[[0], [0]]], np.int32)
-    metrics = jax.jit(routing_metrics)(probs, index, np.ones((1, 2), bool), np.array([1], np.int32))
+    mask = np.ones((1, 2), bool)
+    metrics = jax.jit(routing_metrics)(probs, index, mask[..., None], np.array([1], np.int32), mask)
     expected = {
         "tokens": [2],
         "routed": [2],
@@ -97,7 +102,9 @@ def test_metrics_have_no_gradient() -> None:
     index, mask = jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2), bool)
 
     def total(probs: jax.Array) -> jax.Array:
-        return sum(jnp.sum(v) for v in routing_metrics(probs, index, mask, jnp.ones(1, jnp.int32)).values())
+        return sum(
+            jnp.sum(v) for v in routing_metrics(probs, index, mask[..., None], jnp.ones(1, jnp.int32), mask).values()
+        )
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(probs), 0)
 
@@ -121,6 +128,8 @@ def test_summarize_divides_each_sum_by_what_it_was_summed_over() -> None:
         "router_confidence": [0.75, 0],
         "fraction_tokens_dropped": [0.25, 0],
         "expert_load": [[0.5, 0.375, 0.125], [0, 0, 0]],
+        "expert_load_top": [0.5, 0],
+        "expert_load_bottom": [0.125, 0],
     }
     assert summary.keys() == expected.keys()
     for name, values in expected.items():

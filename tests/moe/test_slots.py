@@ -15,9 +15,13 @@ from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_cho
 _fill = jax.jit(fill_slots, static_argnums=(2, 3))
 
 
+def taken_of(choices: Choices) -> np.ndarray:
+    return np.broadcast_to(choices.token_mask[..., None], choices.expert_index.shape)
+
+
 def fill(choices: Choices, case: Case) -> tuple[np.ndarray, np.ndarray]:
     slot_choice, choice_slot = _fill(
-        jnp.asarray(choices.expert_index), jnp.asarray(choices.token_mask), case.experts, case.capacity
+        jnp.asarray(choices.expert_index), jnp.asarray(taken_of(choices)), case.experts, case.capacity
     )
     return np.asarray(slot_choice), np.asarray(choice_slot)
 

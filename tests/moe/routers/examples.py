@@ -1,0 +1,76 @@
+"""Running a router by its name on random tokens."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switchjax.config import MoEConfig
+from switchjax.moe.routers import ROUTERS
+from switchjax.moe.routing import RouterSizes, Routing, Tokens
+
+D = 6
+VOCAB = 32
+
+
+def router_config(name: str, **changes: Any) -> MoEConfig:
+    """A config that the router accepts: K = 2 where it may choose, 4 experts unless told."""
+    known = ROUTERS[name].selected
+    selected = 2 if known is None else known[0]
+    return MoEConfig(**({"router": name, "num_experts": 4, "num_selected_experts": selected} | changes))
+
+
+def random_weights(config: MoEConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """The router's weights, those that gradients train drawn anew so that none is 0."""
+    sizes = RouterSizes(D, config.num_experts, config.num_expert_groups, VOCAB)
+    weights = ROUTERS[config.router].weights(sizes, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.normal(size=w.value.shape), jnp.float32) if w.update == "gradient" else w.value
+        for name, w in weights.items()
+    }
+
+
+def random_tokens(
+    groups: int = 2, tokens: int = 16, capacity: int = 16, padding: float = 0.0, seed: int = 0, training: bool = False
+) -> Tokens:
+    """Normal tokens with random ids, about `padding` of them padding."""
+    rng = np.random.default_rng(seed)
+    return Tokens(
+        x=jnp.asarray(rng.normal(size=(groups, tokens, D)), jnp.float32),
+        mask=jnp.asarray(rng.uniform(size=(groups, tokens)) >= padding),
+        capacity=capacity,
+        ids=jnp.asarray(rng.integers(1, VOCAB, size=(groups, tokens)), jnp.int32),
+        keys=jax.random.split(jax.random.key(seed), groups) if training else None,
+    )
+
+
+@cache
+def compiled(config: MoEConfig) -> Any:
+    """The router of a config, jitted: `(weights, tokens) -> Routing`."""
+    return jax.jit(partial(ROUTERS[config.router].route, config=config))
+
+
+def route(config: MoEConfig, tokens: Tokens, weights: dict[str, jax.Array] | None = None) -> Routing:
+    """Routes `tokens` with random weights unless told."""
+    return compiled(config)(random_weights(config) if weights is None else weights, tokens)
+
+
+def chosen_experts(routing: Routing) -> np.ndarray:
+    """The expert of each choice [G, S, K]; E where it found no slot."""
+    assert routing.token_slot is not None
+    return np.asarray(routing.token_slot) // routing.slot_token.shape[2]
+
+
+def token_gates(routing: Routing) -> np.ndarray:
+    """Each token's weight for each expert [G, S, E], 0 where it has no slot there."""
+    groups, experts, capacity = routing.slot_token.shape
+    gates = np.zeros((groups, routing.num_tokens + 1, experts), np.float32)
+    slot_token, slot_gate = np.asarray(routing.slot_token), np.asarray(routing.slot_gate)
+    for group in range(groups):
+        for expert in range(experts):
+            for slot in range(capacity):
+                gates[group, slot_token[group, expert, slot], expert] += slot_gate[group, expert, slot]
+    return gates[:, :-1]
