@@ -48,23 +48,32 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
     known, others = parser.parse_known_args(arguments)
-    path = Path(known.config.partition(":")[0])
+    return known, load_config(known.config, others)
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file `FILE.py[:arg]`, with values replaced by `--config.section.key=value`.
+
+    Raises:
+        UserError: as `parse_with_config`.
+    """
+    path = Path(name.partition(":")[0])
     if not path.is_file():
         raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
-    for argument in others:
+    for argument in overrides:
         if argument.startswith("--config."):
             check_key(argument.removeprefix("--config.").partition("=")[0])
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values)
     try:
-        rest = values([parser.prog, f"--config={known.config}", *others])
+        rest = values(["", f"--config={name}", *overrides])
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     except Exception as error:  # A config file is code, and anything may go wrong in it.
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}")
-    return known, Config.from_dict(config.value)
+    return Config.from_dict(config.value)
 
 
 def _one_line(error: Exception) -> str:

@@ -65,7 +65,8 @@ class ModelConfig:
     num_encoder_layers: int = 12
     num_decoder_layers: int = 12
     pattern: tuple[str, ...] = ("dense", "moe")
-    """Feed-forward kinds of one period of layers; it repeats to fill each stack."""
+    """The layers of one period, which repeats to fill each stack: dense, moe (experts for the feed-forward network) or
+    switch_attention (experts for queries, keys and values)."""
     activation: str = "relu"
     tie_embeddings: bool = True
     relative_buckets: int = 32
@@ -78,6 +79,11 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is routed."""
+        return set(self.pattern) != {"dense"}
+
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "d_ff", "num_heads", "d_head", "num_encoder_layers", "num_decoder_layers")
         _check_positive("model", {name: getattr(self, name) for name in sizes})
@@ -89,7 +95,7 @@ class ModelConfig:
             check_choice(f"model.{name}", getattr(self, name), ["float32", "bfloat16"])
         _require(len(self.pattern) > 0, "model.pattern must name at least one layer")
         for kind in self.pattern:
-            check_choice("model.pattern", kind, ["dense", "moe"])
+            check_choice("model.pattern", kind, ["dense", "moe", "switch_attention"])
         for name in ("num_encoder_layers", "num_decoder_layers"):
             layers = getattr(self, name)
             _require(
@@ -166,7 +172,7 @@ class MoEConfig:
     load_loss_weight: float = 0.0
     policy_loss_weight: float = 0.01
     """reinforced: weight of the policy gradient and of its baseline."""
-    policy_entropy_weight: float = 0.01
+    policy_entropy_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
         sizes = (
@@ -208,7 +214,7 @@ class MoEConfig:
             "importance_loss_weight",
             "load_loss_weight",
             "policy_loss_weight",
-            "policy_entropy_weight",
+            "policy_entropy_loss_weight",
             "no_token_left_behind",
             "num_shared_experts",
         ):

@@ -100,7 +100,6 @@ INFINITE, NAN = float("inf"), float("nan")
         ("model", "relative_buckets", 31),
         ("model", "relative_max_distance", 16),
         ("moe", "num_experts", 0),
-        ("moe", "num_selected_experts", 2),  # the Switch router selects 1
         ("moe", "group_size", 0),
         ("moe", "train_capacity_factor", 0.0),
         ("moe", "eval_capacity_factor", -1.0),

@@ -41,7 +41,17 @@ def test_a_room_imports_only_itself_and_those_before_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["slots", "gather", "dispatch", "losses", "routing", "choice", "ragged", "routers/token_choice"]
+    "name",
+    [
+        "slots",
+        "gather",
+        "dispatch",
+        "losses",
+        "routing",
+        "choice",
+        "ragged",
+        *(f"routers/{path.stem}" for path in (PACKAGE / "moe" / "routers").glob("[a-z]*.py")),
+    ],
 )
 def test_routing_and_dispatch_are_functions_of_arrays_without_flax(name: str) -> None:
     assert not [module for module in imported_modules(PACKAGE / "moe" / f"{name}.py") if module.startswith("flax")]

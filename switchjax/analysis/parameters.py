@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many a token meets."""
+"""How many parameters a model learns, and how many of them a token meets."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,14 @@ import jax
 from switchjax.config import Config
 from switchjax.models.encoder_decoder import build
 from switchjax.parallel.sharding import is_variable
+from switchjax.training.optimizer import GRADIENT
 
 
 class ParameterCounts(NamedTuple):
-    """All parameters, and those active for one token: K of E experts, everything else."""
+    """Parameters that the gradient trains, and those of them active for one token: K of E experts, everything else.
+
+    Frozen tables, balancing biases and running averages are state of the routing and no parameters.
+    """
 
     total: int
     active: int
@@ -21,6 +25,8 @@ def count_parameters(config: Config) -> ParameterCounts:
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
     total = active = 0
     for variable in jax.tree.leaves(model, is_leaf=is_variable):
+        if variable.get_metadata("update", GRADIENT) != GRADIENT:
+            continue
         size = variable.size
         total += size
         if "expert" in variable.get_metadata("axes"):

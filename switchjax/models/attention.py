@@ -96,10 +96,22 @@ class Attention(nnx.Module):
         query = jnp.einsum("bqd,dha->bqha", x, self.query[...].astype(x.dtype))
         keys = jnp.einsum("bld,dha->blha", context, self.key[...].astype(x.dtype))
         values = jnp.einsum("bld,dha->blha", context, self.value[...].astype(x.dtype))
-        scores = jnp.einsum("bqha,blha->bhql", query, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores += bias
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(x.dtype)
-        weights = dropout(weights, self.config.dropout, key)
-        mixed = jnp.einsum("bhql,blha->bqha", weights, values)
+        mixed = attend(query, keys, values, mask, bias, self.config.dropout, key)
         return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype))
+
+
+def attend(
+    query: Float[Array, "B Q H A"],
+    keys: Float[Array, "B L H A"],
+    values: Float[Array, "B L H A"],
+    mask: Bool[Array, "B 1 Q L"],
+    bias: Float[Array, "1 H Q L"] | None,
+    rate: float,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "B Q H A"]:
+    """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`."""
+    scores = jnp.einsum("bqha,blha->bhql", query, keys, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(query.dtype)
+    return jnp.einsum("bhql,blha->bqha", dropout(weights, rate, key), values)

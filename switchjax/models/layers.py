@@ -16,7 +16,7 @@ INIT_SCALE = 0.1
 def kernel(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     dtype: DTypeLike,
     num_inputs: int = 1,
     scale: float = INIT_SCALE,

@@ -1,5 +1,6 @@
 """The transformer stack: a repeating pattern of blocks, one period of which is the body of a `lax.scan`."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,10 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from switchjax.config import Config
+from switchjax.config import Config, UserError
 from switchjax.models.attention import Attention, RelativePositionBias, attention_mask
 from switchjax.models.layers import FeedForward, RMSNorm, dropout, split_key
-from switchjax.moe.layer import EXCHANGE, MoELayer, RoutingSums
+from switchjax.models.switch_attention import SwitchAttention
+from switchjax.moe.exchange import EXCHANGE
+from switchjax.moe.layer import MoELayer, RoutingSums, noncausal_because
+from switchjax.moe.routers import ROUTERS
+from switchjax.moe.shared import SharedMoELayer
 from switchjax.parallel.sharding import constrain
 from switchjax.parallel.stacking import stack
 
@@ -45,53 +50,95 @@ class StackInputs:
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention in a decoder, and a dense or MoE feed-forward layer, each as
-    `x + dropout(layer(norm(x)))`."""
+    """Self-attention, cross-attention in a decoder, and a feed-forward layer, each as `x + dropout(layer(norm(x)))`.
+
+    `kind` says which of them has experts; see `ModelConfig.pattern`.
+    """
 
     def __init__(self, config: Config, kind: str, cross: bool, key: PRNGKeyArray):
         self.config = config.model
         d_model, dtype = config.model.d_model, config.model.param_dtype
         self_key, cross_key, ff_key = jax.random.split(key, 3)
         self.self_norm = RMSNorm(d_model, dtype)
-        self.self_attention = Attention(config.model, self_key)
+        routed_attention = kind == "switch_attention"
+        self.self_attention = (
+            SwitchAttention(config, self_key) if routed_attention else Attention(config.model, self_key)
+        )
         if cross:
             self.cross_norm = RMSNorm(d_model, dtype)
             self.cross_attention = Attention(config.model, cross_key)
         self.ff_norm = RMSNorm(d_model, dtype)
-        self.ff = _FEED_FORWARD[kind](config, ff_key)
+        self.ff = _moe(config, ff_key) if kind == "moe" else _dense(config, ff_key)
 
     def __call__(
         self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        """The residual stream after the block, and the routing sums of each of its routers."""
         keys = iter(split_key(key, 6))
 
         def residual(x: Array, y: Array) -> Array:
             y = x + dropout(y, self.config.dropout, next(keys))
             return constrain(y, "batch", "length", "embed")
 
-        normed = self.self_norm(x)
-        x = residual(x, self.self_attention(normed, normed, inputs.self_mask, inputs.self_bias, next(keys)))
+        y, attention_sums = self._attend(self.self_norm(x), inputs, next(keys))
+        x = residual(x, y)
         if inputs.cross is not None:
             encoded, mask = inputs.cross.encoded, inputs.cross.mask
             x = residual(x, self.cross_attention(self.cross_norm(x), encoded, mask, None, next(keys)))
-        normed, sums = self.ff_norm(x), None
-        if isinstance(self.ff, MoELayer):
-            y, sums = self.ff(normed, inputs.token_mask, next(keys), inputs.tokens)
-        else:
-            y = self.ff(normed, next(keys))
-        return residual(x, y), sums
+        y, ff_sums = self._feed_forward(self.ff_norm(x), inputs, next(keys))
+        return residual(x, y), attention_sums + ff_sums
+
+    def _attend(
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        if isinstance(self.self_attention, Attention):
+            return self.self_attention(x, x, inputs.self_mask, inputs.self_bias, key), []
+        return self.self_attention(x, inputs.token_mask, inputs.self_mask, inputs.self_bias, key, inputs.tokens)
+
+    def _feed_forward(
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        if isinstance(self.ff, FeedForward):
+            return self.ff(x, key), []
+        y, sums = self.ff(x, inputs.token_mask, key, inputs.tokens)
+        return y, [sums]
 
 
 def _dense(config: Config, key: PRNGKeyArray) -> FeedForward:
     return FeedForward(config.model, config.model.dropout, key)
 
 
-def _moe(config: Config, key: PRNGKeyArray) -> MoELayer:
-    make_expert = partial(FeedForward, config.model, config.moe.expert_dropout)
-    return MoELayer(make_expert, config.model.d_model, config.moe, key, config.model.vocab_size)
+def _moe(config: Config, key: PRNGKeyArray) -> MoELayer | SharedMoELayer:
+    model, moe = config.model, config.moe
+    routed_key, shared_key, mixing_key = jax.random.split(key, 3)
+    make_expert = partial(FeedForward, model, moe.expert_dropout)
+    if not moe.num_shared_experts:
+        return MoELayer(make_expert, model.d_model, moe, key, model.vocab_size)
+    # Experts that all tokens pass through add up to one network as wide as all of them.
+    wide = dataclasses.replace(model, d_ff=model.d_ff * moe.num_shared_experts)
+    shared = FeedForward(wide, model.dropout, shared_key)
+    routed = MoELayer(make_expert, model.d_model, moe, routed_key, model.vocab_size)
+    return SharedMoELayer(shared, routed, model.d_model, mixing_key)
 
 
-_FEED_FORWARD: dict[str, Callable[[Config, PRNGKeyArray], nnx.Module]] = {"dense": _dense, "moe": _moe}
+def check_causal(config: Config) -> None:
+    """Refuses, for a decoder, routers that let what comes after a token change its experts.
+
+    Raises:
+        UserError: saying why, and what to set.
+    """
+    if not config.model.has_experts or config.moe.allow_noncausal_routing:
+        return
+    if (reason := noncausal_because(config.moe)) is not None:
+        raise UserError(
+            f"moe.router={config.moe.router} would let a decoder see the future: {reason}; "
+            "moe.allow_noncausal_routing=True asks for it by name"
+            + (
+                ""
+                if ROUTERS[config.moe.router].noncausal
+                else ", moe.fill_order=token_by_token or moe.dropless=True avoids it"
+            )
+        )
 
 
 class Period(nnx.Module):
@@ -106,10 +153,10 @@ class Period(nnx.Module):
         self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
         """Applies the blocks; routing sums carry the period's MoE layers on their first axis, None without any."""
-        layers = []
+        layers: list[RoutingSums] = []
         for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             x, sums = block(x, inputs, block_key)
-            layers += [] if sums is None else [sums]
+            layers += sums
         return x, jax.tree.map(lambda *values: jnp.stack(values), *layers) if layers else None
 
 
@@ -121,6 +168,8 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, config: Config, num_layers: int, causal: bool, cross: bool, key: PRNGKeyArray):
+        if causal:
+            check_causal(config)
         self.config, self.causal = config.model, causal
         self.num_periods = num_layers // len(config.model.pattern)
         bias_key, period_key = jax.random.split(key)

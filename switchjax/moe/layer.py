@@ -7,17 +7,18 @@ experts' tensor-parallel slices add up (all-reduce over `model`).
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError, check_choice
 from switchjax.moe.dispatch import DISPATCHERS
+from switchjax.moe.exchange import apply_experts, apply_experts_over_mesh, are_sliced, group_keys
 from switchjax.moe.ragged import apply_ragged
 from switchjax.moe.routers import ROUTERS
 from switchjax.moe.routing import RouterSizes, Routing, Tokens, jitter
@@ -26,16 +27,13 @@ from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack
 
-EXCHANGE = "exchange"
-"""Name under which a remat policy finds what the all-to-alls brought."""
-
 RoutingSums = dict[str, Float[Array, "..."]]
 """Losses and metrics of a layer, summed over tokens (see `switchjax.moe.losses.summarize`), and `Routing.token_values`
 as [B, L]."""
 
 
 def check_router(config: MoEConfig) -> None:
-    """Raises a `UserError` unless the router exists and knows the number of selected experts."""
+    """Raises a `UserError` unless the router exists and can route by the config."""
     check_choice("moe.router", config.router, ROUTERS)
     known = ROUTERS[config.router].selected
     if known is not None and config.num_selected_experts not in known:
@@ -43,6 +41,8 @@ def check_router(config: MoEConfig) -> None:
             f"moe.router={config.router} selects {' or '.join(map(str, known))} expert(s), "
             f"but moe.num_selected_experts={config.num_selected_experts}"
         )
+    if (check := ROUTERS[config.router].check) is not None:
+        check(config)
 
 
 def noncausal_because(config: MoEConfig) -> str | None:
@@ -129,13 +129,9 @@ class MoELayer(nnx.Module):
         ids: Int[Array, "G S"] | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "G S M"], RoutingSums, RoutingSums]:
-        routing = self._route(x, mask, ids, _group_keys(key, 0, x.shape[0]))
-        if self.config.dispatch == "ragged":
-            return apply_ragged(self.experts, x, routing), routing.losses | routing.metrics, routing.token_values
-        slots, combine = self._dispatch(x, routing)
-        expert_keys = _group_keys(_slice_key(key, 0), 0, x.shape[0])
-        y = _apply_experts(self.experts, slots, jnp.arange(self.config.num_experts), expert_keys)
-        return combine(y), routing.losses | routing.metrics, routing.token_values
+        routing = self._route(x, mask, ids, group_keys(key, 0, x.shape[0]))
+        y = self._experts(x, routing, partial(apply_experts, key=key))
+        return y, routing.losses | routing.metrics, routing.token_values
 
     def _apply_over_mesh(
         self,
@@ -147,17 +143,13 @@ class MoELayer(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         columns = mesh.shape[EXPERT]
         local_groups, rest = divmod(x.shape[0], mesh.shape[DATA] * columns)
-        local_experts = self.config.num_experts // columns
-        if self.config.dispatch == "ragged" and columns > 1:
-            raise UserError(
-                f"moe.dispatch=ragged keeps all experts on each device, but mesh.expert={columns}: "
-                "set mesh.expert=1 (mesh.data and mesh.model may divide the devices), or moe.dispatch=gather"
-            )
         if rest:
             raise UserError(
                 f"{x.shape[0]} groups of {x.shape[1]} tokens do not divide over the {mesh.shape[DATA] * columns} "
                 f"shards of data x expert: moe.group_size={self.config.group_size} is too large or the batch too small"
             )
+        assert self.config.dispatch != "ragged" or columns == 1, "check_fit refuses this"
+        sliced = are_sliced(self.experts)
 
         def island(
             layer: MoELayer,
@@ -166,24 +158,12 @@ class MoELayer(nnx.Module):
             ids: Int[Array, "G S"] | None,
             key: PRNGKeyArray | None,
         ) -> tuple[Array, RoutingSums, RoutingSums]:
-            row, column = jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT)
-            routing = layer._route(
-                x, mask, ids, _group_keys(key, (row * columns + column) * local_groups, local_groups)
-            )
-            if layer.config.dispatch == "ragged":
-                y = jax.lax.psum(apply_ragged(layer.experts, x, routing), MODEL)
-                return y, routing.losses | routing.metrics, routing.token_values
-            slots, combine = layer._dispatch(x, routing)  # [E, g, C, D], the device's own tokens
-            # Out: experts are split over the axis, groups are gathered in the order of the axis.
-            slots = jax.lax.all_to_all(slots, EXPERT, split_axis=0, concat_axis=1, tiled=True)
-            slots = checkpoint_name(slots, EXCHANGE)
-            slice_key = _slice_key(key, jax.lax.axis_index(MODEL))
-            expert_keys = _group_keys(slice_key, row * columns * local_groups, columns * local_groups)
-            y = _apply_experts(layer.experts, slots, column * local_experts + jnp.arange(local_experts), expert_keys)
-            y = jax.lax.all_to_all(y, EXPERT, split_axis=1, concat_axis=0, tiled=True)
-            y = checkpoint_name(y, EXCHANGE)
+            shard = jax.lax.axis_index(DATA) * columns + jax.lax.axis_index(EXPERT)
+            routing = layer._route(x, mask, ids, group_keys(key, shard * local_groups, local_groups))
+            y = layer._experts(x, routing, partial(apply_experts_over_mesh, key=key))
             # The slices of d_ff add up here, not before the way back: combine is linear, tokens are fewer than slots.
-            return jax.lax.psum(combine(y), MODEL), routing.losses | routing.metrics, routing.token_values
+            y = jax.lax.psum(y, MODEL) if sliced else y
+            return y, routing.losses | routing.metrics, routing.token_values
 
         groups = partition_spec("group")
         in_specs = (parameter_specs(self), groups, groups, groups, PartitionSpec())
@@ -205,9 +185,14 @@ class MoELayer(nnx.Module):
         weights = {name: weight[...] for name, weight in self.router.items()}
         return ROUTERS[config.router].route(weights, explore(tokens, config), config)
 
-    def _dispatch(self, x: Float[Array, "G S D"], routing: Routing) -> tuple[Array, Callable[[Array], Array]]:
+    def _experts(
+        self, x: Float[Array, "G S D"], routing: Routing, apply: Callable[[Any, Array], Array]
+    ) -> Float[Array, "G S M"]:
+        """Dispatch, experts, combine."""
+        if self.config.dispatch == "ragged":
+            return apply_ragged(self.experts, x, routing)
         form = DISPATCHERS[self.config.dispatch]
-        return form.dispatch(x, routing), lambda y: form.combine(y, routing)
+        return form.combine(apply(self.experts, form.dispatch(x, routing)), routing)
 
 
 def explore(tokens: Tokens, config: MoEConfig) -> Tokens:
@@ -223,28 +208,3 @@ def explore(tokens: Tokens, config: MoEConfig) -> Tokens:
         )
         x = jnp.where(keep, x / (1 - config.input_dropout), 0.0)
     return dataclasses.replace(tokens, x=x)
-
-
-def _slice_key(key: PRNGKeyArray | None, model_index: int | Int[Array, ""]) -> PRNGKeyArray | None:
-    """The key for dropout inside the experts, one a slice of d_ff; counted down, away from the groups' numbers."""
-    return None if key is None else jax.random.fold_in(key, 2**31 - 1 - model_index)
-
-
-def _group_keys(key: PRNGKeyArray | None, first: int | Int[Array, ""], count: int) -> Key[Array, "G"] | None:
-    """A key for each of `count` groups from the group numbered `first` on: the same noise on every mesh."""
-    if key is None:
-        return None
-    return jax.vmap(lambda group: jax.random.fold_in(key, group))(first + jnp.arange(count))
-
-
-def _apply_experts(
-    experts: Any, slots: Float[Array, "E G C D"], expert_ids: Int[Array, "E"], keys: Key[Array, "G"] | None
-) -> Float[Array, "E G C D"]:
-    """Each expert on its slots of all groups; dropout is keyed by (group, expert), the same on every mesh."""
-
-    def one_expert(expert: Any, slots: Array, expert_id: Array) -> Array:
-        if keys is None:
-            return jax.vmap(lambda rows: expert(rows, None))(slots)
-        return jax.vmap(lambda rows, key: expert(rows, jax.random.fold_in(key, expert_id)))(slots, keys)
-
-    return jax.vmap(one_expert)(experts, slots, expert_ids)

@@ -32,6 +32,34 @@ def router_z_loss(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"])
     return jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)), axis=1, where=token_mask)
 
 
+def importance_loss(gates: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
+    """`CV(sum_s g_e)^2` over the experts of each group times its number of tokens (Shazeer et al. 2017, eq. 6-7).
+
+    Args:
+        gates: 0 for an expert that is not kept.
+        token_mask: False for padding.
+    """
+    return _imbalance(gates, token_mask)
+
+
+def load_loss(load_probability: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
+    """`CV(sum_s P(s, e))^2` over the experts of each group times its number of tokens (Shazeer et al. 2017, eq. 10-11).
+
+    Args:
+        load_probability: P(s, e), that token s chooses expert e.
+        token_mask: False for padding.
+    """
+    return _imbalance(load_probability, token_mask)
+
+
+def _imbalance(values: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
+    """Squared coefficient of variation of the experts' sums, for each token of the group; 0 at balance."""
+    total = jnp.sum(values, axis=1, where=token_mask[..., None])
+    mean = jnp.mean(total, axis=-1, keepdims=True)
+    relative = total / jnp.where(mean > 0, mean, 1.0)  # a group of padding has no mean
+    return jnp.var(relative, axis=-1) * jnp.sum(token_mask, axis=1, dtype=jnp.float32)
+
+
 def routing_metrics(
     router_probs: Float[Array, "G S E"],
     expert_index: Int[Array, "G S K"],
@@ -80,7 +108,7 @@ def summarize(sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array,
     tokens = jnp.maximum(sums["tokens"], 1.0)
     routed = jnp.maximum(sums["routed"], 1.0)
     means = [name for name in sums if name.endswith("_loss")] + ["router_entropy", "router_confidence"]
-    load = sums["expert_load"] / routed[..., None]
+    load = sums["expert_load"] / jnp.maximum(jnp.sum(sums["expert_load"], axis=-1, keepdims=True), 1.0)
     return {name: sums[name] / tokens for name in means} | {
         "fraction_tokens_dropped": (sums["routed"] - sums["dispatched"]) / routed,
         "expert_load": load,

@@ -109,6 +109,8 @@ class Router:
     """The K that it knows; None: any."""
     noncausal: str | None = None
     """Why a token's experts depend, in evaluation too, on tokens after it; None: they do not."""
+    check: Callable[[MoEConfig], None] | None = None
+    """Raises a `UserError` for a config that it cannot route by."""
 
 
 def project(x: Float[Array, "G S D"], weight: Float[Array, "D N"]) -> Float[Array, "G S N"]:

@@ -92,8 +92,13 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
             f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
         )
-    if "moe" not in model.pattern:
+    if not model.has_experts:
         return
+    if moe.dispatch == "ragged" and mesh.shape[EXPERT] > 1:
+        raise UserError(
+            f"moe.dispatch=ragged keeps all experts on each device, but mesh.expert={mesh.shape[EXPERT]}: "
+            "set mesh.expert=1 (mesh.data and mesh.model may divide the devices), or moe.dispatch=gather"
+        )
     if moe.num_experts % mesh.shape[EXPERT]:
         raise UserError(
             f"moe.num_experts={moe.num_experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "

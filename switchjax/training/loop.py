@@ -23,7 +23,9 @@ from switchjax.models.encoder_decoder import Batch, EncoderDecoder
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
 from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.hashing import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
+from switchjax.training.optimizer import count_trained
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, train_step
 from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path, write_summary
@@ -134,7 +136,7 @@ class _Run:
         last = evaluate[-1] if evaluate else {}
         summary = {
             "steps": self.step,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.model)),
+            "parameters": count_trained(self.state.model),
             "corpora": list(self.data.corpora),
             "devices": self.mesh.size,
             "loss": train[-1]["loss"],
@@ -215,14 +217,14 @@ def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh) -> _Run:
 
 def _initial_state(config: Config, plan: StatePlan, data: TextData) -> TrainState:
     state = plan.create()
-    if not config.init_from.workdir:
-        return state
-    source = Path(config.init_from.workdir)
-    if load_vocabulary(source, config).fingerprint != data.vocabulary.fingerprint:
-        raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
-    with closing(Checkpoints(source)) as checkpoints:
-        _, model = checkpoints.load_model(plan, config.init_from.step)
-    return TrainState(state.step, model, state.opt_state)
+    model = state.model
+    if config.init_from.workdir:
+        source = Path(config.init_from.workdir)
+        if load_vocabulary(source, config).fingerprint != data.vocabulary.fingerprint:
+            raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
+        with closing(Checkpoints(source)) as checkpoints:
+            _, model = checkpoints.load_model(plan, config.init_from.step)
+    return TrainState(state.step, with_hash_tables(model, config, data), state.opt_state)
 
 
 def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

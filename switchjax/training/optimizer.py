@@ -1,12 +1,17 @@
-"""Optimisers and learning-rate schedules, all optax's."""
+"""Optimisers and learning-rate schedules, all optax's, and the rules for parameters that no optimiser moves."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from switchjax.config import OptimizerConfig
+from switchjax.config import Config, OptimizerConfig
 from switchjax.parallel.sharding import is_variable, named_leaves
+
+GRADIENT = "gradient"
+"""The update rule of parameters that say nothing else: the optimiser proper."""
+AVERAGE_STEP = 0.1
+"""What an exponential moving average takes of each batch's statistic."""
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -28,31 +33,65 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda step: schedule(step.astype(jnp.float32))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
-    """Adafactor with T5's settings or AdamW, after clipping by global norm if that is on; for `named_leaves(model)`.
+def update_rules(model: nnx.Module) -> dict[str, str]:
+    """How training changes each parameter of `named_leaves(model)`: the `update` of its metadata.
+
+    gradient: the optimiser. frozen: never. sign: `p <- p - rate sign(g)`, without schedule (DeepSeek-V3's bias).
+    average: `p <- p - 0.1 g`, an exponential moving average where g is p less the batch's statistic.
+    """
+    rules = jax.tree.map(lambda variable: variable.get_metadata("update", GRADIENT), model, is_leaf=is_variable)
+    return named_leaves(rules)
+
+
+def count_trained(model: nnx.Module) -> int:
+    """How many numbers the optimiser moves: tables, balancing biases and averages are state and no parameters."""
+    rules = update_rules(model)
+    return sum(leaf.size for name, leaf in named_leaves(model).items() if rules[name] == GRADIENT)
+
+
+def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransformation:
+    """For `named_leaves(model)`, each by its rule (`update_rules`).
+
+    Rule gradient is Adafactor with T5's settings or AdamW, after clipping by global norm if that is on; weight decay
+    and clipping know of no other parameter.
 
     Args:
-        config: the optimiser and its schedule.
-        steps: length of the run, for the cosine schedule.
+        config: optimiser, schedule, length of the run, and the rate of rule sign.
         model: the parameters, arrays or their shapes.
     """
-    schedule = make_schedule(config, steps)
-    if config.name == "adamw":
-        optimizer = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    rules = update_rules(model)
+    rate = config.moe.bias_update_rate
+    return _with_promotion(
+        optax.partition(
+            {
+                GRADIENT: _gradient_optimizer(config, model, rules),
+                "frozen": optax.set_to_zero(),
+                "sign": optax.stateless_with_tree_map(lambda gradient, _: -rate * jnp.sign(gradient)),
+                "average": optax.scale(-AVERAGE_STEP),
+            },
+            rules,
+        )
+    )
+
+
+def _gradient_optimizer(config: Config, model: nnx.Module, rules: dict[str, str]) -> optax.GradientTransformation:
+    settings = config.optimizer
+    schedule = make_schedule(settings, config.train.steps)
+    if settings.name == "adamw":
+        optimizer = optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)
     else:
         optimizer = _for_each_layer(
             optax.adafactor(
                 schedule,
-                decay_rate=config.decay_rate,
+                decay_rate=settings.decay_rate,
                 clipping_threshold=1.0,
                 multiply_by_parameter_scale=True,
-                weight_decay_rate=config.weight_decay or None,
+                weight_decay_rate=settings.weight_decay or None,
             ),
             model,
+            rules,
         )
-    if config.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return _with_promotion(optimizer)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer) if settings.clip_norm else optimizer
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -67,15 +106,21 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:
+def _for_each_layer(
+    optimizer: optax.GradientTransformation, model: nnx.Module, rules: dict[str, str]
+) -> optax.GradientTransformation:
     """`optimizer` applied to every layer of stacked parameters by itself.
 
     Adafactor scales an update by the parameter's root mean square and clips it by its own: for layers that share an
     array only because `lax.scan` wants it so, these are to be each layer's.
     """
 
-    axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[0] == "layer", model, is_leaf=is_variable)
-    stacked = named_leaves(axes)
-    labels = {name: leaf.shape[0] if stacked[name] else 0 for name, leaf in named_leaves(model).items()}
+    axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[:1] == ("layer",), model, is_leaf=is_variable)
+    stacked = {name for name, first_is_layer in named_leaves(axes).items() if first_is_layer}
+    # Where the optimiser moves nothing there is nothing to map over.
+    labels = {
+        name: leaf.shape[0] if name in stacked and rules[name] == GRADIENT else 0
+        for name, leaf in named_leaves(model).items()
+    }
     over_layers = optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
     return optax.partition({n: over_layers if n else optimizer for n in set(labels.values())}, labels)

@@ -49,7 +49,7 @@ class StatePlan:
 def plan_state(config: Config, mesh: Mesh) -> StatePlan:
     """The state that `config` asks for, laid out over `mesh`; nothing is allocated."""
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, model)
+    optimizer = make_optimizer(config, model)
     opt_state = jax.eval_shape(optimizer.init, named_leaves(model))
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return StatePlan(

@@ -12,20 +12,32 @@ from switchjax.models.encoder_decoder import Batch, EncoderDecoder, routed_token
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
 from switchjax.parallel.sharding import constrain, named_leaves, with_leaves
-from switchjax.training.optimizer import make_schedule
+from switchjax.training.optimizer import GRADIENT, make_schedule, update_rules
+from switchjax.training.reinforce import with_policy_losses
 from switchjax.training.state import TrainState
 
 Metrics = dict[str, Any]
+
+UPDATE_LOSSES = ("bias_loss", "average_loss")
+"""Losses of value 0 whose gradient is what the update rule of a parameter asks for (`update_rules`): already a mean or
+of no account but for its sign, so neither weighted nor divided by layers or tokens."""
+
+
+def target_log_probs(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """The log-probability of each target (nats), and log(Z), in float32."""
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z, log_z
 
 
 def token_losses(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums over the tokens of `mask` of the negative log-likelihood (nats) and of `log(Z)^2`, the z-loss."""
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(log_z - chosen, where=mask), jnp.sum(jnp.square(log_z), where=mask)
+    log_probs, log_z = target_log_probs(logits, targets)
+    return -jnp.sum(log_probs, where=mask), jnp.sum(jnp.square(log_z), where=mask)
 
 
 def train_step(
@@ -44,7 +56,8 @@ def train_step(
 
     Returns:
         The next state, and metrics: scalars, `expert_load` [MoE layers, E] with the encoder's layers first, and
-        `gradient_norms` by the names of parameters.
+        `gradient_norms` by the names of parameters. `gradient_norm` and `parameter_norm` are of those that the
+        optimiser moves.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0, dtype=jnp.float32), 1)
@@ -52,6 +65,7 @@ def train_step(
 
     def contribution(model: EncoderDecoder, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
         logits, routing = model(micro_batch, key)
+        routing = with_policy_losses(routing, target_log_probs(logits, micro_batch["decoder_targets"])[0], micro_batch)
         nll, z_loss = token_losses(logits, micro_batch["decoder_targets"], micro_batch["decoder_segments"] > 0)
         loss, z_loss = nll / targets, z_loss / targets
         total = loss + config.train.z_loss_weight * z_loss + _auxiliary_loss(config, routing, routed)
@@ -62,12 +76,13 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
     parameters = optax.apply_updates(parameters, updates)
     norms = {name: jnp.linalg.norm(leaf.astype(jnp.float32).reshape(-1)) for name, leaf in gradients.items()}
+    trained = [name for name, rule in update_rules(state.model).items() if rule == GRADIENT]
     metrics = {
         **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},
         **routing_metrics([sums["routing"][stack] for stack in routed if stack in sums["routing"]]),
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
-        "gradient_norm": jnp.sqrt(sum(jnp.square(norm) for norm in norms.values())),
-        "parameter_norm": optax.tree.norm(parameters),
+        "gradient_norm": jnp.sqrt(sum(jnp.square(norms[name]) for name in trained)),
+        "parameter_norm": optax.tree.norm({name: parameters[name] for name in trained}),
         "tokens": sum(routed.values()),
         "gradient_norms": norms,
     }
@@ -77,13 +92,15 @@ def train_step(
 def _auxiliary_loss(
     config: Config, routing: dict[str, RoutingSums], tokens: dict[str, Int[Array, ""]]
 ) -> Float[Array, ""]:
-    """The weighted losses of routing, averaged over MoE layers."""
-    layers = sum(sums["tokens"].shape[0] for sums in routing.values())
+    """The losses of routing, weighted and averaged over MoE layers, and the updates that go by as losses."""
+    layers = sum(len(next(iter(sums.values()))) for sums in routing.values())
     total = jnp.zeros(())
     for stack, sums in routing.items():
         count = jnp.maximum(tokens[stack], 1).astype(jnp.float32)
         for name in sums:
-            if name.endswith("_loss"):
+            if name in UPDATE_LOSSES:
+                total += jnp.sum(sums[name]) / config.train.accumulation_steps
+            elif name.endswith("_loss"):
                 total += getattr(config.moe, f"{name}_weight") / layers * jnp.sum(sums[name]) / count
     return total
 
@@ -109,9 +126,10 @@ def _accumulate(
 
 
 def routing_metrics(stacks: list[RoutingSums]) -> Metrics:
-    """Means over the MoE layers of all stacks, and `expert_load` of each layer [layers, E]; empty for a dense model."""
-    if not stacks:
+    """Means over the MoE layers of all stacks, and `expert_load` of each layer [layers, E]; empty without routers."""
+    summaries = [summarize(sums) for sums in stacks if "tokens" in sums]
+    if not summaries:
         return {}
-    summaries = [summarize(sums) for sums in stacks]
-    layers = {name: jnp.concatenate([summary[name] for summary in summaries]) for name in summaries[0]}
+    shown = [name for name in summaries[0] if name not in UPDATE_LOSSES]
+    layers = {name: jnp.concatenate([summary[name] for summary in summaries]) for name in shown}
     return {name: values if name == "expert_load" else jnp.mean(values) for name, values in layers.items()}

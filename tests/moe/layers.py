@@ -1,6 +1,6 @@
 """A small MoE layer and what running it gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,10 @@ class TinyExpert(nnx.Module):
         self.w_in = nnx.Param(jax.random.normal(in_key, (D, F)), axes=("embed", "mlp"))
         self.w_out = nnx.Param(jax.random.normal(out_key, (F, D)), axes=("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
-        return dropout(jnp.tanh(x @ self.w_in[...]), self.rate, key) @ self.w_out[...]
+    def __call__(
+        self, x: jax.Array, key: PRNGKeyArray | None, matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+    ) -> jax.Array:
+        return matmul(dropout(jnp.tanh(matmul(x, self.w_in[...])), self.rate, key), self.w_out[...])
 
 
 def make_layer(seed: int = 0, **changes: Any) -> MoELayer:

@@ -131,3 +131,34 @@ def test_the_gather_form_has_no_scatter_in_either_direction() -> None:
     operations = count_operations(compiled)
     assert operations["gather"] > 0
     assert operations["scatter"] == 0
+
+
+@pytest.mark.parametrize("name", ["top-2", "fewer tokens than experts", "capacity 1"])
+def test_forms_agree_where_a_token_may_have_any_number_of_slots(name: str) -> None:
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    # Expert choice: each expert some distinct tokens, and some slots empty.
+    slot_token = np.stack(
+        [[rng.permutation(case.tokens + 1)[: case.capacity] for _ in range(case.experts)] for _ in range(case.groups)]
+    )
+    gate = np.where(slot_token < case.tokens, rng.uniform(size=slot_token.shape), 0).astype(np.float32)
+    x, weights, cotangent = random_inputs(case)
+
+    def layer(x: jax.Array, gate: jax.Array, weights: jax.Array, form: str) -> jax.Array:
+        routing = Routing(jnp.asarray(slot_token), gate, None, case.tokens, {}, {})
+        hidden = jnp.tanh(jnp.einsum("egcd,edf->egcf", DISPATCHERS[form].dispatch(x, routing), weights))
+        return DISPATCHERS[form].combine(hidden, routing)
+
+    @partial(jax.jit, static_argnums=3)
+    def run(x: jax.Array, gate: jax.Array, weights: jax.Array, form: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        out, pull = jax.vjp(partial(layer, form=form), x, gate, weights)
+        return out, pull(jnp.asarray(cotangent))
+
+    gathered, multiplied = (run(x, gate, weights, form) for form in ("gather", "einsum"))
+    expected = np.zeros_like(x)
+    for group, expert, slot in zip(*np.nonzero(slot_token < case.tokens), strict=True):
+        token = slot_token[group, expert, slot]
+        expected[group, token] += gate[group, expert, slot] * np.tanh(x[group, token] @ weights[expert])
+    np.testing.assert_allclose(gathered[0], expected, rtol=1e-5, atol=1e-5)
+    # float32 sums in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gathered, multiplied)

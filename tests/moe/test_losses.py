@@ -1,11 +1,20 @@
 """Losses and metrics against arithmetic done by hand."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.moe.losses import load_balance_loss, router_z_loss, routing_metrics, summarize
+from switchjax.moe.losses import (
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    router_z_loss,
+    routing_metrics,
+    summarize,
+)
 
 
 def taken_of(index: jax.Array | np.ndarray, mask: jax.Array | np.ndarray) -> jax.Array:
@@ -54,6 +63,8 @@ def test_padding_adds_nothing_to_any_sum() -> None:
         return {
             "load_balance_loss": load_balance_loss(probs, index, mask),
             "router_z_loss": router_z_loss(logits, mask),
+            "importance_loss": importance_loss(probs, mask),
+            "load_loss": load_loss(probs, mask),
         } | routing_metrics(probs, index, taken_of(index, mask), jnp.zeros(index.shape[0], jnp.int32), mask)
 
     index = np.argsort(-logits, axis=-1)[..., :2].astype(np.int32)
@@ -77,6 +88,28 @@ def test_router_z_loss_by_hand() -> None:
     logits[0, 1, 2] = -np.inf  # an expert that is out of the question is no obstacle
     loss = jax.jit(router_z_loss)(logits, np.array([[True, True, False]]))
     np.testing.assert_allclose(loss, [np.log(8) ** 2 + np.log(4) ** 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [importance_loss, load_loss])
+def test_importance_and_load_losses_by_hand(loss: Callable[..., jax.Array]) -> None:
+    # Sums over the first two tokens (4, 1, 1): mean 2, variance (4 + 1 + 1) / 3 = 2, so CV^2 = 1/2, for 2 tokens.
+    values = np.array([[[1.0, 0.0, 1.0], [3.0, 1.0, 0.0], [9.0, 9.0, 9.0]]], np.float32)
+    np.testing.assert_allclose(jax.jit(loss)(values, np.array([[True, True, False]])), [2 * 0.5], rtol=1e-6)
+    balanced = np.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]], np.float32)
+    np.testing.assert_array_equal(jax.jit(loss)(balanced, np.ones((1, 3), bool)), [0])
+    crowded = np.array([[[1.0, 0.0, 0.0]] * 3], np.float32)  # CV^2 = E - 1
+    np.testing.assert_allclose(jax.jit(loss)(crowded, np.ones((1, 3), bool)), [3 * 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [importance_loss, load_loss])
+def test_importance_and_load_losses_of_padding_are_0_with_a_gradient_of_0(loss: Callable[..., jax.Array]) -> None:
+    values = np.ones((2, 3, 4), np.float32)
+    values[0, 0, 0] = 2
+    mask = jnp.array([[True] * 3, [False] * 3])
+    value, gradient = jax.jit(jax.value_and_grad(lambda values: jnp.sum(loss(values, mask))))(values)
+    assert value > 0
+    assert np.any(gradient[0] != 0)
+    np.testing.assert_array_equal(gradient[1], 0)
 
 
 def test_routing_metrics_by_hand() -> None:

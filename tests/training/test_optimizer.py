@@ -1,4 +1,4 @@
-"""Schedules by their formulas; stacked layers optimised as if each were alone."""
+"""Schedules by their formulas; stacked layers optimised as if each were alone; each update rule by its own."""
 
 import math
 
@@ -9,10 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from switchjax.config import OptimizerConfig
+from switchjax.config import Config, MoEConfig, OptimizerConfig, TrainConfig
 from switchjax.parallel.sharding import named_leaves
 from switchjax.parallel.stacking import stack
-from switchjax.training.optimizer import make_optimizer, make_schedule
+from switchjax.training.optimizer import make_optimizer, make_schedule, update_rules
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (99, 0.1), (100, 0.1), (400, 0.05), (10_000, 0.01)])
@@ -32,6 +32,10 @@ def test_constant_stays_after_the_warm_up() -> None:
     assert [float(schedule(jnp.array(step))) for step in (0, 2, 3, 1000)] == pytest.approx([1, 3, 3, 3])
 
 
+def config_with(optimizer: OptimizerConfig) -> Config:
+    return Config(optimizer=optimizer, train=TrainConfig(steps=10), moe=MoEConfig(bias_update_rate=0.02))
+
+
 class Matrix(nnx.Module):
     """One weight, large enough for Adafactor to factor its second moment."""
 
@@ -49,7 +53,7 @@ class Layers(nnx.Module):
 def test_adafactor_treats_each_layer_of_a_stack_as_if_it_were_alone() -> None:
     model = Layers(jax.random.key(0))
     config = OptimizerConfig(schedule="constant", learning_rate=0.1, warmup_steps=0)
-    optimizer = make_optimizer(config, 10, model)
+    optimizer = make_optimizer(config_with(config), model)
     alone = optax.adafactor(0.1, decay_rate=0.8, clipping_threshold=1.0, multiply_by_parameter_scale=True)
     parameters = named_leaves(model)
     state = optimizer.init(parameters)
@@ -74,7 +78,90 @@ def test_the_gradient_is_clipped_to_its_global_norm() -> None:
     config = OptimizerConfig(name="adamw", schedule="constant", warmup_steps=0, clip_norm=1e-9, learning_rate=1.0)
     parameters = named_leaves(model)
     gradients = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 100.0), parameters)
-    optimizer = make_optimizer(config, 10, model)
+    optimizer = make_optimizer(config_with(config), model)
     updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
     # Adam divides by |gradient| + 1e-8: unclipped updates would be 1, clipped gradients are far below that epsilon.
     assert float(optax.tree.norm(updates)) < 0.1 * math.sqrt(sum(leaf.size for leaf in parameters.values()))
+
+
+class Router(nnx.Module):
+    """One weight of each rule, and how many of them are there."""
+
+    def __init__(self, key: jax.Array, rules: tuple[str, ...]):
+        self.logits = nnx.Param(jax.random.normal(key, (128, 130)), axes=("embed", None))
+        self.others = nnx.Dict(
+            {rule: nnx.Param(jax.random.normal(key, (4,)), axes=(None,), update=rule) for rule in rules}
+        )
+
+
+class Routers(nnx.Module):
+    """Stacked and single; of one stack, nothing but a frozen table."""
+
+    def __init__(self, key: jax.Array, rules: tuple[str, ...]):
+        self.layers = stack(lambda key: Router(key, rules), jax.random.split(key, 3), "layer")
+        self.last = Router(key, rules)
+        self.tables = nnx.Param(jnp.ones((2, 4)), axes=("layer", None), update="frozen") if rules else None
+
+
+RULES = ("frozen", "sign", "average")
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_each_rule_moves_its_own_parameters_and_no_other_knows_of_them(name: str) -> None:
+    config = config_with(
+        OptimizerConfig(
+            name=name, schedule="constant", learning_rate=0.1, warmup_steps=0, clip_norm=1.0, weight_decay=0.1
+        )
+    )
+    model, alone = (Routers(jax.random.key(0), rules) for rules in (RULES, ()))
+    parameters, expected = named_leaves(model), named_leaves(alone)
+    assert update_rules(alone) == dict.fromkeys(expected, "gradient")
+    first = parameters
+    optimizers = make_optimizer(config, model), make_optimizer(config, alone)
+    states = [optimizers[0].init(parameters), optimizers[1].init(expected)]
+    steps = [jax.jit(optimizer.update) for optimizer in optimizers]
+    rng = np.random.default_rng(0)
+    by_hand = {n: np.asarray(leaf, np.float64) for n, leaf in parameters.items() if n not in expected}
+    for _ in range(3):
+        gradients = {n: jnp.asarray(100 * rng.normal(size=leaf.shape), jnp.float32) for n, leaf in parameters.items()}
+        updates, states[0] = steps[0](gradients, states[0], parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        updates, states[1] = steps[1]({n: gradients[n] for n in expected}, states[1], expected)
+        expected = optax.apply_updates(expected, updates)
+        for n, rule in update_rules(model).items():
+            gradient = np.asarray(gradients[n], np.float64)
+            if rule == "sign":
+                by_hand[n] -= 0.02 * np.sign(gradient)
+            elif rule == "average":
+                by_hand[n] -= 0.1 * gradient
+    assert len(by_hand) == 7
+    for n, value in by_hand.items():  # sums in float32, of gradients around 100
+        np.testing.assert_allclose(parameters[n], value, rtol=1e-5, atol=1e-5, err_msg=n)
+    np.testing.assert_array_equal(parameters["tables"], first["tables"])
+    for n in ("layers/others/frozen", "last/others/frozen"):
+        np.testing.assert_array_equal(parameters[n], first[n])
+    for n, value in expected.items():
+        assert np.any(np.asarray(value) != np.asarray(first[n]))
+        np.testing.assert_allclose(parameters[n], value, rtol=1e-6, atol=1e-6, err_msg=n)
+
+
+def test_an_average_follows_the_batches_exponentially_and_a_balanced_bias_rests() -> None:
+    model = Router(jax.random.key(0), RULES)
+    optimizer = make_optimizer(config_with(OptimizerConfig()), model)
+    parameters = named_leaves(model)
+    statistic = jnp.arange(4.0)
+    gradients = jax.tree.map(jnp.zeros_like, parameters)
+    gradients["others/average"] = parameters["others/average"] - statistic
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(
+        parameters["others/average"] + updates["others/average"],
+        0.9 * parameters["others/average"] + 0.1 * statistic,
+        rtol=1e-6,
+    )
+    np.testing.assert_array_equal(updates["others/sign"], 0)
+
+
+def test_an_unknown_rule_is_an_error() -> None:
+    model = Router(jax.random.key(0), ("momentum",))
+    with pytest.raises(ValueError, match="momentum"):
+        make_optimizer(config_with(OptimizerConfig()), model).init(named_leaves(model))

@@ -1,5 +1,6 @@
-"""The train step: the loss by hand, and gradients that no division of the batch changes."""
+"""The train step: the loss by hand, gradients that no division of the batch changes, and every update rule."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.config import Config, MeshConfig
+from switchjax.config import Config, MeshConfig, MoEConfig
 from switchjax.data.pipeline import TextData
+from switchjax.moe.routers import ROUTERS
+from switchjax.moe.routers.token_choice import route_switch
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, linear_router
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.loop import place_batch
@@ -106,3 +110,66 @@ def test_metrics_of_routing_are_there_for_each_moe_layer(tiny: Config, reference
 def test_one_batch_is_learnt(tiny: Config, batch: dict[str, np.ndarray], reference: tuple[TrainState, Metrics]) -> None:
     _, later = take_steps(tiny, batch, 40)
     assert later["loss"] < reference[1]["loss"] - 1.0
+
+
+def weights_of_every_rule(sizes: RouterSizes, key: jax.Array) -> dict[str, Weight]:
+    others = {rule: Weight(jnp.ones(2), (None,), rule) for rule in ("frozen", "sign", "average")}
+    return linear_router(sizes, key) | others
+
+
+def route_by_every_rule(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+    """Switch's routing; the gradients of the others are (3, -3) a group."""
+    routing = route_switch({"logits": weights["logits"]}, tokens, config)
+
+    def loss(weight: jax.Array) -> jax.Array:
+        value = jnp.sum(jnp.array([3.0, -3.0]) * (weight - jax.lax.stop_gradient(weight)))
+        return jnp.broadcast_to(value, tokens.mask.shape[:1])
+
+    updates = {"bias_loss": loss(weights["sign"]), "average_loss": loss(weights["average"])}
+    return dataclasses.replace(routing, losses=routing.losses | updates)
+
+
+def test_router_weights_move_by_their_own_rules_whatever_the_micro_batches(
+    tiny: Config, batch: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ROUTERS, "every rule", Router(route_by_every_rule, weights_of_every_rule))
+    config = changed(tiny, moe={"router": "every rule"}, train={"accumulation_steps": 2}, mesh={"data": 1, "expert": 4})
+    state, metrics = take_steps(config, batch, 1, devices=4)
+    parameters = named_leaves(state.model)
+    moved = {name for name in parameters if name.rpartition("/")[2] in ("frozen", "sign", "average")}
+    assert len(moved) == 6  # three weights in one MoE layer a stack
+    for name in moved:
+        stack, rule = name.split("/")[0], name.rpartition("/")[2]
+        groups = batch[f"{stack}_segments"].size // tiny.moe.tokens_per_group(12, batch[f"{stack}_segments"].shape[1])
+        expected = {
+            "frozen": [1, 1],
+            "sign": [1 - tiny.moe.bias_update_rate, 1 + tiny.moe.bias_update_rate],
+            "average": [1 - 0.1 * 3 * groups / 2, 1 + 0.1 * 3 * groups / 2],  # the mean over two micro-batches
+        }[rule]
+        np.testing.assert_allclose(parameters[name], [expected], rtol=1e-6, err_msg=name)
+    norms = metrics["gradient_norms"]
+    assert all(norms[name] > 1 for name in moved if "frozen" not in name)
+    trained = np.sqrt(sum(norm**2 for name, norm in norms.items() if name not in moved))
+    np.testing.assert_allclose(metrics["gradient_norm"], trained, rtol=1e-5)
+    assert not {"bias_loss", "average_loss"} & set(metrics)
+
+
+def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_reward(
+    tiny: Config, batch: dict[str, np.ndarray]
+) -> None:
+    reinforced = {"router": "reinforced", "load_balance_loss_weight": 0.0, "policy_entropy_loss_weight": 0.0}
+    in_two = changed(tiny, moe=reinforced, train={"accumulation_steps": 2}, mesh={"data": 1, "expert": 4})
+    with_policy, without = (
+        take_steps(changed(in_two, moe={"policy_loss_weight": weight}), batch, 1, devices=4)[1] for weight in (1.0, 0.0)
+    )
+    # At the start the baseline is 0 and the reward about -log V: half its square, less log pi times it.
+    assert 0.2 < with_policy["policy_loss"] / (np.log(352) ** 2 / 2) < 5
+    assert -np.log(4) - 1e-5 <= with_policy["policy_entropy_loss"] < 0
+    norms, plain = with_policy["gradient_norms"], without["gradient_norms"]
+    # What comes after the last router bears on the reward alone: the same program but for the order of sums.
+    for name in ("decoder/norm/scale", "decoder/periods/blocks/1/ff/experts/w_out"):
+        np.testing.assert_allclose(norms[name], plain[name], rtol=1e-4, err_msg=name)
+    for stack in ("encoder", "decoder"):
+        router = f"{stack}/periods/blocks/1/ff/router"
+        assert norms[f"{router}/logits"] > 10 * plain[f"{router}/logits"]
+        assert norms[f"{router}/baseline"] > 0 == plain[f"{router}/baseline"]

@@ -1,0 +1,68 @@
+"""Experts in the place of the attention's weights (Switch Transformer, appendix A)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from switchjax.config import Config
+from switchjax.models.attention import attend
+from switchjax.models.layers import INIT_SCALE, kernel, split_key
+from switchjax.moe.layer import MoELayer, RoutingSums
+
+
+class LinearExpert(nnx.Module):
+    """`x W`, from [N, D] to [N, M]; whole on each device of `model`, as every head needs it all."""
+
+    def __init__(self, d_in: int, d_out: int, scale: float, dtype: str, key: PRNGKeyArray):
+        self.weight = kernel(key, (d_in, d_out), ("embed", None), dtype, scale=scale)
+
+    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None) -> Float[Array, "N M"]:
+        return x @ self.weight[...].astype(x.dtype)
+
+
+class SwitchAttention(nnx.Module):
+    """Self-attention in which one router chooses a token's query weights and another its key and value weights.
+
+    A token over capacity asks with a query of zeros, or offers a key and a value of zeros. Unstable in bfloat16, the
+    paper says; the routers are in float32 here as everywhere.
+    """
+
+    def __init__(self, config: Config, key: PRNGKeyArray):
+        self.config = model = config.model
+        query_key, value_key, out_key = jax.random.split(key, 3)
+        width, dtype = model.num_heads * model.d_head, model.param_dtype
+        query = partial(LinearExpert, model.d_model, width, INIT_SCALE / model.d_head, dtype)
+        key_value = partial(LinearExpert, model.d_model, 2 * width, INIT_SCALE, dtype)
+        self.query = MoELayer(query, model.d_model, config.moe, query_key, model.vocab_size)
+        self.key_value = MoELayer(key_value, model.d_model, config.moe, value_key, model.vocab_size)
+        shape = (model.num_heads, model.d_head, model.d_model)
+        self.out = kernel(out_key, shape, ("heads", "head", "embed"), dtype, num_inputs=2)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        token_mask: Bool[Array, "B L"],
+        mask: Bool[Array, "B 1 L L"],
+        bias: Float[Array, "1 H L L"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"],
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        """Attends within `x`; returns the routing sums of both routers too."""
+        query_key, value_key, dropout_key = split_key(key, 3)
+        heads = (*x.shape[:2], -1, self.config.d_head)
+        query, query_sums = self.query(x, token_mask, query_key, token_ids)
+        both, value_sums = self.key_value(x, token_mask, value_key, token_ids)
+        keys, values = jnp.split(both, 2, axis=-1)
+        mixed = attend(
+            query.reshape(heads),
+            keys.reshape(heads),
+            values.reshape(heads),
+            mask,
+            bias,
+            self.config.dropout,
+            dropout_key,
+        )
+        return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), [query_sums, value_sums]

@@ -1,0 +1,75 @@
+"""The experts' side of expert parallelism: slots travel to their experts and back, inside a `shard_map` island.
+
+Rows of slots (groups of tokens, or sequences) lie over the axes data and expert, experts over expert. Bytes cross
+devices in two places: an all-to-all over `expert` out and one back, and an all-reduce over `model` where experts are
+sliced over it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from switchjax.parallel.mesh import DATA, EXPERT, MODEL
+from switchjax.parallel.sharding import parameter_specs
+
+EXCHANGE = "exchange"
+"""Name under which a remat policy finds what the all-to-alls brought."""
+
+
+def apply_experts(experts: Any, slots: Float[Array, "E G C D"], key: PRNGKeyArray | None) -> Float[Array, "E G C M"]:
+    """Each expert on its slots of all groups, on one device."""
+    keys = group_keys(_slice_key(key, 0), 0, slots.shape[1])
+    return _apply(experts, slots, jnp.arange(slots.shape[0]), keys)
+
+
+def apply_experts_over_mesh(
+    experts: Any, slots: Float[Array, "E G C D"], key: PRNGKeyArray | None
+) -> Float[Array, "E G C M"]:
+    """The same inside an island, from a device's own slots for all experts to what its experts' devices made of them.
+
+    Args:
+        experts: those of the device's column.
+        slots: of the device's own groups, for all E experts.
+        key: for dropout inside the experts; None in evaluation.
+    """
+    columns = jax.lax.axis_size(EXPERT)
+    local_experts, groups = slots.shape[0] // columns, slots.shape[1] * columns
+    row, column = jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT)
+    # Out: experts are split over the axis, groups are gathered in the order of the axis.
+    slots = checkpoint_name(jax.lax.all_to_all(slots, EXPERT, split_axis=0, concat_axis=1, tiled=True), EXCHANGE)
+    keys = group_keys(_slice_key(key, jax.lax.axis_index(MODEL)), row * groups, groups)
+    y = _apply(experts, slots, column * local_experts + jnp.arange(local_experts), keys)
+    return checkpoint_name(jax.lax.all_to_all(y, EXPERT, split_axis=1, concat_axis=0, tiled=True), EXCHANGE)
+
+
+def are_sliced(experts: Any) -> bool:
+    """Whether experts are divided over `model`, so that their outputs are parts to be added up over it."""
+    return any(MODEL in spec for spec in jax.tree.leaves(parameter_specs(experts)))
+
+
+def group_keys(key: PRNGKeyArray | None, first: int | Int[Array, ""], count: int) -> Key[Array, "G"] | None:
+    """A key for each of `count` groups from the group numbered `first` on: the same noise on every mesh."""
+    if key is None:
+        return None
+    return jax.vmap(lambda group: jax.random.fold_in(key, group))(first + jnp.arange(count))
+
+
+def _slice_key(key: PRNGKeyArray | None, model_index: int | Int[Array, ""]) -> PRNGKeyArray | None:
+    """The key for dropout inside the experts, one a slice of d_ff; counted down, away from the groups' numbers."""
+    return None if key is None else jax.random.fold_in(key, 2**31 - 1 - model_index)
+
+
+def _apply(
+    experts: Any, slots: Float[Array, "E G C D"], expert_ids: Int[Array, "E"], keys: Key[Array, "G"] | None
+) -> Float[Array, "E G C M"]:
+    """Dropout is keyed by (group, expert), the same on every mesh."""
+
+    def one_expert(expert: Any, slots: Array, expert_id: Array) -> Array:
+        if keys is None:
+            return jax.vmap(lambda rows: expert(rows, None))(slots)
+        return jax.vmap(lambda rows, key: expert(rows, jax.random.fold_in(key, expert_id)))(slots, keys)
+
+    return jax.vmap(one_expert)(experts, slots, expert_ids)

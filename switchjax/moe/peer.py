@@ -1,0 +1,245 @@
+"""PEER: experts of a single neuron, a million of them, found by product keys (He 2024, "Mixture of a million experts").
+
+There are no slots: a token is sent nowhere, the rows of its experts come to it. Over a mesh the tables of rows are
+divided over the axis `expert`, and the tokens of that axis visit every part of them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+
+from switchjax.config import UserError
+from switchjax.parallel.mesh import DATA, EXPERT
+from switchjax.parallel.sharding import partition_spec
+
+CHUNK_ELEMENTS = 2**21
+"""Numbers gathered from each table at a time, whatever the number of tokens: 8 MB in float32."""
+
+
+class PEERLayer(nnx.Module):
+    """N = n^2 neurons, of which each of H heads finds its k best for a token: `y = sum_h sum_k g gelu(u_e . x) v_e`.
+
+    Retrieval and gates are float32 whatever the model's dtype. Batch norm makes a token's experts depend, in training,
+    on the whole batch; in evaluation they depend on the token alone.
+
+    Args:
+        d_model: D.
+        num_experts: N, a square.
+        num_heads: H.
+        num_selected: k, experts of a head (16 in the paper).
+        d_query: length of a head's query, half of it for each set of sub-keys.
+        key: for initialisation.
+        dtype: of the two tables; all else is float32.
+
+    Raises:
+        UserError: if N is no square, k exceeds n, or the query has no two halves.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        num_heads: int,
+        num_selected: int,
+        d_query: int,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        side = math.isqrt(num_experts)
+        if side**2 != num_experts:
+            raise UserError(
+                f"PEER needs a square number of experts, got {num_experts}: "
+                f"the nearest are {side**2} and {(side + 1) ** 2}"
+            )
+        if num_selected > side:
+            raise UserError(
+                f"a PEER head of {num_experts} experts selects at most {side} (their square root), got {num_selected}"
+            )
+        if d_query % 2:
+            raise UserError(f"a PEER query has two halves, but d_query={d_query} is odd")
+        self.num_selected = num_selected
+        query_key, sub_key, down_key, up_key = jax.random.split(key, 4)
+        heads, half = num_heads, d_query // 2
+
+        def weight(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike = jnp.float32) -> Array:
+            # Variance 0.1 / fan_in as everywhere; cut off at 2 deviations, a normal has lost 12 % of its own.
+            return jax.nn.initializers.truncated_normal(math.sqrt(0.1 / fan_in) / 0.8796)(key, shape, dtype)
+
+        by_query = (None, None, None)
+        self.query = nnx.Param(weight(query_key, (d_model, heads, 2, half), d_model), axes=("embed", *by_query))
+        self.norm_scale = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query)
+        self.norm_bias = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query)
+        # No gradient trains these two; see `average_loss`.
+        self.norm_mean = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query, update="average")
+        self.norm_variance = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query, update="average")
+        self.sub_keys = nnx.Param(weight(sub_key, (2, side, half), half), axes=(None, None, None))
+        self.down = nnx.Param(weight(down_key, (num_experts, d_model), d_model, dtype), axes=("expert", "embed"))
+        # The gates of a head sum to 1, so that an output has as many inputs as there are heads.
+        self.up = nnx.Param(weight(up_key, (num_experts, d_model), heads, dtype), axes=("expert", "embed"))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B L D"], dict[str, Float[Array, ""]]]:
+        """Applies to each token the experts that its heads select; zeros for padding.
+
+        Args:
+            x: tokens.
+            token_mask: False for padding, which is no part of the batch's statistics.
+            key: None in evaluation, where queries are normalised by running averages; nothing here is random.
+
+        Returns:
+            The outputs, and `average_loss`, to be added to the training loss with weight 1: it is exactly 0, and its
+            gradient is what moves the running averages.
+        """
+        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # of zeros, gelu(u . x) v is zero
+        query, loss = self._query(x.astype(jnp.float32), token_mask, key is not None)
+        scores = jnp.einsum("blhsq,snq->blhsn", query, self.sub_keys[...], precision=jax.lax.Precision.HIGHEST)
+        apply = _apply_local if jax.sharding.get_abstract_mesh().empty else _apply_over_mesh
+        y = apply(x, scores, self.down[...], self.up[...], self.num_selected)
+        return y, {"average_loss": loss}
+
+    def _query(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], training: bool
+    ) -> tuple[Float[Array, "B L H 2 Q"], Float[Array, ""]]:
+        """The queries, normalised by the batch of all devices (all-reduces of [H, 2, Q]), and the averages' loss."""
+        query = jnp.einsum("bld,dhsq->blhsq", x, self.query[...], precision=jax.lax.Precision.HIGHEST)
+        mean, variance = jax.lax.stop_gradient((self.norm_mean[...], self.norm_variance[...]))
+        loss = jnp.zeros(())
+        if training:
+            some = jnp.any(mask)  # a batch of padding has no mean, and leaves the averages where they are
+            real = (mask | ~some)[..., None, None, None]
+            mean, variance = jnp.mean(query, axis=(0, 1), where=real), jnp.var(query, axis=(0, 1), where=real)
+            moved = average_loss(self.norm_mean[...], mean) + average_loss(self.norm_variance[...], variance)
+            loss = jnp.where(some, moved, loss)
+        scale = self.norm_scale[...] * jax.lax.rsqrt(variance + 1e-5)
+        return (query - mean[None, None]) * scale[None, None] + self.norm_bias[...][None, None], loss
+
+
+def average_loss(average: Float[Array, "*S"], batch: Float[Array, "*S"]) -> Float[Array, ""]:
+    """Exactly 0, with the gradient `average - batch` for `average` and none for `batch`.
+
+    A running average thus needs no state of its own: it is a parameter marked `update="average"`, for which the
+    optimiser's step `p <- p - (1 - decay) gradient` is `p <- decay p + (1 - decay) batch`. The gradient cannot ride on
+    the layer's output, whose cotangents are arbitrary; hence a loss, to be added with weight 1.
+    """
+    return jnp.sum(jax.lax.stop_gradient(average - batch) * (average - jax.lax.stop_gradient(average)))
+
+
+def product_key_top_k(
+    scores: Float[Array, "*B 2 n"], num_selected: int
+) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
+    """The k best of the n^2 sums `scores[0, i] + scores[1, j]`, best first, as values and indices `i n + j`.
+
+    Either half of one of the k best is among the k best of its set, so k^2 sums are enough (Lample et al. 2019).
+    """
+    best, place = jax.lax.top_k(scores, num_selected)
+    sums = best[..., 0, :, None] + best[..., 1, None, :]
+    index = place[..., 0, :, None] * scores.shape[-1] + place[..., 1, None, :]
+    values, pair = jax.lax.top_k(sums.reshape(*sums.shape[:-2], -1), num_selected)
+    return values, jnp.take_along_axis(index.reshape(*sums.shape[:-2], -1), pair, axis=-1)
+
+
+def choose(scores: Float[Array, "B L H 2 n"], num_selected: int) -> tuple[Int[Array, "T M"], Float[Array, "T M"]]:
+    """The M = H k experts of each of the B L tokens, with their gates, which sum to 1 for each head."""
+    values, index = product_key_top_k(scores, num_selected)
+    tokens = scores.shape[0] * scores.shape[1]
+    return index.reshape(tokens, -1), jax.nn.softmax(values, axis=-1).reshape(tokens, -1)
+
+
+def _apply_local(x: Array, scores: Array, down: Array, up: Array, num_selected: int) -> Array:
+    index, gate = choose(scores, num_selected)
+    return apply_neurons(x.reshape(-1, x.shape[-1]), index, gate.astype(x.dtype), down, up).reshape(x.shape)
+
+
+def _apply_over_mesh(x: Array, scores: Array, down: Array, up: Array, num_selected: int) -> Array:
+    """Each device applies its part of the experts to all tokens of its row of the `expert` axis.
+
+    With T tokens a device, M experts a token, c devices in a row and numbers of b bytes, a device receives
+        forward: (c - 1) T (D b + M (4 + b)) bytes by all-gathers, (c - 1) T D b by reduce-scatter;
+        backward: (c - 1) T D b by all-gather, (c - 1) T (D + M) b by reduce-scatters, and its part of the tables'
+            gradients, 2 N D / c numbers, is summed over `data`.
+    No row of a table leaves its device, nor does a score: the choice is made in here because the partitioner would
+    gather the whole batch's scores for it. Each device looks up c T M experts, most of them others', as zeros.
+    """
+
+    def island(x: Array, scores: Array, down: Array, up: Array) -> Array:
+        index, gate = choose(scores, num_selected)
+        tokens = x.reshape(-1, x.shape[-1]), index, gate.astype(x.dtype)
+        row, index, gate = (jax.lax.all_gather(array, EXPERT, axis=0, tiled=True) for array in tokens)
+        # Others' experts lie beyond the end of the table (a negative index would count from there).
+        index -= jax.lax.axis_index(EXPERT) * down.shape[0]
+        index = jnp.where(index < 0, down.shape[0], index)
+        # Said here, the tables' gradients are summed over `data` once, on their way out of the island.
+        down, up = jax.lax.pcast((down, up), DATA, to="varying")
+        y = apply_neurons(row, index, gate, down, up)
+        return jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True).reshape(x.shape)
+
+    batch, table = partition_spec("batch"), partition_spec("expert", "embed")
+    return jax.shard_map(island, in_specs=(batch, batch, table, table), out_specs=batch)(x, scores, down, up)
+
+
+@jax.custom_vjp
+def apply_neurons(
+    x: Float[Array, "T D"],
+    index: Int[Array, "T M"],
+    gate: Float[Array, "T M"],
+    down: Float[Array, "N D"],
+    up: Float[Array, "N D"],
+) -> Float[Array, "T D"]:
+    """`y_t = sum_m gate_tm gelu(down[index_tm] . x_t) up[index_tm]`; an index of N or more is no expert.
+
+    The rows [T, M, D] are gathered some tokens at a time, and again for the backward pass. Left to JAX, the derivative
+    would add up a whole table of gradients for each such chunk; here, each chunk's rows are added into one.
+    """
+
+    def chunk(inputs: tuple[Array, ...]) -> Array:
+        x, index, gate = inputs
+        return _weigh(x, gate, _rows(down, index), _rows(up, index))
+
+    y = jax.lax.map(chunk, _chunks(x, index, gate))
+    return y.reshape(-1, y.shape[-1])[: x.shape[0]]
+
+
+def _weigh(x: Array, gate: Array, down: Float[Array, "t M D"], up: Float[Array, "t M D"]) -> Float[Array, "t D"]:
+    hidden = jax.nn.gelu(jnp.einsum("td,tmd->tm", x, down.astype(x.dtype)))
+    return jnp.einsum("tm,tmd->td", gate * hidden, up.astype(x.dtype))
+
+
+def _rows(table: Array, index: Array) -> Float[Array, "t M D"]:
+    return jnp.take(table, index, axis=0, mode="fill", fill_value=0)
+
+
+def _chunks(x: Float[Array, "T D"], index: Int[Array, "T M"], *others: Array) -> tuple[Array, ...]:
+    """Each array as [chunks, t, ...]. The tokens added at the end are zeros, gates too: they add zeros to expert 0."""
+    size = min(x.shape[0], max(1, CHUNK_ELEMENTS // (index.shape[1] * x.shape[1])))
+    missing = -x.shape[0] % size
+    arrays = (x, index, *others)
+    return tuple(jnp.pad(a, ((0, missing), (0, 0))).reshape(-1, size, a.shape[1]) for a in arrays)
+
+
+def _forward(x: Array, index: Array, gate: Array, down: Array, up: Array) -> tuple[Array, tuple[Array, ...]]:
+    return apply_neurons(x, index, gate, down, up), (x, index, gate, down, up)
+
+
+def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | np.ndarray, ...]:
+    x, index, gate, down, up = residuals
+
+    def chunk(tables: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        x, index, gate, dy = inputs
+        _, transpose = jax.vjp(_weigh, x, gate, _rows(down, index), _rows(up, index))
+        dx, dgate, d_down, d_up = transpose(dy)
+        down_sum, up_sum = tables
+        return (down_sum.at[index].add(d_down, mode="drop"), up_sum.at[index].add(d_up, mode="drop")), (dx, dgate)
+
+    zeros: tuple[Array, ...] = jnp.zeros_like(down), jnp.zeros_like(up)
+    tables, tokens = jax.lax.scan(chunk, zeros, _chunks(x, index, gate, dy))
+    dx, dgate = (chunks.reshape(-1, chunks.shape[-1])[: x.shape[0]] for chunks in tokens)
+    # Integers have no gradient; JAX wants that said with an array of float0.
+    return dx, np.zeros(index.shape, jax.dtypes.float0), dgate, *tables
+
+
+apply_neurons.defvjp(_forward, _backward)

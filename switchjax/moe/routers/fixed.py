@@ -1,0 +1,107 @@
+"""Hash layers (Roller et al. 2021): a token's expert follows from its id alone, by a table that never changes."""
+
+import heapq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import token_choice
+from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights
+
+_LLOYD_ITERATIONS = 20
+
+
+def hash_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+    """A random table [V]; float32 as all of a model's leaves are, exact for up to 2^24 experts.
+
+    Raises:
+        UserError: if the model has no vocabulary.
+    """
+    if not sizes.vocab_size:
+        raise UserError("moe.router=hash goes by token ids, but this layer's inputs have no vocabulary")
+    table = random_table(sizes.vocab_size, sizes.num_experts, key)
+    return {"table": Weight(table.astype(jnp.float32), axes=(None,), update="frozen")}
+
+
+def route_hash(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+    """Each token to `table[id]`, with weight 1: nothing is trained, so no gate is needed for a gradient.
+
+    Its probabilities are one-hot, so load_balance_loss, 1 at perfect balance, is a measure here and no loss.
+
+    Raises:
+        UserError: if the tokens have no ids.
+    """
+    if tokens.ids is None:
+        raise UserError("moe.router=hash goes by token ids, but this layer was given none")
+    expert_index = jnp.take(weights["table"], tokens.ids, axis=0)[..., None].astype(jnp.int32)
+    probs = jax.nn.one_hot(expert_index[..., 0], config.num_experts, dtype=jnp.float32)
+    return token_choice(
+        tokens,
+        config,
+        logits=jnp.zeros_like(probs),
+        probs=probs,
+        gates=jnp.ones_like(probs),
+        expert_index=expert_index,
+    )
+
+
+def random_table(vocab_size: int, num_experts: int, key: PRNGKeyArray) -> Int[Array, "V"]:
+    """An expert for each id, drawn uniformly (random hash)."""
+    return jax.random.randint(key, (vocab_size,), 0, num_experts)
+
+
+def balanced_table(counts: Int[np.ndarray, "V"], num_experts: int) -> Int[np.ndarray, "V"]:
+    """Ids, most frequent first, each to the expert with the least total so far (balanced assignment).
+
+    The experts' totals lie within the largest count of one another. Ids never seen weigh nothing and are dealt in turn.
+
+    Args:
+        counts: how often each id occurs.
+        num_experts: E.
+    """
+    by_count = np.argsort(-counts, kind="stable")
+    seen, unseen = np.split(by_count, [np.count_nonzero(counts)])
+    table = np.empty(len(counts), np.int32)
+    table[unseen] = np.arange(len(unseen)) % num_experts
+    totals = [(0, expert) for expert in range(num_experts)]
+    for token in seen:
+        total, expert = totals[0]
+        table[token] = expert
+        heapq.heapreplace(totals, (total + int(counts[token]), expert))
+    return table
+
+
+def clustered_table(vectors: Float[Array, "V D"], num_experts: int, seed: int) -> Int[Array, "V"]:
+    """Ids whose vectors are alike to the same expert (clustered hash): Lloyd's k-means.
+
+    The first centres are ids drawn at random; a cluster that loses all its ids keeps its centre.
+
+    Args:
+        vectors: embeddings of a trained model.
+        num_experts: E, the number of clusters.
+        seed: for the first centres.
+
+    Raises:
+        UserError: if there are fewer ids than experts.
+    """
+    if len(vectors) < num_experts:
+        raise UserError(f"moe.hash_table=clustered cannot divide {len(vectors)} ids into {num_experts} clusters")
+    vectors = vectors.astype(jnp.float32)
+
+    def nearest(centres: Float[Array, "E D"]) -> Int[Array, "V"]:
+        # |v - c|^2 less |v|^2, which is the same for every centre
+        squares = jnp.sum(jnp.square(centres), axis=1)[None]
+        products = jnp.matmul(vectors, centres.T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.argmin(squares - 2 * products, axis=1)
+
+    def iterate(_: Int[Array, ""], centres: Float[Array, "E D"]) -> Float[Array, "E D"]:
+        cluster = nearest(centres)
+        sizes = jnp.zeros(num_experts).at[cluster].add(1.0)[:, None]
+        sums = jnp.zeros_like(centres).at[cluster].add(vectors)
+        return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), centres)
+
+    first = jax.random.choice(jax.random.key(seed), vectors, (num_experts,), replace=False)
+    return nearest(jax.lax.fori_loop(0, _LLOYD_ITERATIONS, iterate, first))

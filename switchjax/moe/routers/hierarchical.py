@@ -1,0 +1,94 @@
+"""Token choice in two levels: groups of experts, then experts within the groups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import token_choice
+from switchjax.moe.losses import importance_loss, load_loss
+from switchjax.moe.routers.noisy import noisy_router, noisy_top_k, zeros
+from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, project
+
+
+def hierarchical_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+    """As `noisy_router`, and the same for the a groups of experts: "groups" and "groups_noise" [D, a]."""
+    groups = {name: zeros(sizes.d_model, sizes.num_expert_groups) for name in ("groups", "groups_noise")}
+    return noisy_router(sizes, key) | groups
+
+
+def check_hierarchy(config: MoEConfig) -> None:
+    """Raises a `UserError` unless experts divide into groups, and a token's experts over the groups it selects."""
+    experts, groups = config.num_experts, config.num_expert_groups
+    selected, selected_groups = config.num_selected_experts, config.num_selected_groups
+    if experts % groups:
+        raise UserError(f"moe.num_experts={experts} do not divide into moe.num_expert_groups={groups}")
+    if selected_groups > groups:
+        raise UserError(f"moe.num_selected_groups={selected_groups} exceeds moe.num_expert_groups={groups}")
+    if selected % selected_groups:
+        raise UserError(
+            f"moe.num_selected_experts={selected} do not divide over moe.num_selected_groups={selected_groups}"
+        )
+    if selected // selected_groups > experts // groups:
+        raise UserError(
+            f"a token selects {selected // selected_groups} experts in a group, which has {experts // groups}: "
+            f"moe.num_selected_experts={selected} is too large or moe.num_selected_groups={selected_groups} too small"
+        )
+
+
+def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+    """The two-level hierarchy of noisy top-K gates (Shazeer et al. 2017, appendix B).
+
+    A token selects groups, and K / num_selected_groups experts in each; expert j of group i, number `i * b + j`, has
+    the gate `G'_i G_ij`, the product of the two levels'. The largest product comes first. Each level is as
+    `route_noisy_top_k`: one that selects a single group or expert keeps its probability among all.
+
+    Raises:
+        UserError: if the sizes do not divide, see `check_hierarchy`.
+    """
+    check_hierarchy(config)
+    num_groups, selected_groups = config.num_expert_groups, config.num_selected_groups
+    flat = (*tokens.mask.shape, config.num_experts)
+    nested = (*tokens.mask.shape, num_groups, config.num_experts // num_groups)
+    group_logits, group_std = (project(tokens.x, weights[name]) for name in ("groups", "groups_noise"))
+    group = noisy_top_k(
+        group_level(tokens), dataclasses.replace(config, num_selected_experts=selected_groups), group_logits, group_std
+    )
+    # A row for each token and group: each group gates its experts by itself.
+    rows = (flat[0], flat[1] * num_groups, nested[-1])
+    logits, std = (project(tokens.x, weights[name]).reshape(rows) for name in ("logits", "noise"))
+    expert = noisy_top_k(
+        tokens,
+        dataclasses.replace(config, num_selected_experts=config.num_selected_experts // selected_groups),
+        logits,
+        std,
+    )
+
+    def product(of_groups: Array, of_experts: Array) -> Array:
+        return (of_groups[..., None] * of_experts.reshape(nested)).reshape(flat)
+
+    gates, chosen = product(group.gates, expert.gates), product(group.chosen, expert.chosen)
+    # Load_ij = Load'_i Load_i(X_i)_j / |X_i|, X_i the tokens that go to group i, as a sum over these.
+    sent = group.chosen & tokens.mask[..., None]
+    group_load = jnp.sum(group.load_probability, axis=1, keepdims=True, where=tokens.mask[..., None])
+    share = group_load / jnp.maximum(jnp.sum(sent, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    load = product(jnp.where(sent, share, 0.0), expert.load_probability)
+    return token_choice(
+        tokens,
+        config,
+        logits=(group_logits[..., None] + logits.reshape(nested)).reshape(flat),  # the z-loss keeps both small
+        probs=product(group.probs, expert.probs),
+        gates=gates,
+        expert_index=jax.lax.top_k(jnp.where(chosen, gates, -1.0), config.num_selected_experts)[1],
+        losses={
+            "importance_loss": importance_loss(jnp.where(chosen, gates, 0.0), tokens.mask),
+            "load_loss": load_loss(load, tokens.mask),
+        },
+    )
+
+
+def group_level(tokens: Tokens) -> Tokens:
+    """The tokens as the first level of a hierarchy sees them: with keys of its own."""
+    return dataclasses.replace(tokens, keys=tokens.random("group level", lambda key: key) if tokens.training else None)

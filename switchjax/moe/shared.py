@@ -1,0 +1,46 @@
+"""Experts that every token passes through, beside the routed ones: residual MoE and shared experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from switchjax.moe.layer import MoELayer, RoutingSums
+
+
+class SharedMoELayer(nnx.Module):
+    """`shared(x) + routed(x)`: residual MoE (DeepSpeed-MoE, Rajbhandari et al. 2022, section 4.1).
+
+    With `moe.shared_mixing=learned`, as in DeepSpeed's code, `w_1 shared(x) + w_2 routed(x)`, `w = softmax(x W + b)`.
+
+    Args:
+        shared: a network from [*, D] to [*, D], called as `shared(x, key)`.
+        routed: the layer beside it.
+        d_model: D.
+        key: for the mixing weights.
+    """
+
+    def __init__(self, shared: nnx.Module, routed: MoELayer, d_model: int, key: PRNGKeyArray):
+        self.shared, self.routed = shared, routed
+        self.learned = routed.config.shared_mixing == "learned"
+        if self.learned:
+            init = jax.nn.initializers.truncated_normal(0.02)
+            self.mixing = nnx.Param(init(key, (d_model, 2), jnp.float32), axes=("embed", None))
+            self.mixing_bias = nnx.Param(jnp.zeros(2), axes=(None,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        token_mask: Bool[Array, "B L"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
+        """Both outputs joined; arguments as of `MoELayer`. A token without a slot still has its shared experts."""
+        shared_key, routed_key = (None, None) if key is None else jax.random.split(key)
+        shared = self.shared(x, shared_key)
+        routed, sums = self.routed(x, token_mask, routed_key, token_ids)
+        if not self.learned:
+            return shared + routed, sums
+        logits = x.astype(jnp.float32) @ self.mixing[...] + self.mixing_bias[...][None, None]
+        weight = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+        return shared * weight[..., :1] + routed * weight[..., 1:], sums

@@ -1,0 +1,141 @@
+"""Soft MoE: every slot is a mixture of all tokens (Puigcerver et al. 2023, "From sparse to soft mixtures of experts").
+
+Nothing is chosen and nothing dropped: the two moves of a sparse layer become two matrix products. The slots cross
+devices as a sparse layer's do, by all-to-all over `expert`.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from switchjax.config import UserError
+from switchjax.moe.exchange import apply_experts, apply_experts_over_mesh, are_sliced
+from switchjax.parallel.mesh import DATA, EXPERT, MODEL
+from switchjax.parallel.sharding import parameter_specs, partition_spec
+from switchjax.parallel.stacking import stack
+
+
+def soft_weights(
+    x: Float[Array, "B L D"], mask: Bool[Array, "B L"], phi: Float[Array, "D E P"], scale: Float[Array, ""]
+) -> tuple[Float[Array, "B L E P"], Float[Array, "B L E P"]]:
+    """How slots mix tokens and tokens mix slots: softmaxes of the same logits, both in float32 (equations 1 and 2).
+
+    The logits are cosines times a learned scale (section 2.3): in a wide model the softmaxes would else be one-hot.
+
+    Args:
+        x: tokens.
+        mask: False for padding, which has weight 0 in both.
+        phi: a direction for each slot.
+        scale: of the logits.
+
+    Returns:
+        dispatch: sums to 1 over the tokens of a row; all 0 in a row of padding.
+        combine: sums to 1 over the slots.
+    """
+    cosines = jnp.einsum(
+        "bld,dep->blep",
+        _normalize(x.astype(jnp.float32), axis=2),
+        _normalize(phi.astype(jnp.float32), axis=0),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    logits, real = scale.astype(jnp.float32) * cosines, mask[..., None, None]
+    dispatch = jax.nn.softmax(logits, axis=1, where=real)
+    return dispatch, jnp.where(real, jax.nn.softmax(logits, axis=(2, 3)), 0.0)
+
+
+def _normalize(x: Array, axis: int) -> Array:
+    """`x / |x|`; 0 where x is 0, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + 1e-12)
+
+
+class SoftMoELayer(nnx.Module):
+    """E experts with P slots each a row: `Y = C experts(D^T X)`, each row of the batch on its own.
+
+    Not causal: a slot mixes all tokens of its row, so an output depends on the tokens after it, in training as in
+    evaluation. Packed sequences mix too. All noise is the same on every mesh, but for expert dropout where `model` > 1:
+    each slice of d_ff draws its own.
+
+    Args:
+        make_expert: makes one expert from a key: a module from [N, D] to [N, M], called as `expert(x, key)` where the
+            key is for dropout and None in evaluation.
+        d_model: D.
+        num_experts: E.
+        slots_per_expert: P; the layer costs as much as E P tokens a row through one expert.
+        key: for initialisation.
+    """
+
+    noncausal: ClassVar[str] = "each slot of a soft MoE mixes all tokens of the sequence"
+
+    def __init__(
+        self,
+        make_expert: Callable[[PRNGKeyArray], nnx.Module],
+        d_model: int,
+        num_experts: int,
+        slots_per_expert: int,
+        key: PRNGKeyArray,
+    ):
+        phi_key, expert_key = jax.random.split(key)
+        # Only directions count; float32 whatever the model's dtype, as a router's weights.
+        phi = jax.random.normal(phi_key, (d_model, num_experts, slots_per_expert)) / jnp.sqrt(d_model)
+        self.phi = nnx.Param(phi, axes=("embed", None, None))
+        self.scale = nnx.Param(jnp.ones(()), axes=())
+        self.experts = stack(make_expert, jax.random.split(expert_key, num_experts), "expert")
+
+    def __call__(
+        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B L M"]:
+        """Mixes tokens into slots, applies the experts, mixes their outputs into tokens; zeros for padding.
+
+        Args:
+            x: tokens.
+            token_mask: False for padding.
+            key: for expert dropout; None in evaluation.
+
+        Raises:
+            UserError: if rows do not divide over the mesh.
+        """
+        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # 0 times what is not finite would be NaN
+        apply = self._apply_local if jax.sharding.get_abstract_mesh().empty else self._apply_over_mesh
+        return apply(x, token_mask, key)
+
+    def _apply_local(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B L M"]:
+        slots, combine = self._dispatch(x, mask)
+        return combine(apply_experts(self.experts, slots, key))
+
+    def _apply_over_mesh(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B L M"]:
+        """The same with rows and experts divided.
+
+        A device sends its b rows' slots, b E P D numbers of the model's dtype, to their experts and as many back.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+        if x.shape[0] % shards:
+            raise UserError(f"{x.shape[0]} rows do not divide over the {shards} shards of data x expert")
+        sliced = are_sliced(self.experts)
+
+        def island(layer: SoftMoELayer, x: Array, mask: Array, key: PRNGKeyArray | None) -> Array:
+            slots, combine = layer._dispatch(x, mask)  # [E, b, P, D], of the device's own rows
+            y = combine(apply_experts_over_mesh(layer.experts, slots, key))
+            return jax.lax.psum(y, MODEL) if sliced else y
+
+        rows = partition_spec("batch")
+        in_specs = (parameter_specs(self), rows, rows, PartitionSpec())
+        return jax.shard_map(island, in_specs=in_specs, out_specs=rows)(self, x, mask, key)
+
+    def _dispatch(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    ) -> tuple[Float[Array, "E B P D"], Callable[[Array], Array]]:
+        """The slots, and what brings the experts' outputs [E, B, P, M] back to the tokens."""
+        weights = soft_weights(x, mask, self.phi[...], self.scale[...])
+        dispatch, combine = (weight.astype(x.dtype) for weight in weights)
+        slots = jnp.einsum("blep,bld->ebpd", dispatch, x)
+        return slots, lambda y: jnp.einsum("blep,ebpm->blm", combine, y)

@@ -1,0 +1,72 @@
+"""The tables of hash layers that follow from data: by token counts, or by the embeddings of another run."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.data.pipeline import Batch, TextData
+from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.moe.routers.fixed import balanced_table, clustered_table
+from switchjax.parallel.sharding import named_leaves, with_leaves
+
+_COUNTED_TOKENS = 1_000_000
+"""Enough for the frequent tokens, on which balance depends."""
+
+
+def with_hash_tables(model: EncoderDecoder, config: Config, data: TextData) -> EncoderDecoder:
+    """A new run's model with the table of `moe.hash_table` in every hash layer.
+
+    balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
+    which are those of `init_from`. A model taken from a run with the same kind of table keeps the tables that its
+    experts were trained with.
+
+    Raises:
+        UserError: if `moe.hash_table` is clustered and there is no run to take vectors from.
+    """
+    moe, source = config.moe, config.init_from.workdir
+    if moe.router != "hash" or not config.model.has_experts or moe.hash_table == "random":
+        return model
+    if moe.hash_table == "clustered" and not source:
+        raise UserError("moe.hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")
+    if source:
+        there = load_workdir_config(Path(source)).moe
+        if (there.router, there.hash_table) == (moe.router, moe.hash_table):
+            return model
+    if moe.hash_table == "balanced":
+        counts = count_tokens(data.train_batches(), config.model.vocab_size)
+        table = jnp.asarray(balanced_table(counts, moe.num_experts))
+    else:
+        cluster = partial(clustered_table, num_experts=moe.num_experts, seed=config.train.seed)
+        table = jax.jit(cluster)(model.embedding.vectors[...])
+    return with_leaves(model, {name: _replace(name, leaf, table) for name, leaf in named_leaves(model).items()})
+
+
+def _replace(name: str, leaf: Array, table: Int[Array, "V"]) -> Array:
+    """Tables are stacked over layers."""
+    if not name.endswith("router/table"):
+        return leaf
+    stacked = jnp.broadcast_to(table.astype(leaf.dtype)[None], leaf.shape)
+    return jax.device_put(stacked, leaf.sharding)
+
+
+def count_tokens(batches: Iterable[Batch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:
+    """How often each id comes before the routers of either stack, sentinels and all, in the first batches.
+
+    Args:
+        batches: of training.
+        vocab_size: V.
+        at_least: tokens after which no further batch is counted.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    for batch in batches:
+        for tokens, stack in (("encoder_tokens", "encoder"), ("decoder_inputs", "decoder")):
+            counts += np.bincount(batch[tokens][batch[f"{stack}_segments"] > 0], minlength=vocab_size)
+        if counts.sum() >= at_least:
+            break
+    return counts

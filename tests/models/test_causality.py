@@ -1,0 +1,49 @@
+"""A decoder looks at no later token, and refuses routers that would."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from switchjax.config import UserError
+from switchjax.models.encoder_decoder import build
+from tests.models.examples import changed, forward, make_batch, make_model
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"router": "expert_choice"}, r"a later token has no room .* asks for it by name"),
+    ({"fill_order": "batch_prioritized"}, r"higher gate take a slot; .*fill_order=token_by_token"),
+    ({"router": "top_k", "num_selected_experts": 2}, r"a second choice loses its slot .*dropless=True"),
+    ({"no_token_left_behind": 2}, r"sent on to another expert"),
+]
+
+
+@pytest.mark.parametrize(("moe", "reason"), REFUSED)
+def test_routers_that_see_the_future_are_refused_unless_asked_for(moe: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        jax.eval_shape(lambda: build(changed(**moe), jax.random.key(0)))
+    jax.eval_shape(lambda: build(changed(**moe, allow_noncausal_routing=True), jax.random.key(0)))
+    jax.eval_shape(lambda: build(changed(**moe, pattern=("dense",)), jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"eval_capacity_factor": 0.5},
+        {"router": "top_k", "num_selected_experts": 2, "fill_order": "token_by_token", "eval_capacity_factor": 0.5},
+        pytest.param({"router": "top_k", "num_selected_experts": 2, "dropless": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"fill_order": "batch_prioritized", "dropless": True, "no_token_left_behind": 1}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_a_changed_suffix_moves_no_logit_of_the_prefix(moe: dict[str, Any]) -> None:
+    # One row a group: rows after it in the batch cannot crowd a token out either.
+    config = changed(group_size=8, min_expert_capacity=1, **moe)
+    model, batch = make_model(config), make_batch(config)
+    suffix = np.arange(config.data.decoder_length) >= 4
+    other = batch | {"decoder_inputs": np.where(suffix, (batch["decoder_inputs"] + 7) % 40, batch["decoder_inputs"])}
+    logits, moved = (np.asarray(forward(model, rows, None)) for rows in (batch, other))
+    np.testing.assert_array_equal(logits[:, :4], moved[:, :4])
+    assert np.any(logits[:, 4:] != moved[:, 4:])

@@ -1,0 +1,52 @@
+"""Shared experts beside the routed ones."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchjax.config import MoEConfig
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.shared import SharedMoELayer
+from tests.moe.layers import LENGTH, D, TinyExpert, make_inputs, run
+from tests.parameters import random_parameters
+
+
+def make(mixing: str, **changes: object) -> SharedMoELayer:
+    config = MoEConfig(num_experts=4, group_size=2 * LENGTH, num_shared_experts=1, shared_mixing=mixing, **changes)
+    key = jax.random.key(0)
+    return random_parameters(
+        lambda: SharedMoELayer(
+            TinyExpert(0.0, key), MoELayer(partial(TinyExpert, 0.0), D, config, key), D, jax.random.key(1)
+        )
+    )
+
+
+def test_the_sum_is_the_shared_network_plus_the_routed_one() -> None:
+    layer, (x, mask) = make("sum"), make_inputs()
+    y, sums = run(layer, x, mask, None)
+    routed, routed_sums = run(layer.routed, x, mask, None)
+    # The same additions in a program of another shape.
+    np.testing.assert_allclose(y, routed + layer.shared(jnp.asarray(x), None), rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, dict(sums), dict(routed_sums))
+
+
+def test_learned_weights_sum_to_1_and_weigh_each_token() -> None:
+    layer, (x, mask) = make("learned"), make_inputs()
+    y, _ = run(layer, x, mask, None)
+    routed, _ = run(layer.routed, x, mask, None)
+    weight = np.asarray(jax.nn.softmax(x @ layer.mixing[...] + layer.mixing_bias[...][None, None], axis=-1))
+    assert weight.std() > 0.05
+    expected = weight[..., :1] * np.asarray(layer.shared(jnp.asarray(x), None)) + weight[..., 1:] * np.asarray(routed)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixing", ["sum", "learned"])
+def test_a_token_without_a_slot_still_has_its_shared_expert(mixing: str) -> None:
+    layer = make(mixing, eval_capacity_factor=0.1, min_expert_capacity=1)
+    x, mask = make_inputs()
+    y, sums = run(layer, x, mask, None)
+    assert sums["dispatched"] < 0.5 * sums["routed"]
+    assert np.all(np.any(np.asarray(y)[mask] != 0, axis=-1))
