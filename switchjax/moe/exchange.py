@@ -65,11 +65,11 @@ def _slice_key(key: PRNGKeyArray | None, model_index: int | Int[Array, ""]) -> P
 def _apply(
     experts: Any, slots: Float[Array, "E G C D"], expert_ids: Int[Array, "E"], keys: Key[Array, "G"] | None
 ) -> Float[Array, "E G C M"]:
-    """Dropout is keyed by (group, expert), the same on every mesh."""
+    """Dropout is keyed by (group, expert), the same on every mesh; without it, groups are one product an expert."""
 
     def one_expert(expert: Any, slots: Array, expert_id: Array) -> Array:
         if keys is None:
-            return jax.vmap(lambda rows: expert(rows, None))(slots)
+            return expert(slots.reshape(-1, slots.shape[-1]), None).reshape(*slots.shape[:2], -1)
         return jax.vmap(lambda rows, key: expert(rows, jax.random.fold_in(key, expert_id)))(slots, keys)
 
     return jax.vmap(one_expert)(experts, slots, expert_ids)

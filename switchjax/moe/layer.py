@@ -69,7 +69,7 @@ class MoELayer(nnx.Module):
 
     Args:
         make_expert: makes one expert from a key: a module from [N, D] to [N, D'], called as `expert(x, key)` where the
-            key is for dropout and None in evaluation.
+            key is for dropout; None in evaluation, and where `moe.expert_dropout` is 0.
         d_model: D.
         config: routing, capacity and losses.
         key: for initialisation.
@@ -130,7 +130,7 @@ class MoELayer(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "G S M"], RoutingSums, RoutingSums]:
         routing = self._route(x, mask, ids, group_keys(key, 0, x.shape[0]))
-        y = self._experts(x, routing, partial(apply_experts, key=key))
+        y = self._experts(x, routing, partial(apply_experts, key=self._expert_key(key)))
         return y, routing.losses | routing.metrics, routing.token_values
 
     def _apply_over_mesh(
@@ -160,7 +160,7 @@ class MoELayer(nnx.Module):
         ) -> tuple[Array, RoutingSums, RoutingSums]:
             shard = jax.lax.axis_index(DATA) * columns + jax.lax.axis_index(EXPERT)
             routing = layer._route(x, mask, ids, group_keys(key, shard * local_groups, local_groups))
-            y = layer._experts(x, routing, partial(apply_experts_over_mesh, key=key))
+            y = layer._experts(x, routing, partial(apply_experts_over_mesh, key=layer._expert_key(key)))
             # The slices of d_ff add up here, not before the way back: combine is linear, tokens are fewer than slots.
             y = jax.lax.psum(y, MODEL) if sliced else y
             return y, routing.losses | routing.metrics, routing.token_values
@@ -184,6 +184,9 @@ class MoELayer(nnx.Module):
         tokens = Tokens(x.astype(jnp.float32), mask, x.shape[1] if config.dropless else capacity, ids, keys)
         weights = {name: weight[...] for name, weight in self.router.items()}
         return ROUTERS[config.router].route(weights, explore(tokens, config), config)
+
+    def _expert_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
+        return key if self.config.expert_dropout else None
 
     def _experts(
         self, x: Float[Array, "G S D"], routing: Routing, apply: Callable[[Any, Array], Array]

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from switchjax.config import MeshConfig, UserError
 from switchjax.moe.layer import MoELayer
+from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings, partition_spec
 from tests.hlo import count_collectives
@@ -61,6 +62,18 @@ def test_outputs_and_gradients_in_training_are_those_of_one_device(shape: Shape,
 @pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_outputs_and_gradients_in_evaluation_are_those_of_one_device(shape: Shape) -> None:
     assert_same_on_mesh(shape, make_layer(num_experts=8, eval_capacity_factor=1.0), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in ("switch", "hash")])
+def test_every_router_with_its_noise_is_the_same_on_a_mesh(router: str) -> None:
+    selected = ROUTERS[router].selected or (2,)
+    layer = make_layer(router=router, num_experts=8, num_selected_experts=selected[0], train_capacity_factor=0.75)
+    expected = run_with_gradients(layer, *make_inputs(), KEY)
+    with on_mesh((2, 4, 1), layer) as (placed, x, mask):
+        actual = run_with_gradients(placed, x, mask, KEY)
+    # float32 sums over 128 tokens, in the order of another mesh.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), actual, expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """The routers. To add one, write a function like those here and enter it in `ROUTERS`."""
 
+from switchjax.moe.routers.balanced import base_router, route_base, route_sinkhorn
 from switchjax.moe.routers.expert_choice import route_expert_choice
 from switchjax.moe.routers.fixed import hash_router, route_hash
 from switchjax.moe.routers.hierarchical import check_hierarchy, hierarchical_router, route_hierarchical
@@ -22,5 +23,7 @@ ROUTERS: dict[str, Router] = {
     "sigmoid": Router(route_sigmoid, sigmoid_router),
     "expert_choice": Router(route_expert_choice, selected=(1,), noncausal=_EXPERTS_CHOOSE),
     "hash": Router(route_hash, hash_router, selected=(1,)),
+    "base": Router(route_base, base_router, selected=(1,)),
+    "sinkhorn": Router(route_sinkhorn, selected=(1,)),
     "reinforced": Router(route_reinforced, reinforced_router, selected=(1,)),
 }

@@ -1,0 +1,56 @@
+"""Measures what the README and the docs claim about speed and routing; each table is one command.
+
+python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
+python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from switchjax import command
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = command.make_parser(__doc__)
+    tables = parser.add_subparsers(required=True, metavar="TABLE")
+    layer = tables.add_parser("layer", help="time of an MoE layer, by experts, tokens and dispatch")
+    layer.add_argument("--repeats", type=int, default=9, help="runs of each program, whose median counts")
+    layer.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    layer.set_defaults(table=_layer)
+    routers = tables.add_parser("routers", help="loss, drops, load and speed of every router; resumes by itself")
+    routers.add_argument("--config", default="configs/quickstart.py:switch", help="what each of them changes")
+    routers.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
+    routers.add_argument("--steps", type=int, default=200, help="of each run")
+    routers.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    routers.set_defaults(table=_routers)
+    flags = parser.parse_args(arguments)
+    flags.table(flags)
+
+
+def _layer(flags: Namespace) -> None:
+    from switchjax.analysis.layer_benchmark import benchmark_layer
+
+    _show(flags, "layer", benchmark_layer(flags.repeats, report=print))
+
+
+def _routers(flags: Namespace) -> None:
+    config = command.load_config(flags.config)
+
+    from switchjax.analysis.router_study import study_routers
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    _show(flags, "routers", study_routers(config, flags.workdir, flags.steps, report=print))
+
+
+def _show(flags: Namespace, table: str, text: str) -> None:
+    from switchjax.analysis.document import write_table
+
+    print(text)
+    if flags.write:
+        write_table(flags.write, f"python scripts/benchmark.py {table}", text)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,145 @@
+"""The BASE layer (Lewis et al. 2021): experts as a residual layer of their own between two blocks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.layer import MoELayer, RoutingSums
+from switchjax.parallel.mesh import DATA, EXPERT
+from switchjax.parallel.sharding import partition_spec
+
+
+class BaseLayer(nnx.Module):
+    """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own.
+
+    In training, tokens are first shuffled over the batch, so that a group does not hold neighbours, which resemble each
+    other, and each expert takes equally many of a group (`switchjax.moe.routers.balanced.route_base`). The shuffle goes
+    by the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
+
+    The experts' last matrices start at zero, and with them the layer at the identity.
+
+    Args:
+        make_expert: makes one expert from a key: a module as `MoELayer` takes it, with a parameter `w_out`, its last.
+        d_model: D.
+        config: with the router base.
+        key: for initialisation.
+
+    Raises:
+        UserError: for another router, or for ragged dispatch, which knows no expert's own norm.
+    """
+
+    def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], d_model: int, config: MoEConfig, key: PRNGKeyArray):
+        if config.router != "base" or config.dispatch == "ragged":
+            raise UserError(
+                "a BASE layer needs moe.router=base and moe.dispatch=gather or einsum, "
+                f"got moe.router={config.router} and moe.dispatch={config.dispatch}"
+            )
+        self.moe = MoELayer(partial(NormedExpert, make_expert, d_model), d_model, config, key)
+        experts: Any = self.moe.experts
+        w_out = experts.expert.w_out
+        w_out[...] = jnp.zeros_like(w_out[...])
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        token_mask: Bool[Array, "B L"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
+        """Applies the layer; padding comes back as it is.
+
+        Args:
+            x: the residual stream.
+            token_mask: False for padding.
+            key: for the shuffle and expert dropout; None in evaluation.
+            token_ids: without effect; layers are called alike.
+
+        Raises:
+            UserError: if groups, or in training the tokens of a shard, do not divide over the mesh.
+        """
+        del token_ids
+        if key is None:
+            y, sums = self.moe(x, token_mask, None)
+            return x + y, sums
+        shuffle_key, key = jax.random.split(key)
+        y, sums = self.moe(shuffle(x, shuffle_key), shuffle(token_mask, shuffle_key), key)
+        return x + unshuffle(y, shuffle_key), sums
+
+
+class NormedExpert(nnx.Module):
+    """`expert(x / rms(x) * scale)`."""
+
+    def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], d_model: int, key: PRNGKeyArray):
+        self.expert = make_expert(key)
+        self.scale = nnx.Param(jnp.ones(d_model, self.expert.w_out.dtype), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None) -> Float[Array, "N D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        return self.expert((normed * self.scale[...].astype(jnp.float32)[None]).astype(x.dtype), key)
+
+
+def shuffle(x: Shaped[Array, "B L *D"], key: PRNGKeyArray) -> Shaped[Array, "B L *D"]:
+    """Permutes the tokens of a batch at random; over a mesh, such that every P tokens in a row are of P shards.
+
+    Each of the P shards of data x expert permutes its own tokens and sends as many of them to every shard (the shuffle
+    of BASE, section 3.3): one all-to-all. Only over one device is every permutation as likely.
+
+    Args:
+        x: anything that belongs to tokens; what is shuffled with the same key stays together.
+        key: of the permutation.
+
+    Raises:
+        UserError: if the tokens of a shard do not divide over the shards.
+    """
+    return _move(x, key, back=False)
+
+
+def unshuffle(x: Shaped[Array, "B L *D"], key: PRNGKeyArray) -> Shaped[Array, "B L *D"]:
+    """The inverse of `shuffle` with the same key."""
+    return _move(x, key, back=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _move(x: Array, key: PRNGKeyArray, back: bool) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _move_local(x, key, back, exchange=lambda rows: rows)
+    shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+    if x.shape[0] * x.shape[1] % shards**2:
+        raise UserError(
+            f"a BASE layer's {x.shape[0]} x {x.shape[1]} tokens do not divide over {shards} shards, each into equal "
+            f"shares for all: their number must be a multiple of {shards**2}"
+        )
+
+    def exchange(rows: Array) -> Array:
+        # Shard i's column j for shard j's column i: its own inverse.
+        columns = rows.reshape(-1, shards, *rows.shape[1:])
+        return jax.lax.all_to_all(columns, (DATA, EXPERT), split_axis=1, concat_axis=1, tiled=True).reshape(rows.shape)
+
+    def island(x: Array, key: PRNGKeyArray) -> Array:
+        return _move_local(x, jax.random.fold_in(key, jax.lax.axis_index((DATA, EXPERT))), back, exchange)
+
+    batch = partition_spec("batch")
+    return jax.shard_map(island, in_specs=(batch, PartitionSpec()), out_specs=batch)(x, key)
+
+
+def _move_local(x: Array, key: PRNGKeyArray, back: bool, exchange: Callable[[Array], Array]) -> Array:
+    rows = x.reshape(-1, *x.shape[2:])
+    order = jax.random.permutation(key, rows.shape[0])
+    rows = exchange(rows)[jnp.argsort(order)] if back else exchange(rows[order])
+    return rows.reshape(x.shape)
+
+
+# The derivative of a permutation is its inverse.
+_move.defvjp(
+    lambda x, key, back: (_move(x, key, back), key),
+    lambda back, key, gradient: (_move(gradient, key, not back), None),
+)

@@ -1,0 +1,24 @@
+"""The benchmark times what it says, on a case small enough for a test."""
+
+from switchjax.analysis.layer_benchmark import LayerCase, LayerTimes, median_times, time_assignment, time_layer
+
+
+def test_every_program_is_timed_in_both_directions() -> None:
+    times = time_layer(LayerCase(4, 32, 2), num_tokens=64, d_model=8, d_ff=16, capacity_factor=1.25, repeats=2)
+    programs = {"dense", "gather", "einsum", "gather routing", "einsum routing"}
+    assert times.forward.keys() == times.both.keys() == programs
+    assert min(*times.forward.values(), *times.both.values()) > 0
+    assert time_assignment(32, 4, repeats=1).keys() == {"auction", "sinkhorn"}
+
+
+def test_a_ratio_of_1_is_the_cost_of_the_buffers_products() -> None:
+    by_name = {"dense": 10.0, "gather": 25.0}
+    times = LayerTimes(LayerCase(8, 512, 2), 1.25, by_name, {"dense": 10.0, "gather": 50.0})
+    assert times.to_dense("gather", both=False) == 1.0
+    assert times.to_dense("gather", both=True) == 2.0
+
+
+def test_programs_are_run_in_turn_after_a_warm_up() -> None:
+    calls: list[str] = []
+    median_times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
+    assert calls == ["a", "b"] * 3
