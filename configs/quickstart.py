@@ -28,8 +28,8 @@ _PATTERNS = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
 
 
 def get_config(arg: str = "switch") -> ConfigDict:
-    """One of the two models, or the smallest form of the first."""
-    check_choice("configs/quickstart.py", arg, [*_PATTERNS, "runlocal"])
+    """One of the two models; of the first, the form for `scripts/benchmark.py routers` or the smallest."""
+    check_choice("configs/quickstart.py", arg, [*_PATTERNS, "study", "runlocal"])
     config = Config(
         model=ModelConfig(
             vocab_size=2048,
@@ -56,6 +56,13 @@ def get_config(arg: str = "switch") -> ConfigDict:
         train=TrainConfig(steps=350, log_every=10, checkpoint_every=175),
         evaluate=EvaluateConfig(every=50, batches=4),
     )
+    if arg == "study":  # one device, a quarter of the batch: two dozen runs in half an hour
+        config = dataclasses.replace(
+            config,
+            mesh=MeshConfig(),
+            data=dataclasses.replace(config.data, batch_size=16),
+            train=TrainConfig(steps=200, log_every=10),
+        )
     if arg == "runlocal":
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, corpora=("kjv",)), train=TrainConfig(steps=2, log_every=1)

@@ -19,9 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     layer.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     layer.set_defaults(table=_layer)
     routers = tables.add_parser("routers", help="loss, drops, load and speed of every router; resumes by itself")
-    routers.add_argument("--config", default="configs/quickstart.py:switch", help="what each of them changes")
+    routers.add_argument("--config", default="configs/quickstart.py:study", help="what each of them changes")
     routers.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
-    routers.add_argument("--steps", type=int, default=200, help="of each run")
     routers.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     routers.set_defaults(table=_routers)
     flags = parser.parse_args(arguments)
@@ -41,7 +40,7 @@ def _routers(flags: Namespace) -> None:
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(config.mesh)
-    _show(flags, "routers", study_routers(config, flags.workdir, flags.steps, report=print))
+    _show(flags, "routers", study_routers(config, flags.workdir, report=print))
 
 
 def _show(flags: Namespace, table: str, text: str) -> None:

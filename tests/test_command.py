@@ -24,7 +24,7 @@ def test_help_shows_an_example(script: str) -> None:
     assert not done.stderr
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare", "benchmark"])
 def test_help_starts_no_jax(script: str) -> None:
     done = run("-X", "importtime", f"scripts/{script}.py", "--help")
     assert done.returncode == 0
@@ -50,14 +50,18 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["train.py", QUICKSTART, "--config.mesh.expert=3"], "mesh.expert * mesh.model must divide 8"),
         (["train.py", QUICKSTART, "--config.data.batch_size=12"], "the nearest multiples are 8 and 16"),
         (["train.py", QUICKSTART, "--config.moe.num_experts=6"], "does not divide over mesh.expert=4"),
+        (["train.py", QUICKSTART, "--config.moe.router=swich"], "unknown value 'swich' (did you mean 'switch'?)"),
+        (["train.py", QUICKSTART, "--config.moe.num_selected_experts=2"], "moe.router=switch selects 1 expert(s)"),
+        (["train.py", QUICKSTART, "--config.moe.router=expert_choice"], "would let a decoder see the future"),
         (["evaluate.py"], "cannot read"),
         (["generate.py", "--prompt=x"], "cannot read"),
         (["compare.py", "--baseline=nowhere"], "cannot read"),
+        (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     script, *flags = arguments
-    done = run(f"scripts/{script}", f"--workdir={tmp_path / 'run'}", *flags)
+    done = run(f"scripts/{script}", *flags, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1

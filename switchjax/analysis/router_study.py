@@ -52,15 +52,14 @@ STUDIED: dict[str, dict[str, Any]] = {
 """Name in the table -> what it changes in the section `moe`; dense changes the pattern instead."""
 
 
-def study_routers(base: Config, workdir: Path, steps: int, report: Callable[[str], None]) -> str:
-    """Trains one run a router under `workdir`, each of `steps` steps, and returns their table.
+def study_routers(base: Config, workdir: Path, report: Callable[[str], None]) -> str:
+    """Trains one run a router under `workdir` and returns their table.
 
     Runs that are complete already are not repeated; one that was cut off resumes.
 
     Args:
         base: the config that each of them changes.
         workdir: of the study.
-        steps: of each run; the first and the last tenth of their losses are compared.
         report: is told of each run that is finished, by its row of the table.
 
     Raises:
@@ -76,7 +75,6 @@ def study_routers(base: Config, workdir: Path, steps: int, report: Callable[[str
             base,
             moe=dataclasses.replace(base.moe, **changes),
             model=dataclasses.replace(base.model, pattern=("dense",)) if name == "dense" else base.model,
-            train=dataclasses.replace(base.train, steps=steps),
         )
         folder = workdir / name.replace(", ", "_").replace(" ", "_")
         summary = train(config, folder, perplexity_evaluator)

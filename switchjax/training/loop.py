@@ -55,6 +55,7 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     """
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
+    plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
     open_workdir(workdir, config)
     data = TextData.prepare(config.data)
     if data.vocabulary.size > config.model.vocab_size:
@@ -62,7 +63,7 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
             f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={config.model.vocab_size} is too small"
         )
     with jax.set_mesh(mesh):
-        run = _start(config, workdir, data, mesh)
+        run = _start(config, workdir, data, mesh, plan)
         try:
             return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
         finally:
@@ -193,8 +194,7 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     return run.finish() if run.step == last else {"steps": run.step, "interrupted": True}
 
 
-def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh) -> _Run:
-    plan = plan_state(config, mesh)
+def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh, plan: StatePlan) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     batches = data.train_batches(jax.process_index(), jax.process_count())
     restored = checkpoints.restore_latest(plan)
