@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from switchjax.config import ModelConfig, MoEConfig
 from switchjax.models.layers import FeedForward
 from switchjax.moe.assignment import balanced_assignment, sinkhorn
-from switchjax.moe.layer import MoELayer
+from switchjax.moe.layer import MoELayer, RoutingSums
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,32 @@ def time_layer(
         layers[f"{form} routing"] = MoELayer(_Identity, d_model, moe, key)
     x = jax.random.normal(key, (max(1, num_tokens // case.num_tokens), case.num_tokens, d_model))
     forward = {name: partial(jax.jit(_apply), layer, x) for name, layer in layers.items()}
-    both = {name: partial(jax.jit(jax.grad(_loss, argnums=(0, 1))), layer, x) for name, layer in layers.items()}
+    both = {
+        name: partial(jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True)), layer, x)
+        for name, layer in layers.items()
+    }
     return LayerTimes(case, capacity_factor, median_times(forward, repeats), median_times(both, repeats))
 
 
-def _apply(layer: Any, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    return layer(x, jnp.ones(x.shape[:2], bool), None)[0] if isinstance(layer, MoELayer) else layer(x, None)
+def _apply(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RoutingSums]:
+    """The output and, of an MoE layer, all its losses and metrics."""
+    if isinstance(layer, MoELayer):
+        return layer(x, jnp.ones(x.shape[:2], bool), None)
+    return layer(x, None), {"load_balance_loss": jnp.zeros(())}
 
 
-def _loss(layer: Any, x: Float[Array, "B L D"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(_apply(layer, x)))
+def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], RoutingSums]:
+    y, sums = _apply(layer, x)
+    return jnp.sum(jnp.square(y)) + sums["load_balance_loss"], sums
 
 
-def time_assignment(num_tokens: int, num_experts: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of the balanced assignments of one group of normal scores."""
-    scores = jax.random.normal(jax.random.key(0), (1, num_tokens, num_experts))
-    mask = jnp.ones((1, num_tokens), bool)
+def time_assignment(case: LayerCase, num_tokens: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of the balanced assignments of as many tokens, with normal scores."""
+    scores = jax.random.normal(jax.random.key(0), (num_tokens // case.num_tokens, case.num_tokens, case.num_experts))
+    mask = jnp.ones(scores.shape[:2], bool)
     config = MoEConfig()
     auction = jax.jit(
-        partial(balanced_assignment, capacity=-(-num_tokens // num_experts), max_rounds=config.auction_rounds)
+        partial(balanced_assignment, capacity=-(-case.num_tokens // case.num_experts), max_rounds=config.auction_rounds)
     )
     plan = jax.jit(partial(sinkhorn, iterations=config.sinkhorn_iterations))
     return median_times({"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats)
@@ -151,7 +158,7 @@ def benchmark_layer(repeats: int, report: Callable[[str], None]) -> str:
         lines.append(_row(times[case]))
         report(lines[-1])
     layer = times[ASSIGNED].both["gather"]
-    assignment = time_assignment(ASSIGNED.num_tokens, ASSIGNED.num_experts, repeats)
+    assignment = time_assignment(ASSIGNED, TOKENS, repeats)
     shares = (f"{name} {ms:.1f} ms, {ms / layer:.3f} of the layer's time" for name, ms in assignment.items())
     return "\n".join([*lines, "", f"Balanced assignment of {ASSIGNED}: {'; '.join(shares)}."])
 

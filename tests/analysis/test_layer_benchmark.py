@@ -8,7 +8,7 @@ def test_every_program_is_timed_in_both_directions() -> None:
     programs = {"dense", "gather", "einsum", "gather routing", "einsum routing"}
     assert times.forward.keys() == times.both.keys() == programs
     assert min(*times.forward.values(), *times.both.values()) > 0
-    assert time_assignment(32, 4, repeats=1).keys() == {"auction", "sinkhorn"}
+    assert time_assignment(LayerCase(4, 32, 1), num_tokens=64, repeats=1).keys() == {"auction", "sinkhorn"}
 
 
 def test_a_ratio_of_1_is_the_cost_of_the_buffers_products() -> None:
