@@ -42,27 +42,22 @@ def get_config(arg: str = "switch") -> ConfigDict:
             pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
             scan_layers=False,
         ),
-        moe=MoEConfig(num_experts=8, group_size=256),
+        moe=MoEConfig(num_experts=8, group_size=64),
         mesh=MeshConfig(data=2, expert=4, emulated_devices=8),
         data=DataConfig(
             corpora=("kjv", "newsgroups", "austen", "state_of_the_union"),
             vocabulary_size=2000,
             num_sentinels=48,
-            batch_size=64,
+            batch_size=16,
             encoder_length=128,
             decoder_length=32,
         ),
         optimizer=OptimizerConfig(schedule="cosine", learning_rate=0.1, warmup_steps=40),
-        train=TrainConfig(steps=350, log_every=10, checkpoint_every=175),
-        evaluate=EvaluateConfig(every=50, batches=4),
+        train=TrainConfig(steps=1400, log_every=20, checkpoint_every=700),
+        evaluate=EvaluateConfig(every=200, batches=16),
     )
-    if arg == "study":  # one device, a quarter of the batch: two dozen runs in half an hour
-        config = dataclasses.replace(
-            config,
-            mesh=MeshConfig(),
-            data=dataclasses.replace(config.data, batch_size=16),
-            train=TrainConfig(steps=200, log_every=10),
-        )
+    if arg == "study":  # short, on one device
+        config = dataclasses.replace(config, mesh=MeshConfig(), train=TrainConfig(steps=200, log_every=10))
     if arg == "runlocal":
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, corpora=("kjv",)), train=TrainConfig(steps=2, log_every=1)
