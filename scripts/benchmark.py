@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     tables = parser.add_subparsers(required=True, metavar="TABLE")
     layer = tables.add_parser("layer", help="time of an MoE layer, by experts, tokens and dispatch")
-    layer.add_argument("--repeats", type=int, default=9, help="runs of each program, whose median counts")
+    layer.add_argument("--repeats", type=int, default=3, help="runs of each program (3: a quarter of an hour)")
     layer.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     layer.set_defaults(table=_layer)
     routers = tables.add_parser("routers", help="loss, drops, load and speed of every router; resumes by itself")
