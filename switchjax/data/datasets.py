@@ -91,7 +91,7 @@ class Dataset:
             indices = range(start, min(start + _BLOCK, len(records)))
             try:
                 examples = records.__getitems__(list(indices))
-            except Exception:
+            except Exception:  # what a reader raises for a corrupt record depends on its format
                 raise self._first_corrupt(records, split, indices) from None
             yield [_as_text(example[self.text_feature]) for example in examples]
 

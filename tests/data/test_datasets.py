@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,10 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
             )
 
         def _split_generators(self, dl_manager: object) -> dict[str, object]:
-            return {"train": ((str(seed), {"body": story(seed)}) for seed in range(100))}
+            return {"train": self._generate_examples()}
 
-        def _generate_examples(self) -> None:
-            raise NotImplementedError
+        def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
+            return ((str(seed), {"body": story(seed)}) for seed in range(100))
 
     with datasets._quiet_tfds():
         Letters(data_dir=tmp_path / "datasets", file_format="array_record").download_and_prepare()
