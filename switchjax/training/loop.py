@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +26,7 @@ from switchjax.training.hashing import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
 from switchjax.training.optimizer import count_trained
 from switchjax.training.state import StatePlan, TrainState, plan_state
-from switchjax.training.step import Metrics, train_step
+from switchjax.training.step import Metrics, lower_train_step
 from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path, write_summary
 
 _log = logging.getLogger(__name__)
@@ -230,23 +229,7 @@ def _initial_state(config: Config, plan: StatePlan, data: TextData) -> TrainStat
 def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The train step, compiled ahead of its first batch; says how long that took and what memory a device needs."""
     started = time.perf_counter()
-    shapes = {
-        f"{stack}_{kind}": jax.ShapeDtypeStruct(
-            (config.data.batch_size, length), np.int32, sharding=NamedSharding(mesh, partition_spec("batch", "length"))
-        )
-        for stack, length, kinds in (
-            ("encoder", config.data.encoder_length, ("tokens", "segments")),
-            ("decoder", config.data.decoder_length, ("inputs", "targets", "segments")),
-        )
-        for kind in kinds
-    }
-    step = jax.jit(
-        partial(train_step, config=config, optimizer=plan.optimizer),
-        in_shardings=(plan.shardings, {name: shape.sharding for name, shape in shapes.items()}),
-        out_shardings=(plan.shardings, None),
-        donate_argnums=0,
-    )
-    compiled = step.lower(plan.shapes, shapes).compile()
+    compiled = lower_train_step(config, plan, mesh).compile()
     _log.info("compiled the train step in %.1f s", time.perf_counter() - started)
     memory = compiled.memory_analysis()
     if memory is not None:

@@ -1,20 +1,22 @@
 """The train step: loss, gradient over micro-batches, update."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import Config
 from switchjax.models.encoder_decoder import Batch, EncoderDecoder, routed_tokens
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
-from switchjax.parallel.sharding import constrain, named_leaves, with_leaves
+from switchjax.parallel.sharding import constrain, named_leaves, partition_spec, with_leaves
 from switchjax.training.optimizer import GRADIENT, make_schedule, update_rules
 from switchjax.training.reinforce import with_policy_losses
-from switchjax.training.state import TrainState
+from switchjax.training.state import StatePlan, TrainState
 
 Metrics = dict[str, Any]
 
@@ -87,6 +89,31 @@ def train_step(
         "gradient_norms": norms,
     }
     return TrainState(state.step + 1, with_leaves(state.model, parameters), opt_state), metrics
+
+
+def lower_train_step(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step for `mesh`, of devices that are here or (`jax.experimental.topologies`) only described.
+
+    Compiled, it takes a state, which it donates, and a global batch.
+    """
+    shapes = {
+        f"{stack}_{kind}": jax.ShapeDtypeStruct(
+            (config.data.batch_size, length), jnp.int32, sharding=NamedSharding(mesh, partition_spec("batch", "length"))
+        )
+        for stack, length, kinds in (
+            ("encoder", config.data.encoder_length, ("tokens", "segments")),
+            ("decoder", config.data.decoder_length, ("inputs", "targets", "segments")),
+        )
+        for kind in kinds
+    }
+    step = jax.jit(
+        partial(train_step, config=config, optimizer=plan.optimizer),
+        in_shardings=(plan.shardings, {name: shape.sharding for name, shape in shapes.items()}),
+        out_shardings=(plan.shardings, None),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(plan.shapes, shapes)
 
 
 def _auxiliary_loss(

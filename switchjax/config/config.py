@@ -1,0 +1,186 @@
+"""The whole configuration, to and from `ml_collections`, dictionaries and JSON."""
+
+import dataclasses
+import itertools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from switchjax.config.checks import UserError, require, suggest
+from switchjax.config.data import DataConfig
+from switchjax.config.model import ROUTED, ModelConfig
+from switchjax.config.moe import MoEConfig
+from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
+
+
+class Layer(NamedTuple):
+    """One layer of a stack: its kind, as in `ModelConfig.pattern`, and its number of experts (0: none)."""
+
+    kind: str
+    num_experts: int
+
+
+_OBJECTIVES = {
+    "encoder_decoder": "span_corruption",
+    "decoder_only": "causal",
+    "recurrent": "causal",
+    "vision": "classification",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on; `config.json` in its workdir holds it whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+
+    def __post_init__(self) -> None:
+        rows, steps = self.data.batch_size, self.train.accumulation_steps
+        require(
+            rows % steps == 0,
+            f"data.batch_size={rows} is not a multiple of train.accumulation_steps={steps}",
+        )
+        self._check_objective()
+        pieces = self.data.vocabulary_size + self.data.num_sentinels
+        require(
+            bool(self.data.vocabulary) or self.model.family == "vision" or pieces <= self.model.vocab_size,
+            f"model.vocab_size={self.model.vocab_size} holds less than data.vocabulary_size + num_sentinels = {pieces}",
+        )
+
+    def _check_objective(self) -> None:
+        objective = _OBJECTIVES[self.model.family]
+        require(
+            self.data.objective == objective,
+            f"a model of model.family={self.model.family} needs data.objective={objective}, got {self.data.objective}",
+        )
+        length = self.stack_lengths.get("decoder", 0)
+        require(
+            self.model.positions != "learned" or self.model.family == "vision" or length <= self.model.max_length,
+            f"data.decoder_length={length} exceeds the model.max_length={self.model.max_length} learned positions",
+        )
+        counts = self.moe.experts_per_layer
+        for stack, layers in self.model.stacks.items() if counts else ():
+            routed = layers // len(self.model.pattern) * sum(kind in ROUTED for kind in self.model.pattern)
+            require(
+                len(counts) == routed,
+                f"moe.experts_per_layer has {len(counts)} counts for the {routed} routed layers of the {stack}",
+            )
+
+    @property
+    def stack_lengths(self) -> dict[str, int]:
+        """Tokens in a row of each stack: L, or patches and the class token."""
+        lengths = {"encoder": self.data.encoder_length, "decoder": self.data.decoder_length}
+        if self.model.family == "vision":
+            lengths["encoder"] = self.model.num_patches + 1
+        return {stack: lengths[stack] for stack in self.model.stacks}
+
+    def layers(self, stack: str) -> tuple[Layer, ...]:
+        """The layers of a stack, first to last."""
+        kinds = self.model.pattern * (self.model.stacks[stack] // len(self.model.pattern))
+        counts = iter(self.moe.experts_per_layer or itertools.repeat(self.moe.num_experts))
+        return tuple(Layer(kind, next(counts) if kind in ROUTED else 0) for kind in kinds)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Builds and checks a config; sections and keys that are left out take their defaults.
+
+        Raises:
+            UserError: for an unknown key (with a suggestion), a wrong type or a value out of range.
+        """
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Config":
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: if `text` is no JSON object or does not describe a config.
+        """
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"the config is not valid JSON: {error}") from None
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections of plain values."""
+        return dataclasses.asdict(self)
+
+    def to_config_dict(self) -> ConfigDict:
+        """A locked `ConfigDict`, as files in `configs/` return it."""
+        return ConfigDict(self.to_dict()).lock()
+
+    def to_json(self) -> str:
+        """The resolved config as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def check_key(key: str) -> None:
+    """Raises a `UserError` with a suggestion unless `key` is a `section.key` of `Config`."""
+    section, _, name = key.partition(".")
+    sections = typing.get_type_hints(Config)
+    require(section in sections, f"unknown config key '{section}'{suggest(section, sections)}")
+    names = [entry.name for entry in dataclasses.fields(sections[section])]
+    require(name in names, f"unknown config key '{key}'{suggest(name, names)}")
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    require(isinstance(values, Mapping | ConfigDict), f"{path or 'config'} must hold keys and values, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{path}.{name}" if path else str(name)
+        require(name in hints, f"unknown config key '{key}'{suggest(str(name), hints)}")
+        hint = hints[name]
+        arguments[name] = _convert(hint, value, key)
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type; only int -> float and list -> tuple are converted."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
+    if isinstance(hint, types.GenericAlias):
+        require(isinstance(value, list | tuple), f"{key} must be a tuple, got {value!r}")
+        return tuple(_convert(hint.__args__[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    require(type(value) is hint, f"{key} must be of type {hint.__name__}, got {value!r}")
+    require(hint is not float or math.isfinite(value), f"{key} must be finite, got {value}")
+    return value
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """`section.key` -> `old -> new`, for every key that differs."""
+    changes: dict[str, str] = {}
+    for section, was in old.to_dict().items():
+        now = new.to_dict()[section]
+        changes |= {f"{section}.{key}": f"{was[key]!r} -> {now[key]!r}" for key in was if was[key] != now[key]}
+    return changes
+
+
+def load_workdir_config(workdir: str | Path) -> Config:
+    """The config that a run saved.
+
+    Raises:
+        UserError: if `workdir` holds no readable `config.json`.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return Config.from_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"no run in {workdir}: cannot read {path} ({error.strerror})") from None

@@ -1,0 +1,47 @@
+"""The section `data`: what a run learns from."""
+
+from dataclasses import dataclass
+
+from switchjax.config.checks import check_choice, check_positive, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpora, vocabulary, the objective and static batch shapes."""
+
+    objective: str = "span_corruption"
+    """span_corruption (encoder-decoders), causal (the next token, for decoders) or classification (images)."""
+    corpora: tuple[str, ...] = ("c4/en",)
+    """Names of the project's own sources or of any TFDS text dataset; one that cannot be had is passed over."""
+    rates: tuple[float, ...] = ()
+    """Sampling rates, one a corpus; empty: in proportion to their tokens."""
+    text_feature: str = "text"
+    """Of a TFDS text dataset; of one of images, `image` and `label` are taken."""
+    directory: str = ""
+    """Where prepared data lives; empty: $SWITCHJAX_DATA, or else the user's cache folder."""
+    vocabulary: str = ""
+    """A SentencePiece model file; empty: one of `vocabulary_size` pieces is trained on the corpora."""
+    vocabulary_size: int = 2000
+    num_sentinels: int = 48
+    batch_size: int = 128
+    """Rows of a global batch."""
+    encoder_length: int = 512
+    decoder_length: int = 114
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    pack: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("data.objective", self.objective, ["span_corruption", "causal", "classification"])
+        sizes = ("vocabulary_size", "num_sentinels", "batch_size", "encoder_length", "decoder_length")
+        check_positive("data", {name: getattr(self, name) for name in sizes})
+        require(len(self.corpora) > 0, "data.corpora must name at least one corpus")
+        require(len(set(self.corpora)) == len(self.corpora), f"data.corpora names a corpus twice: {self.corpora}")
+        require(0 < self.noise_density < 1, f"data.noise_density must be in (0, 1), got {self.noise_density}")
+        require(self.mean_span_length >= 1, f"data.mean_span_length must be at least 1, got {self.mean_span_length}")
+        require(
+            len(self.rates) in (0, len(self.corpora)),
+            f"data.rates has {len(self.rates)} values for {len(self.corpora)} corpora",
+        )
+        check_positive("data", {f"rates[{i}]": rate for i, rate in enumerate(self.rates)})

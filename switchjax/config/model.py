@@ -1,0 +1,182 @@
+"""The section `model`: the network around the experts."""
+
+from dataclasses import dataclass
+
+from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+
+_ATTENTION = ("dense", "moe", "moe_dense", "switch_attention", "base", "peer")
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "encoder_decoder": _ATTENTION,
+    "decoder_only": _ATTENTION,
+    "vision": ("dense", "moe"),
+    "recurrent": ("lstm", "dense_only", "moe_only"),
+}
+"""Family -> the kinds of layers that `model.pattern` may name."""
+ROUTED = frozenset({"moe", "moe_dense", "moe_only", "switch_attention", "base", "peer"})
+"""Kinds with experts."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network around the experts. Sizes are named as in DESIGN's legend."""
+
+    family: str = "encoder_decoder"
+    """encoder_decoder, decoder_only, vision (an encoder of image patches) or recurrent (a decoder of LSTM layers)."""
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_ff: int = 3072
+    num_heads: int = 12
+    d_head: int = 64
+    num_kv_heads: int = 0
+    """Heads of keys and values, each shared by a group of query heads (grouped-query attention); 0: num_heads."""
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    pattern: tuple[str, ...] = ("dense", "moe")
+    """The layers of one period, which repeats to fill each stack. Kinds: dense, moe (experts for the feed-forward
+    network), moe_dense (a dense feed-forward layer after such a one), switch_attention (experts for queries, keys and
+    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a recurrent
+    model: lstm, dense_only and moe_only (a feed-forward network between two others)."""
+    activation: str = "relu"
+    """Of the feed-forward networks: relu, gelu, or with a gate geglu, swiglu."""
+    expert_activation: str = ""
+    """Of the experts; empty: as `activation`."""
+    norm: str = "rms"
+    """Before each layer: rms (no mean, no bias), layer (LayerNorm) or none."""
+    biases: bool = False
+    """Of projections and feed-forward networks."""
+    positions: str = "relative"
+    """relative (T5's bias, shared by a stack's layers), learned (added to the input), rotary, or none."""
+    max_length: int = 2048
+    """learned: how many positions there are."""
+    rotary_base: float = 10_000.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    sliding_window: int = 0
+    """A causal query sees this many tokens, itself included; 0: all."""
+    scale_scores: bool = False
+    """Attention's scores over sqrt(d_head); T5 folds that into the initialisation of the queries."""
+    tie_embeddings: bool = True
+    scale_logits: bool = True
+    """Tied logits over sqrt(d_model) (T5)."""
+    embedding_stddev: float = 1.0
+    """Of token vectors and learned positions at initialisation."""
+    d_lstm: int = 0
+    """Cells of an LSTM layer, which a projection brings to d_model where they differ; 0: d_model."""
+    image_size: int = 224
+    """Pixels of a side."""
+    image_channels: int = 3
+    patch_size: int = 16
+    num_classes: int = 1000
+    pre_logits: bool = False
+    """A tanh layer of d_model before the classes' logits."""
+    dropout: float = 0.0
+    scan_layers: bool = True
+    """True: one compiled period in a loop. False: the loop unrolled (quickstart, CPU: 4 % faster)."""
+    remat: str = "none"
+    """What the backward pass computes again: none, full, dots (keeps matmuls), exchange (keeps all-to-alls)."""
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is routed."""
+        return any(kind in ROUTED for kind in self.pattern)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def lstm_cells(self) -> int:
+        """Cells of an LSTM layer."""
+        return self.d_lstm or self.d_model
+
+    @property
+    def experts_activation(self) -> str:
+        """Activation inside an expert."""
+        return self.expert_activation or self.activation
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """The stacks of the family, each with its number of layers."""
+        encoder, decoder = self.num_encoder_layers, self.num_decoder_layers
+        if self.family == "encoder_decoder":
+            return {"encoder": encoder, "decoder": decoder}
+        return {"encoder": encoder} if self.family == "vision" else {"decoder": decoder}
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def __post_init__(self) -> None:
+        check_choice("model.family", self.family, KINDS)
+        sizes = ("vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base")
+        sizes += ("embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes")
+        check_positive("model", {name: getattr(self, name) for name in sizes})
+        check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
+        check_fraction("model", {"dropout": self.dropout})
+        check_choice("model.activation", self.activation, ACTIVATIONS)
+        check_choice("model.expert_activation", self.experts_activation, ACTIVATIONS)
+        check_choice("model.norm", self.norm, ["rms", "layer", "none"])
+        check_choice("model.positions", self.positions, ["relative", "learned", "rotary", "none"])
+        check_choice("model.remat", self.remat, ["none", "full", "dots", "exchange"])
+        for name in ("dtype", "param_dtype"):
+            check_choice(f"model.{name}", getattr(self, name), ["float32", "bfloat16"])
+        for name in ("num_kv_heads", "sliding_window", "d_lstm"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        self._check_layers()
+        self._check_positions()
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}",
+        )
+
+    def _check_layers(self) -> None:
+        require(len(self.pattern) > 0, "model.pattern must name at least one layer")
+        for kind in self.pattern:
+            check_choice("model.pattern", kind, KINDS[self.family])
+        require(
+            len({kind == "peer" for kind in self.pattern if kind in ROUTED}) < 2,
+            "model.pattern names peer and other layers with experts: moe.num_experts can be that of one of them only",
+        )
+        for stack, layers in self.stacks.items():
+            require(
+                layers % len(self.pattern) == 0,
+                f"model.num_{stack}_layers={layers} is not a multiple of the {len(self.pattern)} layers of "
+                "model.pattern",
+            )
+
+    def _check_positions(self) -> None:
+        require(
+            self.relative_buckets >= 4 and self.relative_buckets % 2 == 0,
+            f"model.relative_buckets must be even and at least 4, got {self.relative_buckets}",
+        )
+        require(
+            self.relative_max_distance > self.relative_buckets // 2,
+            f"model.relative_max_distance={self.relative_max_distance} must exceed half of model.relative_buckets",
+        )
+        require(
+            self.positions != "rotary" or self.d_head % 2 == 0,
+            f"model.positions=rotary turns pairs of numbers: model.d_head={self.d_head} must be even",
+        )
+        # An encoder-decoder's learned positions would be two tables; no published model has them.
+        require(
+            self.family != "encoder_decoder" or self.positions != "learned",
+            "model.positions=learned is for decoder_only and vision models",
+        )
+        require(
+            self.family != "vision" or self.positions in ("learned", "none"),
+            f"a vision model has positions learned or none, got model.positions={self.positions}",
+        )
+
+
+ACTIVATIONS = ("relu", "gelu", "geglu", "swiglu")
+GATED = frozenset({"geglu", "swiglu"})
+"""Activations with a gate, and so with a third matrix."""

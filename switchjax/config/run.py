@@ -1,0 +1,89 @@
+"""The sections around model and data: mesh, optimizer, train, evaluate, init_from."""
+
+from dataclasses import dataclass
+
+from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the named mesh axes; -1 for `data` takes the devices that the others leave."""
+
+    data: int = -1
+    expert: int = 1
+    model: int = 1
+    emulated_devices: int = 0
+    """Where the CPU is the only device: how many to emulate (0: leave as it is)."""
+
+    def __post_init__(self) -> None:
+        check_positive("mesh", {"expert": self.expert, "model": self.model})
+        require(self.data == -1 or self.data > 0, f"mesh.data must be positive or -1, got {self.data}")
+        require(self.emulated_devices >= 0, "mesh.emulated_devices must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adafactor with T5's settings, or AdamW, and the learning rate's schedule."""
+
+    name: str = "adafactor"
+    learning_rate: float = 1.0
+    schedule: str = "rsqrt"
+    warmup_steps: int = 10_000
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    decay_rate: float = 0.8
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, ["adafactor", "adamw"])
+        check_choice("optimizer.schedule", self.schedule, ["rsqrt", "cosine", "constant"])
+        check_positive("optimizer", {"learning_rate": self.learning_rate})
+        check_fraction("optimizer", {"b1": self.b1, "b2": self.b2, "decay_rate": self.decay_rate})
+        for name in ("warmup_steps", "clip_norm", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and what it writes."""
+
+    steps: int = 100_000
+    seed: int = 0
+    accumulation_steps: int = 1
+    """Micro-batches a step; but for noise, which each draws anew, gradients equal those of the undivided batch."""
+    z_loss_weight: float = 1e-4
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        check_positive("train", {name: getattr(self, name) for name in sizes})
+        require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out evaluation during and after training."""
+
+    every: int = 1000
+    """Steps between evaluations; 0: only at the end."""
+    batches: int = 16
+    """Batches a corpus; 0: the whole split."""
+    split: str = "validation"
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"evaluate.every must not be negative, got {self.every}")
+        require(self.batches >= 0, f"evaluate.batches must not be negative, got {self.batches}")
+        check_choice("evaluate.split", self.split, ["train", "validation", "test"])
+
+
+@dataclass(frozen=True)
+class InitFromConfig:
+    """Where a new run takes its weights from; an empty `workdir` means random initialisation."""
+
+    workdir: str = ""
+    step: int = -1
+    """Checkpoint of that workdir; -1: the latest."""
