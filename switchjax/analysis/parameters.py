@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from switchjax.config import Config
-from switchjax.models.encoder_decoder import build
+from switchjax.models.families import build
 from switchjax.parallel.sharding import is_variable
 from switchjax.training.optimizer import GRADIENT
 
@@ -23,13 +23,15 @@ class ParameterCounts(NamedTuple):
 def count_parameters(config: Config) -> ParameterCounts:
     """Counts without allocating anything."""
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
+    selected = config.moe.num_selected_experts * (config.moe.peer_heads if "peer" in config.model.pattern else 1)
     total = active = 0
     for variable in jax.tree.leaves(model, is_leaf=is_variable):
         if variable.get_metadata("update", GRADIENT) != GRADIENT:
             continue
         size = variable.size
         total += size
-        if "expert" in variable.get_metadata("axes"):
-            size = size * config.moe.num_selected_experts // config.moe.num_experts
+        axes = variable.get_metadata("axes")
+        if "expert" in axes:
+            size = size * selected // variable.shape[axes.index("expert")]
         active += size
     return ParameterCounts(total, active)

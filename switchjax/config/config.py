@@ -55,6 +55,10 @@ class Config:
             f"data.batch_size={rows} is not a multiple of train.accumulation_steps={steps}",
         )
         self._check_objective()
+        require(
+            self.moe.dispatch != "ragged" or not self.model.biases,
+            "moe.dispatch=ragged has grouped products and no biases: set model.biases=False or moe.dispatch=gather",
+        )
         pieces = self.data.vocabulary_size + self.data.num_sentinels
         require(
             bool(self.data.vocabulary) or self.model.family == "vision" or pieces <= self.model.vocab_size,

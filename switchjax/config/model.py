@@ -113,8 +113,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("model.family", self.family, KINDS)
-        sizes = ("vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base")
-        sizes += ("embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes")
+        sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base"]
+        sizes += ["embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes"]
         check_positive("model", {name: getattr(self, name) for name in sizes})
         check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
         check_fraction("model", {"dropout": self.dropout})
@@ -165,6 +165,11 @@ class ModelConfig:
         require(
             self.positions != "rotary" or self.d_head % 2 == 0,
             f"model.positions=rotary turns pairs of numbers: model.d_head={self.d_head} must be even",
+        )
+        plain = self.positions in ("relative", "none") and not self.biases and self.kv_heads == self.num_heads
+        require(
+            "switch_attention" not in self.pattern or plain,
+            "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, no shared heads",
         )
         # An encoder-decoder's learned positions would be two tables; no published model has them.
         require(

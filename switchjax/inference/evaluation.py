@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from switchjax.config import Config, UserError
 from switchjax.data.pipeline import TextData
-from switchjax.models.encoder_decoder import Batch, EncoderDecoder
+from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
@@ -28,7 +28,8 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
     """A function from a model to its metrics on `config.evaluate.split`.
 
     Its results: `neg_log_perplexity` (mean log-likelihood of a target token, nats) over all corpora together and
-    `neg_log_perplexity/CORPUS` of each; `target_tokens`; for MoE models `fraction_tokens_dropped` at the evaluation's
+    `neg_log_perplexity/CORPUS` of each; `accuracy`, the share of targets that are the most probable; `target_tokens`;
+    for MoE models `fraction_tokens_dropped` at the evaluation's
     capacity.
     """
     evaluate = config.evaluate
@@ -45,7 +46,7 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
     if not corpora:
         raise UserError(f"no corpus has text in its {evaluate.split} split")
 
-    def evaluator(model: EncoderDecoder) -> dict[str, float]:
+    def evaluator(model: Model) -> dict[str, float]:
         totals = {}
         for corpus in corpora:
             sums = [one_at_a_time(step(model, batch)) for batch in batches(corpus)]
@@ -70,7 +71,7 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
         return step, perplexity_evaluator(config, data, mesh)(model)
 
 
-def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, EncoderDecoder]:
+def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:
     """The step and the model of a workdir's checkpoint, the latest for -1, laid over `mesh`.
 
     Raises:
@@ -80,15 +81,18 @@ def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tup
         return checkpoints.load_model(plan_state(config, mesh), step)
 
 
-def _sums(model: EncoderDecoder, batch: Batch) -> Metrics:
+def _sums(model: Model, batch: Batch) -> Metrics:
     logits, routing = model(batch, None)
-    mask = batch["decoder_segments"] > 0
-    nll, _ = token_losses(logits, batch["decoder_targets"], mask)
+    routed = [sums for runs in routing.values() for sums in runs if "routed" in sums]
+    targets, segments = model.targets(batch)
+    mask = segments > 0
+    nll, _ = token_losses(logits, targets, mask)
     return {
         "nll": nll,
+        "correct": jnp.sum(jnp.argmax(logits, axis=-1) == targets, where=mask),
         "target_tokens": jnp.sum(mask),
-        "routed": sum(jnp.sum(sums["routed"]) for sums in routing.values()),
-        "dispatched": sum(jnp.sum(sums["dispatched"]) for sums in routing.values()),
+        "routed": sum(jnp.sum(sums["routed"]) for sums in routed),
+        "dispatched": sum(jnp.sum(sums["dispatched"]) for sums in routed),
     }
 
 
@@ -97,6 +101,7 @@ def _results(totals: dict[str, Metrics]) -> dict[str, float]:
     results = {"neg_log_perplexity": -overall["nll"] / max(overall["target_tokens"], 1)}
     for corpus, sums in totals.items():
         results[f"neg_log_perplexity/{corpus}"] = -sums["nll"] / max(sums["target_tokens"], 1)
+    results["accuracy"] = overall["correct"] / max(overall["target_tokens"], 1)
     results["target_tokens"] = overall["target_tokens"]
     if overall["routed"]:
         results["fraction_tokens_dropped"] = 1 - overall["dispatched"] / overall["routed"]

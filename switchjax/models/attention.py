@@ -1,4 +1,4 @@
-"""Multi-head attention with T5's relative position bias."""
+"""Multi-head attention: grouped heads, T5's relative position bias, rotary positions."""
 
 import math
 
@@ -8,20 +8,49 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
-from switchjax.models.layers import INIT_SCALE, dropout, kernel
+from switchjax.models.layers import INIT_SCALE, add_bias, bias, dropout, kernel
 
 
 def attention_mask(
-    query_segments: Int[Array, "B Q"], key_segments: Int[Array, "B L"], causal: bool = False
+    query_segments: Int[Array, "B Q"], key_segments: Int[Array, "B L"], causal: bool = False, window: int = 0
 ) -> Bool[Array, "B 1 Q L"]:
     """Which keys each query sees: those of its own segment and, where causal, not those after it.
 
     Padding is segment 0; its queries see padding only, and their outputs are of no account.
+
+    Args:
+        query_segments: of the queries.
+        key_segments: of the keys.
+        causal: whether a query sees no later key.
+        window: where causal, how many keys a query sees, its own included; 0: all.
     """
     mask = query_segments[:, :, None] == key_segments[:, None, :]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))[None]
+        if window:
+            mask &= jnp.triu(jnp.ones(mask.shape[1:], bool), 1 - window)[None]
     return mask[:, None]
+
+
+def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """0, 1, 2, ... within each packed sequence."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def rotate(x: Float[Array, "B L H A"], positions: Int[Array, "B L"], base: float) -> Float[Array, "B L H A"]:
+    """Rotary position embedding (Su et al. 2021): pairs (i, i + A / 2) turned by `position * base^(-2 i / A)`.
+
+    A product of a rotated query and a rotated key depends on the distance between them alone.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
 
 
 class RelativePositionBias(nnx.Module):
@@ -64,17 +93,26 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention without biases or 1/sqrt(d) (T5 folds it into the queries' initialisation)."""
+    """Multi-head attention, its scores over sqrt(d_head) where `model.scale_scores`.
+
+    Groups of query heads share a head of keys and values where `model.num_kv_heads` is less than `num_heads`
+    (Ainslie et al. 2023).
+    """
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         self.config = config
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
-        inward, axes = (config.d_model, config.num_heads, config.d_head), ("embed", "heads", "head")
-        outward, dtype = (*inward[1:], config.d_model), config.param_dtype
-        self.query = kernel(query_key, inward, axes, dtype, scale=INIT_SCALE / config.d_head)
-        self.key = kernel(key_key, inward, axes, dtype)
-        self.value = kernel(value_key, inward, axes, dtype)
-        self.out = kernel(out_key, outward, (*axes[1:], "embed"), dtype, num_inputs=2)
+        axes, dtype = ("embed", "heads", "head"), config.param_dtype
+        heads, shared = (config.num_heads, config.d_head), (config.kv_heads, config.d_head)
+        query_scale = INIT_SCALE if config.scale_scores else INIT_SCALE / config.d_head
+        self.query = kernel(query_key, (config.d_model, *heads), axes, dtype, scale=query_scale)
+        self.key = kernel(key_key, (config.d_model, *shared), axes, dtype)
+        self.value = kernel(value_key, (config.d_model, *shared), axes, dtype)
+        self.out = kernel(out_key, (*heads, config.d_model), (*axes[1:], "embed"), dtype, num_inputs=2)
+        self.query_bias = bias(config, heads, axes[1:])
+        self.key_bias = bias(config, shared, axes[1:])
+        self.value_bias = bias(config, shared, axes[1:])
+        self.out_bias = bias(config, (config.d_model,), ("embed",))
 
     def __call__(
         self,
@@ -83,6 +121,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "B 1 Q L"],
         bias: Float[Array, "1 H Q L"] | None,
         key: PRNGKeyArray | None,
+        positions: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from `x` to `context` (the same array for self-attention).
 
@@ -92,26 +131,39 @@ class Attention(nnx.Module):
             mask: which keys each query sees.
             bias: added to the scores before the softmax, which is in float32.
             key: for dropout of the attention weights; None in evaluation.
+            positions: of queries and keys of self-attention, by which they are rotated; None: they are not.
         """
-        query = jnp.einsum("bqd,dha->bqha", x, self.query[...].astype(x.dtype))
-        keys = jnp.einsum("bld,dha->blha", context, self.key[...].astype(x.dtype))
-        values = jnp.einsum("bld,dha->blha", context, self.value[...].astype(x.dtype))
+        query = add_bias(jnp.einsum("bqd,dha->bqha", x, self.query[...].astype(x.dtype)), self.query_bias)
+        keys = add_bias(jnp.einsum("bld,dha->blha", context, self.key[...].astype(x.dtype)), self.key_bias)
+        values = add_bias(jnp.einsum("bld,dha->blha", context, self.value[...].astype(x.dtype)), self.value_bias)
+        if positions is not None:
+            base = self.config.rotary_base
+            query, keys = rotate(query, positions, base), rotate(keys, positions, base)
+        if self.config.scale_scores:
+            query = query * jnp.asarray(self.config.d_head**-0.5, query.dtype)
         mixed = attend(query, keys, values, mask, bias, self.config.dropout, key)
-        return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype))
+        return add_bias(jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), self.out_bias)
 
 
 def attend(
     query: Float[Array, "B Q H A"],
-    keys: Float[Array, "B L H A"],
-    values: Float[Array, "B L H A"],
+    keys: Float[Array, "B L N A"],
+    values: Float[Array, "B L N A"],
     mask: Bool[Array, "B 1 Q L"],
     bias: Float[Array, "1 H Q L"] | None,
     rate: float,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "B Q H A"]:
-    """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`."""
-    scores = jnp.einsum("bqha,blha->bhql", query, keys, preferred_element_type=jnp.float32)
+    """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`.
+
+    Each of the N heads of keys and values serves H / N query heads, one after the other.
+    """
+    rows, queries, heads, _ = query.shape
+    grouped = query.reshape(rows, queries, keys.shape[2], -1, query.shape[-1])
+    scores = jnp.einsum("bqnga,blna->bngql", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, heads, queries, -1)
     if bias is not None:
         scores += bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(query.dtype)
-    return jnp.einsum("bhql,blha->bqha", dropout(weights, rate, key), values)
+    weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
+    return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)

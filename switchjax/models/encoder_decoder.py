@@ -1,54 +1,45 @@
-"""The encoder-decoder: T5, and with MoE layers the Switch Transformer."""
+"""The encoder-decoder: T5, and with MoE layers the Switch Transformer, GShard and ST-MoE."""
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config
 from switchjax.models.attention import attention_mask
+from switchjax.models.blocks import CrossInputs
 from switchjax.models.layers import Embedding, kernel, split_key
-from switchjax.models.stack import CrossInputs, Stack
+from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
+from switchjax.models.stack import Stack
 from switchjax.moe.layer import RoutingSums
-from switchjax.parallel.sharding import constrain
-
-Batch = dict[str, Int[Array, "B L"]]
-"""encoder_tokens, encoder_segments, decoder_inputs, decoder_targets, decoder_segments; segment 0 is padding."""
 
 
-class EncoderDecoder(nnx.Module):
-    """T5 (Raffel et al. 2020) with feed-forward layers after `model.pattern` in both stacks."""
+class EncoderDecoder(Model):
+    """T5 (Raffel et al. 2020) with layers after `model.pattern` in both stacks."""
 
     def __init__(self, config: Config, key: PRNGKeyArray):
         self.config = config.model
         model = config.model
         embedding_key, encoder_key, decoder_key, logits_key = jax.random.split(key, 4)
         self.embedding = Embedding(model, embedding_key)
-        self.encoder = Stack(config, model.num_encoder_layers, causal=False, cross=False, key=encoder_key)
-        self.decoder = Stack(config, model.num_decoder_layers, causal=True, cross=True, key=decoder_key)
+        self.encoder = Stack(config, config.layers("encoder"), causal=False, cross=False, key=encoder_key)
+        self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=True, key=decoder_key)
         shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
         untied = not model.tie_embeddings
         self.logits = kernel(logits_key, shape, axes, model.param_dtype, scale=1.0) if untied else None
 
-    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B L V"], dict[str, RoutingSums]]:
-        """Logits of the decoder's targets, and routing sums of the stacks that have MoE layers.
-
-        Args:
-            batch: token ids and segments.
-            key: for dropout and routing noise; None in evaluation.
-        """
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
+        """Logits of the decoder's targets, and the routing sums of both stacks."""
         encoder_key, decoder_key = split_key(key, 2)
         encoded, encoder_sums = self.encode(batch["encoder_tokens"], batch["encoder_segments"], encoder_key)
         logits, decoder_sums = self.decode(
             encoded, batch["encoder_segments"], batch["decoder_inputs"], batch["decoder_segments"], decoder_key
         )
-        sums = {"encoder": encoder_sums, "decoder": decoder_sums}
-        return logits, {name: values for name, values in sums.items() if values is not None}
+        return logits, {"encoder": encoder_sums, "decoder": decoder_sums}
 
     def encode(
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
         """The encoder's output for each token, with its routing sums."""
-        return self.encoder(self._embed(tokens), tokens, segments, key)
+        return self.encoder(embed(self.embedding, tokens), tokens, segments, key)
 
     def decode(
         self,
@@ -57,26 +48,30 @@ class EncoderDecoder(nnx.Module):
         tokens: Int[Array, "B L"],
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B L V"], RoutingSums | None]:
+    ) -> tuple[Float[Array, "B L V"], list[RoutingSums]]:
         """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
-        x, sums = self.decoder(self._embed(tokens), tokens, segments, key, cross)
+        x, sums = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
         if self.logits is None:
             return self.embedding.logits(x), sums
         return x @ self.logits[...].astype(x.dtype), sums
 
-    def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return constrain(self.embedding(tokens), "batch", "length", "embed")
+    @staticmethod
+    def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        """Token ids and segments, segment 0 being padding."""
+        data = config.data
+        return {
+            **token_arrays(data.batch_size, data.encoder_length, "encoder_tokens", "encoder_segments"),
+            **token_arrays(
+                data.batch_size, data.decoder_length, "decoder_inputs", "decoder_targets", "decoder_segments"
+            ),
+        }
 
+    @staticmethod
+    def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The decoder's."""
+        return batch["decoder_targets"], batch["decoder_segments"]
 
-def routed_tokens(batch: Batch) -> dict[str, Int[Array, ""]]:
-    """Tokens that pass through each stack's MoE layers: what their routing sums are divided by."""
-    return {stack: (batch[f"{stack}_segments"] > 0).sum() for stack in ("encoder", "decoder")}
-
-
-def build(config: Config, key: PRNGKeyArray) -> EncoderDecoder:
-    """The model that `config.model.family` names, freshly initialised."""
-    return FAMILIES[config.model.family](config, key)
-
-
-FAMILIES = {"encoder_decoder": EncoderDecoder}
+    def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
+        """Of both stacks."""
+        return {stack: batch[f"{stack}_segments"] for stack in ("encoder", "decoder")}

@@ -1,4 +1,4 @@
-"""Norm, embedding, feed-forward network, dropout and the initialisers they share."""
+"""Norms, embedding, feed-forward network, dropout and the initialisers they share."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
+from switchjax.config.model import GATED
 
 INIT_SCALE = 0.1
 """Truncated normal of variance 0.1 / fan_in (Switch Transformer, section 2.4)."""
@@ -28,6 +29,21 @@ def kernel(
     return nnx.Param(init(key, shape, dtype), axes=axes)
 
 
+def bias(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:
+    """A bias that starts at zero, if the model has biases."""
+    return nnx.Param(jnp.zeros(shape, config.param_dtype), axes=axes) if config.biases else None
+
+
+def add_bias(x: Float[Array, "..."], vector: nnx.Param | None) -> Float[Array, "..."]:
+    """`x + vector` over the last axes of `x`; `x` itself without a bias."""
+    return x if vector is None else x + over_last_axes(vector[...].astype(x.dtype), x)
+
+
+def over_last_axes(vector: Array, like: Array) -> Array:
+    """`vector` over the last axes of `like`, said and not left to rank promotion."""
+    return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
+
+
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     """Zeroes entries with probability `rate` and scales the others up; `x` itself without a key."""
     if key is None or rate == 0:
@@ -41,11 +57,6 @@ def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray] | list
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def _broadcast(vector: Array, like: Array) -> Array:
-    """`vector` over the last axis of `like`, said and not left to rank promotion."""
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale`, in float32, without mean or bias (T5)."""
 
@@ -55,7 +66,41 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        return (normed * _broadcast(self.scale[...].astype(jnp.float32), normed)).astype(x.dtype)
+        return (normed * over_last_axes(self.scale[...].astype(jnp.float32), normed)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / deviation * scale + shift`, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, d_model: int, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(d_model, dtype), axes=("embed",))
+        self.shift = nnx.Param(jnp.zeros(d_model, dtype), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+        scale, shift = (over_last_axes(weight[...].astype(jnp.float32), wide) for weight in (self.scale, self.shift))
+        return (normed * scale + shift).astype(x.dtype)
+
+
+class NoNorm(nnx.Module):
+    """`x`."""
+
+    def __init__(self, d_model: int, dtype: DTypeLike):
+        del d_model, dtype
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return x
+
+
+Norm = RMSNorm | LayerNorm | NoNorm
+NORMS: dict[str, Callable[[int, DTypeLike], Norm]] = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    """The norm that `model.norm` names."""
+    return NORMS[config.norm](config.d_model, config.param_dtype)
 
 
 class Embedding(nnx.Module):
@@ -63,32 +108,46 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         self.config = config
-        vectors = jax.random.normal(key, (config.vocab_size, config.d_model), config.param_dtype)
-        self.vectors = nnx.Param(vectors, axes=("vocab", "embed"))
+        self.vectors = nnx.Param(normal(key, (config.vocab_size, config.d_model), config), axes=("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return jnp.take(self.vectors[...].astype(self.config.dtype), tokens, axis=0)
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """The tied output layer: similarity to each token's vector over sqrt(D)."""
-        scaled = x * jnp.asarray(self.config.d_model**-0.5, x.dtype)
-        return jnp.einsum("bld,vd->blv", scaled, self.vectors[...].astype(x.dtype))
+        """The tied output layer: similarity to each token's vector, over sqrt(D) in T5."""
+        if self.config.scale_logits:
+            x = x * jnp.asarray(self.config.d_model**-0.5, x.dtype)
+        return jnp.einsum("bld,vd->blv", x, self.vectors[...].astype(x.dtype))
+
+
+def learned_positions(config: ModelConfig, count: int, key: PRNGKeyArray) -> nnx.Param | None:
+    """A vector for each of `count` positions, if the model learns them."""
+    if config.positions != "learned":
+        return None
+    return nnx.Param(normal(key, (count, config.d_model), config), axes=(None, "embed"))
+
+
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], config: ModelConfig) -> Float[Array, "..."]:
+    """Vectors of tokens or positions as they start."""
+    stddev = jnp.asarray(config.embedding_stddev, config.param_dtype)
+    return jax.random.normal(key, shape, config.param_dtype) * stddev
 
 
 class FeedForward(nnx.Module):
     """`act(x W_in) W_out`; the gated form multiplies `act(x W_gate)` by `x W_in` (GLU variants, Shazeer 2020).
 
-    Applied to any leading axes; as an expert, to [N, D].
+    With `model.biases`, `act(x W_in + b_in) W_out + b_out`. Applied to any leading axes; as an expert, to [N, D].
     """
 
     def __init__(self, config: ModelConfig, dropout: float, key: PRNGKeyArray):
         self.config, self.dropout = config, dropout
         gate_key, in_key, out_key = jax.random.split(key, 3)
         up, dtype = (config.d_model, config.d_ff), config.param_dtype
-        _, gated = ACTIVATIONS[config.activation]
         self.w_in = kernel(in_key, up, ("embed", "mlp"), dtype)
-        self.w_gate = kernel(gate_key, up, ("embed", "mlp"), dtype) if gated else None
+        self.w_gate = kernel(gate_key, up, ("embed", "mlp"), dtype) if config.activation in GATED else None
         self.w_out = kernel(out_key, up[::-1], ("mlp", "embed"), dtype)
+        self.b_in = bias(config, (config.d_ff,), ("mlp",))
+        self.b_out = bias(config, (config.d_model,), ("embed",))
 
     def __call__(
         self, x: Float[Array, "*B D"], key: PRNGKeyArray | None, matmul: Callable[[Array, Array], Array] = jnp.matmul
@@ -100,17 +159,24 @@ class FeedForward(nnx.Module):
             key: for dropout; None in evaluation.
             matmul: how a weight is applied (stacked experts are given a grouped product, `switchjax.moe.ragged`).
         """
-        activation, _ = ACTIVATIONS[self.config.activation]
-        hidden = matmul(x, self.w_in[...].astype(x.dtype))
+        activation = ACTIVATIONS[self.config.activation]
+        hidden = add_bias(matmul(x, self.w_in[...].astype(x.dtype)), self.b_in)
         if self.w_gate is None:
             hidden = activation(hidden)
         else:
             hidden = activation(matmul(x, self.w_gate[...].astype(x.dtype))) * hidden
-        return matmul(dropout(hidden, self.dropout, key), self.w_out[...].astype(x.dtype))
+        y = matmul(dropout(hidden, self.dropout, key), self.w_out[...].astype(x.dtype))
+        if self.b_out is None:
+            return y
+        # A slice of d_ff, as a device of the axis `model` holds it, adds its share: slices are summed.
+        share = self.w_in.shape[-1] / self.config.d_ff
+        return y + over_last_axes(self.b_out[...].astype(y.dtype), y) * jnp.asarray(share, y.dtype)
 
 
-ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
-    "relu": (jax.nn.relu, False),
-    "geglu": (jax.nn.gelu, True),
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "geglu": jax.nn.gelu,
+    "swiglu": jax.nn.silu,
 }
-"""Name -> (function, whether it gates a second matrix)."""
+"""Name -> function; of the gated ones, the gate's."""

@@ -46,9 +46,9 @@ class SwitchAttention(nnx.Module):
         x: Float[Array, "B L D"],
         token_mask: Bool[Array, "B L"],
         mask: Bool[Array, "B 1 L L"],
-        bias: Float[Array, "1 H L L"],
+        bias: Float[Array, "1 H L L"] | None,
         key: PRNGKeyArray | None,
-        token_ids: Int[Array, "B L"],
+        token_ids: Int[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
         """Attends within `x`; returns the routing sums of both routers too."""
         query_key, value_key, dropout_key = split_key(key, 3)

@@ -81,13 +81,15 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"{rows} rows (data.batch_size / train.accumulation_steps) do not divide over the {shards} shards of "
             f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
         )
-    for key, size in (("model.num_heads", model.num_heads), ("model.d_ff", model.d_ff)):
+    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
+    sizes = {"model.d_ff": model.d_ff} if model.family == "recurrent" else heads | {"model.d_ff": model.d_ff}
+    for key, size in sizes.items():
         if size % mesh.shape[MODEL]:
             raise UserError(
                 f"{key}={size} does not divide over mesh.model={mesh.shape[MODEL]}: "
                 f"sizes that fit are {_divisors(size, mesh.size)}"
             )
-    if model.vocab_size % mesh.shape[MODEL]:
+    if model.family != "vision" and model.vocab_size % mesh.shape[MODEL]:
         raise UserError(
             f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
             f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
@@ -99,12 +101,13 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"moe.dispatch=ragged keeps all experts on each device, but mesh.expert={mesh.shape[EXPERT]}: "
             "set mesh.expert=1 (mesh.data and mesh.model may divide the devices), or moe.dispatch=gather"
         )
-    if moe.num_experts % mesh.shape[EXPERT]:
-        raise UserError(
-            f"moe.num_experts={moe.num_experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
-            f"sizes that fit are {_divisors(moe.num_experts, mesh.size)}"
-        )
-    for key, length in (("encoder", data.encoder_length), ("decoder", data.decoder_length)):
+    for experts in {layer.num_experts for stack in model.stacks for layer in config.layers(stack)}:
+        if experts % mesh.shape[EXPERT]:
+            raise UserError(
+                f"moe.num_experts={experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
+                f"sizes that fit are {_divisors(experts, mesh.size)}"
+            )
+    for key, length in config.stack_lengths.items():
         tokens = moe.tokens_per_group(rows, length)
         if tokens != moe.tokens_per_group(data.batch_size, length):
             raise UserError(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.pipeline import Batch, TextData
-from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.models.model import Model
 from switchjax.moe.routers.fixed import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
@@ -19,7 +19,7 @@ _COUNTED_TOKENS = 1_000_000
 """Enough for the frequent tokens, on which balance depends."""
 
 
-def with_hash_tables(model: EncoderDecoder, config: Config, data: TextData) -> EncoderDecoder:
+def with_hash_tables(model: Model, config: Config, data: TextData) -> Model:
     """A new run's model with the table of `moe.hash_table` in every hash layer.
 
     balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
@@ -43,7 +43,7 @@ def with_hash_tables(model: EncoderDecoder, config: Config, data: TextData) -> E
         table = jnp.asarray(balanced_table(counts, moe.num_experts))
     else:
         cluster = partial(clustered_table, num_experts=moe.num_experts, seed=config.train.seed)
-        table = jax.jit(cluster)(model.embedding.vectors[...])
+        table = jax.jit(cluster)(named_leaves(model)["embedding/vectors"])
     return with_leaves(model, {name: _replace(name, leaf, table) for name, leaf in named_leaves(model).items()})
 
 
@@ -65,7 +65,8 @@ def count_tokens(batches: Iterable[Batch], vocab_size: int, at_least: int = _COU
     """
     counts = np.zeros(vocab_size, np.int64)
     for batch in batches:
-        for tokens, stack in (("encoder_tokens", "encoder"), ("decoder_inputs", "decoder")):
+        stacks = (("encoder_tokens", "encoder"), ("decoder_inputs", "decoder"))
+        for tokens, stack in [pair for pair in stacks if pair[0] in batch]:
             counts += np.bincount(batch[tokens][batch[f"{stack}_segments"] > 0], minlength=vocab_size)
         if counts.sum() >= at_least:
             break

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from switchjax.config import Config, UserError
 from switchjax.data.pipeline import TextData
-from switchjax.models.encoder_decoder import Batch, EncoderDecoder
+from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
 from switchjax.training.checkpoint import Checkpoints
@@ -31,7 +31,7 @@ from switchjax.training.workdir import load_vocabulary, open_workdir, record_run
 
 _log = logging.getLogger(__name__)
 
-Evaluator = Callable[[EncoderDecoder], dict[str, float]]
+Evaluator = Callable[[Model], dict[str, float]]
 MakeEvaluator = Callable[[Config, TextData, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
 
@@ -244,7 +244,7 @@ def _nothing_to_do(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """Rows from the host, laid over the mesh."""
-    sharding = NamedSharding(mesh, partition_spec("batch", "length"))
+    sharding = NamedSharding(mesh, partition_spec("batch"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

@@ -4,31 +4,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from switchjax.models.encoder_decoder import Batch
+from switchjax.models.model import Routing
 from switchjax.moe.layer import RoutingSums
 
 
 def with_policy_losses(
-    routing: dict[str, RoutingSums], log_probs: Float[Array, "B L"], batch: Batch
-) -> dict[str, RoutingSums]:
-    """Routing sums in which `policy_loss` takes the place of `log_policy` and `baseline`, in stacks that have these.
+    routing: Routing,
+    log_probs: Float[Array, "B T"],
+    target_segments: Int[Array, "B T"],
+    segments: dict[str, Int[Array, "B _"]],
+) -> Routing:
+    """Routing sums in which `policy_loss` takes the place of `log_policy` and `baseline`, where these are.
 
     Args:
         routing: of each stack, the two per token and layer [layers, B, L].
-        log_probs: of the decoder's targets: the reward.
-        batch: what the model was given.
+        log_probs: of the targets: the reward of a decoder's tokens, each of which has its own; of an encoder's, the
+            mean over the targets of their packed sequence.
+        target_segments: of the targets.
+        segments: of each stack's tokens.
     """
-    result = {}
-    for stack, sums in routing.items():
-        segments = batch[f"{stack}_segments"]
-        if "log_policy" in sums:
-            reward = log_probs
-            if stack == "encoder":
-                reward = rewards_of_segments(log_probs, batch["decoder_segments"], segments)
-            loss = policy_loss(sums["log_policy"], sums["baseline"], reward, segments > 0)
-            sums = {name: sums[name] for name in sums if name not in ("log_policy", "baseline")} | {"policy_loss": loss}
-        result[stack] = sums
-    return result
+
+    def with_loss(stack: str, sums: RoutingSums) -> RoutingSums:
+        if "log_policy" not in sums:
+            return sums
+        reward = log_probs
+        if stack != "decoder":
+            reward = rewards_of_segments(log_probs, target_segments, segments[stack])
+        loss = policy_loss(sums["log_policy"], sums["baseline"], reward, segments[stack] > 0)
+        return {name: sums[name] for name in sums if name not in ("log_policy", "baseline")} | {"policy_loss": loss}
+
+    return {stack: [with_loss(stack, sums) for sums in runs] for stack, runs in routing.items()}
 
 
 def policy_loss(

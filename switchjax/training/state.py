@@ -9,7 +9,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchjax.config import Config
-from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.models.families import build
+from switchjax.models.model import Model
 from switchjax.parallel.sharding import named_leaves, optimizer_shardings, parameter_shardings
 from switchjax.training.optimizer import make_optimizer
 
@@ -24,7 +25,7 @@ class TrainState:
 
     step: Any
     """`Int[Array, ""]`."""
-    model: EncoderDecoder
+    model: Model
     opt_state: Any
 
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import Config
-from switchjax.models.encoder_decoder import Batch, EncoderDecoder, routed_tokens
+from switchjax.models.families import FAMILIES
+from switchjax.models.model import Batch, Model, Routing
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
 from switchjax.parallel.sharding import constrain, named_leaves, partition_spec, with_leaves
@@ -62,14 +63,16 @@ def train_step(
         optimiser moves.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    targets = jnp.maximum(jnp.sum(batch["decoder_segments"] > 0, dtype=jnp.float32), 1)
-    routed = routed_tokens(batch)
+    num_targets = jnp.maximum(jnp.sum(state.model.targets(batch)[1] > 0, dtype=jnp.float32), 1)
+    routed = {stack: jnp.sum(segments > 0) for stack, segments in state.model.segments(batch).items()}
 
-    def contribution(model: EncoderDecoder, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
+    def contribution(model: Model, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
         logits, routing = model(micro_batch, key)
-        routing = with_policy_losses(routing, target_log_probs(logits, micro_batch["decoder_targets"])[0], micro_batch)
-        nll, z_loss = token_losses(logits, micro_batch["decoder_targets"], micro_batch["decoder_segments"] > 0)
-        loss, z_loss = nll / targets, z_loss / targets
+        targets, segments = model.targets(micro_batch)
+        log_probs, _ = target_log_probs(logits, targets)
+        routing = with_policy_losses(routing, log_probs, segments, model.segments(micro_batch))
+        nll, z_loss = token_losses(logits, targets, segments > 0)
+        loss, z_loss = nll / num_targets, z_loss / num_targets
         total = loss + config.train.z_loss_weight * z_loss + _auxiliary_loss(config, routing, routed)
         return total, {"loss": loss, "z_loss": z_loss, "total_loss": total, "routing": routing}
 
@@ -81,7 +84,7 @@ def train_step(
     trained = [name for name, rule in update_rules(state.model).items() if rule == GRADIENT]
     metrics = {
         **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},
-        **routing_metrics([sums["routing"][stack] for stack in routed if stack in sums["routing"]]),
+        **routing_metrics([run for stack in routed for run in sums["routing"][stack]]),
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
         "gradient_norm": jnp.sqrt(sum(jnp.square(norms[name]) for name in trained)),
         "parameter_norm": optax.tree.norm({name: parameters[name] for name in trained}),
@@ -96,51 +99,43 @@ def lower_train_step(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.
 
     Compiled, it takes a state, which it donates, and a global batch.
     """
-    shapes = {
-        f"{stack}_{kind}": jax.ShapeDtypeStruct(
-            (config.data.batch_size, length), jnp.int32, sharding=NamedSharding(mesh, partition_spec("batch", "length"))
-        )
-        for stack, length, kinds in (
-            ("encoder", config.data.encoder_length, ("tokens", "segments")),
-            ("decoder", config.data.decoder_length, ("inputs", "targets", "segments")),
-        )
-        for kind in kinds
+    rows = NamedSharding(mesh, partition_spec("batch"))
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+        for name, array in FAMILIES[config.model.family].batch_shapes(config).items()
     }
     step = jax.jit(
         partial(train_step, config=config, optimizer=plan.optimizer),
-        in_shardings=(plan.shardings, {name: shape.sharding for name, shape in shapes.items()}),
+        in_shardings=(plan.shardings, dict.fromkeys(batch, rows)),
         out_shardings=(plan.shardings, None),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
-        return step.lower(plan.shapes, shapes)
+        return step.lower(plan.shapes, batch)
 
 
-def _auxiliary_loss(
-    config: Config, routing: dict[str, RoutingSums], tokens: dict[str, Int[Array, ""]]
-) -> Float[Array, ""]:
+def _auxiliary_loss(config: Config, routing: Routing, tokens: dict[str, Int[Array, ""]]) -> Float[Array, ""]:
     """The losses of routing, weighted and averaged over MoE layers, and the updates that go by as losses."""
-    layers = sum(len(next(iter(sums.values()))) for sums in routing.values())
+    layers = sum(len(next(iter(sums.values()))) for runs in routing.values() for sums in runs)
     total = jnp.zeros(())
-    for stack, sums in routing.items():
+    for stack, runs in routing.items():
         count = jnp.maximum(tokens[stack], 1).astype(jnp.float32)
-        for name in sums:
-            if name in UPDATE_LOSSES:
-                total += jnp.sum(sums[name]) / config.train.accumulation_steps
-            elif name.endswith("_loss"):
-                total += getattr(config.moe, f"{name}_weight") / layers * jnp.sum(sums[name]) / count
+        for sums in runs:
+            for name in sums:
+                if name in UPDATE_LOSSES:
+                    total += jnp.sum(sums[name]) / config.train.accumulation_steps
+                elif name.endswith("_loss"):
+                    total += getattr(config.moe, f"{name}_weight") / layers * jnp.sum(sums[name]) / count
     return total
 
 
-def _accumulate(
-    contribution: Any, model: EncoderDecoder, batch: Batch, key: Array, count: int
-) -> tuple[EncoderDecoder, Metrics]:
+def _accumulate(contribution: Any, model: Model, batch: Batch, key: Array, count: int) -> tuple[Model, Metrics]:
     """Gradient and sums over `count` micro-batches of consecutive rows."""
     gradient_of = jax.grad(contribution, has_aux=True)
     if count == 1:
         return gradient_of(model, batch, key)
     micro_batches = {
-        name: constrain(rows.reshape(count, -1, rows.shape[1]), None, "batch", "length") for name, rows in batch.items()
+        name: constrain(rows.reshape(count, -1, *rows.shape[1:]), None, "batch") for name, rows in batch.items()
     }
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
@@ -152,11 +147,21 @@ def _accumulate(
     return total
 
 
-def routing_metrics(stacks: list[RoutingSums]) -> Metrics:
-    """Means over the MoE layers of all stacks, and `expert_load` of each layer [layers, E]; empty without routers."""
-    summaries = [summarize(sums) for sums in stacks if "tokens" in sums]
+def routing_metrics(runs: list[RoutingSums]) -> Metrics:
+    """Means over all MoE layers, and `expert_load` of each layer [layers, E]; empty without routers.
+
+    Where layers have different numbers of experts, the load of those that a layer has not is 0.
+    """
+    summaries = [summarize(sums) for sums in runs if "tokens" in sums]
     if not summaries:
         return {}
-    shown = [name for name in summaries[0] if name not in UPDATE_LOSSES]
-    layers = {name: jnp.concatenate([summary[name] for summary in summaries]) for name in shown}
-    return {name: values if name == "expert_load" else jnp.mean(values) for name, values in layers.items()}
+    most = max(summary["expert_load"].shape[-1] for summary in summaries)
+    metrics = {}
+    for name in summaries[0]:
+        if name == "expert_load":
+            loads = [summary[name] for summary in summaries]
+            padded = [jnp.pad(load, ((0, 0), (0, most - load.shape[-1]))) for load in loads]
+            metrics[name] = jnp.concatenate(padded)
+        elif name not in UPDATE_LOSSES:
+            metrics[name] = jnp.mean(jnp.concatenate([summary[name] for summary in summaries]))
+    return metrics

@@ -9,7 +9,7 @@ import pytest
 from switchjax.analysis import router_study
 from switchjax.analysis.router_study import STUDIED, study_routers
 from switchjax.config import Config, UserError
-from switchjax.models.encoder_decoder import build
+from switchjax.models.families import build
 from switchjax.moe.routers import ROUTERS
 
 

@@ -8,7 +8,8 @@ import pytest
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, UserError
 from switchjax.data.vocabulary import EOS, PAD, Vocabulary
 from switchjax.inference.decoding import _insert, fill_in, greedy_decode
-from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.models.families import build
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
 CONFIG = Config(

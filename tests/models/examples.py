@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
-from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.models.families import build
 from switchjax.moe.losses import summarize
 from tests.parameters import random_parameters
 
@@ -73,7 +74,9 @@ def loss_of(model: EncoderDecoder, batch: Batch, key: PRNGKeyArray | None) -> ja
     chosen = jax.nn.one_hot(batch["decoder_targets"], logits.shape[-1])
     tokens = batch["decoder_segments"] > 0
     cross_entropy = -jnp.sum(log_probs * chosen, where=tokens[..., None]) / jnp.sum(tokens, dtype=jnp.float32)
-    return cross_entropy + sum(jnp.mean(summarize(values)["load_balance_loss"]) for values in sums.values())
+    return cross_entropy + sum(
+        jnp.mean(summarize(values)["load_balance_loss"]) for runs in sums.values() for values in runs
+    )
 
 
 loss_and_gradients = jax.jit(jax.value_and_grad(loss_of))

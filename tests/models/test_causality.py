@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import UserError
-from switchjax.models.encoder_decoder import build
+from switchjax.models.families import build
 from tests.models.examples import changed, forward, make_batch, make_model
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.models.encoder_decoder import routed_tokens
 from tests.models.examples import DROPLESS, TINY, changed, forward, loss_and_gradients, make_batch, make_model
 
 KEY = jax.random.key(5)
@@ -97,18 +96,19 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_routing_sums_name_the_stacks_and_count_their_tokens() -> None:
-    batch = make_batch()
-    sums = jax.jit(lambda model, batch: model(batch, None)[1])(make_model(), batch)
+    batch, model = make_batch(), make_model()
+    sums = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)
     assert sums.keys() == {"encoder", "decoder"}
-    for stack, tokens in routed_tokens({name: jnp.asarray(values) for name, values in batch.items()}).items():
-        np.testing.assert_array_equal(sums[stack]["tokens"], [tokens])  # one MoE layer in 2
-        assert sums[stack]["expert_load"].shape == (1, TINY.moe.num_experts)
+    for stack, segments in model.segments({name: jnp.asarray(values) for name, values in batch.items()}).items():
+        (run,) = sums[stack]
+        np.testing.assert_array_equal(run["tokens"], [np.sum(segments > 0)])  # one MoE layer in 2
+        assert run["expert_load"].shape == (1, TINY.moe.num_experts)
 
 
 def test_a_dense_model_has_no_routing_sums() -> None:
     config = changed(pattern=("dense",), num_encoder_layers=1, num_decoder_layers=1)
     _, sums = jax.jit(lambda model, batch: model(batch, None))(make_model(config), make_batch(config))
-    assert sums == {}
+    assert sums == {"encoder": [], "decoder": []}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
-from switchjax.models.encoder_decoder import EncoderDecoder, build
+from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.models.families import build
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings
 from tests.models.examples import changed
@@ -98,6 +99,6 @@ def test_each_weight_starts_with_its_standard_deviation(created: EncoderDecoder)
 
 
 def test_no_two_layers_or_experts_start_the_same(created: EncoderDecoder) -> None:
-    experts = np.asarray(named_leaves(created)["encoder/periods/blocks/1/ff/experts/w_in"])
+    experts = np.asarray(named_leaves(created)["encoder/runs/0/blocks/1/ff/experts/w_in"])
     flat = experts.reshape(-1, *experts.shape[-2:])
     assert len({values.tobytes() for values in flat}) == len(flat) == 8

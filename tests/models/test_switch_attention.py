@@ -44,7 +44,10 @@ def test_one_expert_is_dense_attention() -> None:
 
 def test_a_model_reports_both_routers_of_each_layer() -> None:
     _, sums = jax.jit(lambda model, batch: model(batch, None))(make_model(ROUTED), make_batch(ROUTED))
-    assert {stack: values["tokens"].shape for stack, values in sums.items()} == {"encoder": (2,), "decoder": (2,)}
+    assert {stack: [run["tokens"].shape for run in runs] for stack, runs in sums.items()} == {
+        "encoder": [(2,)],
+        "decoder": [(2,)],
+    }
 
 
 @pytest.mark.slow

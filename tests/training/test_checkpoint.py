@@ -86,7 +86,7 @@ def test_a_model_is_restored_without_its_optimiser(workdir: Path, plan: StatePla
 
 def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
     stored = Checkpoints(workdir).shapes(3)
-    assert stored["model/encoder/periods/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
+    assert stored["model/encoder/runs/0/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
     assert stored["step"] == ()
 
 

@@ -21,7 +21,7 @@ from switchjax.training.metrics import read_metrics
 from switchjax.training.state import plan_state
 from tests.tiny import changed
 
-TABLES = [f"{stack}/periods/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
+TABLES = [f"{stack}/runs/0/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
 SEGMENTS = ("encoder_segments", "decoder_segments")
 
 

@@ -83,26 +83,28 @@ def test_an_encoder_token_earns_the_mean_log_probability_of_its_own_sequence() -
 def test_values_of_tokens_give_way_to_a_loss_of_each_layer() -> None:
     rng = np.random.default_rng(0)
     log_probs = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
-    batch = {"encoder_segments": jnp.asarray(SEGMENTS), "decoder_segments": jnp.asarray(TARGET_SEGMENTS)}
+    segments = {"encoder": jnp.asarray(SEGMENTS), "decoder": jnp.asarray(TARGET_SEGMENTS)}
     routing = {
-        stack: {
-            "tokens": jnp.ones(2),
-            "log_policy": jnp.asarray(rng.normal(size=(2, 3, length)), jnp.float32),
-            "baseline": jnp.asarray(rng.normal(size=(2, 3, length)), jnp.float32),
-        }
+        stack: [
+            {
+                "tokens": jnp.ones(2),
+                "log_policy": jnp.asarray(rng.normal(size=(2, 3, length)), jnp.float32),
+                "baseline": jnp.asarray(rng.normal(size=(2, 3, length)), jnp.float32),
+            }
+        ]
         for stack, length in (("encoder", 6), ("decoder", 4))
     }
-    losses = jax.jit(with_policy_losses)(routing, log_probs, batch)
-    assert all(set(sums) == {"tokens", "policy_loss"} for sums in losses.values())
-    encoder_rewards = rewards_of_segments(log_probs, batch["decoder_segments"], batch["encoder_segments"])
+    losses = jax.jit(with_policy_losses)(routing, log_probs, segments["decoder"], segments)
+    assert all(set(sums) == {"tokens", "policy_loss"} for runs in losses.values() for sums in runs)
+    encoder_rewards = rewards_of_segments(log_probs, segments["decoder"], segments["encoder"])
     rewards = {"encoder": encoder_rewards, "decoder": log_probs}
-    for stack, sums in routing.items():
+    for stack, (sums,) in routing.items():
         loss = partial(policy_loss, sums["log_policy"], sums["baseline"])
-        expected = loss(rewards[stack], batch[f"{stack}_segments"] > 0)
-        np.testing.assert_allclose(losses[stack]["policy_loss"], expected, rtol=1e-6)
+        expected = loss(rewards[stack], segments[stack] > 0)
+        np.testing.assert_allclose(losses[stack][0]["policy_loss"], expected, rtol=1e-6)
 
 
 def test_routing_of_other_routers_is_left_alone() -> None:
-    routing = {"decoder": {"tokens": jnp.ones(2), "router_z_loss": jnp.ones(2)}}
-    batch = {"decoder_segments": jnp.asarray(TARGET_SEGMENTS)}
-    assert with_policy_losses(routing, jnp.zeros((3, 4)), batch) == routing
+    routing = {"decoder": [{"tokens": jnp.ones(2), "router_z_loss": jnp.ones(2)}]}
+    segments = jnp.asarray(TARGET_SEGMENTS)
+    assert with_policy_losses(routing, jnp.zeros((3, 4)), segments, {"decoder": segments}) == routing

@@ -167,9 +167,9 @@ def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_
     assert -np.log(4) - 1e-5 <= with_policy["policy_entropy_loss"] < 0
     norms, plain = with_policy["gradient_norms"], without["gradient_norms"]
     # What comes after the last router bears on the reward alone: the same program but for the order of sums.
-    for name in ("decoder/norm/scale", "decoder/periods/blocks/1/ff/experts/w_out"):
+    for name in ("decoder/norm/scale", "decoder/runs/0/blocks/1/ff/experts/w_out"):
         np.testing.assert_allclose(norms[name], plain[name], rtol=1e-4, err_msg=name)
     for stack in ("encoder", "decoder"):
-        router = f"{stack}/periods/blocks/1/ff/router"
+        router = f"{stack}/runs/0/blocks/1/ff/router"
         assert norms[f"{router}/logits"] > 10 * plain[f"{router}/logits"]
         assert norms[f"{router}/baseline"] > 0 == plain[f"{router}/baseline"]

@@ -1,0 +1,21 @@
+"""The families of models, by the names that `model.family` takes."""
+
+from jaxtyping import PRNGKeyArray
+
+from switchjax.config import Config
+from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.models.language_model import LanguageModel
+from switchjax.models.model import Model
+from switchjax.models.vision import VisionTransformer
+
+FAMILIES: dict[str, type[Model]] = {
+    "encoder_decoder": EncoderDecoder,
+    "decoder_only": LanguageModel,
+    "recurrent": LanguageModel,
+    "vision": VisionTransformer,
+}
+
+
+def build(config: Config, key: PRNGKeyArray) -> Model:
+    """The model that `config.model.family` names, freshly initialised."""
+    return FAMILIES[config.model.family](config, key)

@@ -1,0 +1,55 @@
+"""Decoders: GPT-style and Mixtral-style transformers, GLaM, and LSTM language models, dense or with experts."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from switchjax.config import Config
+from switchjax.models.attention import positions_in_segments
+from switchjax.models.layers import Embedding, kernel, learned_positions
+from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
+from switchjax.models.stack import Stack
+from switchjax.parallel.sharding import constrain
+
+
+class LanguageModel(Model):
+    """The probability of each token given those before it in its packed sequence.
+
+    Whether it is a transformer or an LSTM is a matter of the layers that `model.pattern` names.
+    """
+
+    def __init__(self, config: Config, key: PRNGKeyArray):
+        self.config = model = config.model
+        embedding_key, position_key, decoder_key, logits_key = jax.random.split(key, 4)
+        self.embedding = Embedding(model, embedding_key)
+        self.positions = learned_positions(model, model.max_length, position_key)
+        self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=False, key=decoder_key)
+        shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
+        untied = not model.tie_embeddings
+        self.logits = kernel(logits_key, shape, axes, model.param_dtype, scale=1.0) if untied else None
+
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
+        """Logits of the token that follows each of `decoder_inputs`, and the decoder's routing sums."""
+        tokens, segments = batch["decoder_inputs"], batch["decoder_segments"]
+        x = embed(self.embedding, tokens)
+        if self.positions is not None:
+            table = self.positions[...].astype(x.dtype)
+            x = constrain(x + jnp.take(table, positions_in_segments(segments), axis=0), "batch", "length", "embed")
+        x, sums = self.decoder(x, tokens, segments, key)
+        logits = self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
+        return logits, {"decoder": sums}
+
+    @staticmethod
+    def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        """Token ids and segments, segment 0 being padding."""
+        names = ("decoder_inputs", "decoder_targets", "decoder_segments")
+        return token_arrays(config.data.batch_size, config.data.decoder_length, *names)
+
+    @staticmethod
+    def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The tokens that follow."""
+        return batch["decoder_targets"], batch["decoder_segments"]
+
+    def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
+        """Of the only stack."""
+        return {"decoder": batch["decoder_segments"]}

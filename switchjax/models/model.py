@@ -1,0 +1,58 @@
+"""What every family of models offers to training, evaluation and planning."""
+
+from abc import abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from switchjax.config import Config
+from switchjax.moe.layer import RoutingSums
+from switchjax.parallel.sharding import constrain
+
+Batch = dict[str, Int[Array, "B ..."]]
+"""Arrays whose first axis is the batch's; see `Model.batch_shapes` of a family."""
+Routing = dict[str, list[RoutingSums]]
+"""Stack -> routing sums of each of its runs with experts, layers on the first axis."""
+
+
+class Model(nnx.Module):
+    """A network from a batch to the logits of its targets."""
+
+    @abstractmethod
+    def __init__(self, config: Config, key: PRNGKeyArray): ...
+
+    @abstractmethod
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
+        """Logits of each target, and the routing sums of every stack.
+
+        Args:
+            batch: as `batch_shapes` says.
+            key: for dropout and routing noise; None in evaluation.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and types of a global batch."""
+
+    @staticmethod
+    @abstractmethod
+    def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """What the logits are to predict, and the segments of that; 0 where there is nothing to predict."""
+
+    @abstractmethod
+    def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
+        """The segments of each stack's tokens; 0 for padding, which is not routed."""
+
+
+def token_arrays(rows: int, length: int, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of arrays of token ids or segments."""
+    return {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+
+
+def embed(embedding: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Token vectors, laid over the mesh."""
+    return constrain(embedding(tokens), "batch", "length", "embed")
