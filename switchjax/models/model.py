@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from switchjax.config import Config
 from switchjax.moe.layer import RoutingSums
 from switchjax.parallel.sharding import constrain
 
-Batch = dict[str, Int[Array, "B ..."]]
+Batch = dict[str, Integer[Array, "B ..."]]
 """Arrays whose first axis is the batch's; see `Model.batch_shapes` of a family."""
 Routing = dict[str, list[RoutingSums]]
 """Stack -> routing sums of each of its runs with experts, layers on the first axis."""

@@ -23,16 +23,13 @@ def find_runs(layers: Sequence[Layer]) -> tuple[Run, ...]:
     whole = tuple(layers)
 
     @cache
-    def best(start: int) -> tuple[int, int, tuple[Run, ...]]:
+    def best(start: int) -> tuple[Run, ...]:
         if start == len(whole):
-            return 0, 0, ()
-        return min(
-            (len(run.period) + cost, 1 + count, (run, *runs))
-            for run in _runs_from(whole[start:])
-            for cost, count, runs in [best(start + len(run.period) * run.repeats)]
-        )
+            return ()
+        divisions = [(run, *best(start + len(run.period) * run.repeats)) for run in _runs_from(whole[start:])]
+        return min(divisions, key=lambda runs: (sum(len(run.period) for run in runs), len(runs), -runs[0].repeats))
 
-    return best(0)[2]
+    return best(0)
 
 
 def _runs_from(layers: tuple[Layer, ...]) -> list[Run]:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from switchjax.config import ModelConfig
-from switchjax.models.attention import Attention, RelativePositionBias, attention_mask, relative_position_bucket
+from switchjax.models.attention import (
+    Attention,
+    RelativePositionBias,
+    attend,
+    attention_mask,
+    positions_in_segments,
+    relative_position_bucket,
+    rotate,
+)
 from tests.parameters import random_parameters
 
 CONFIG = ModelConfig(d_model=12, num_heads=3, d_head=4, relative_buckets=8, relative_max_distance=16)
@@ -108,3 +116,55 @@ def test_queries_start_smaller_by_root_d_head() -> None:
     np.testing.assert_allclose(np.var(attention.query[...]), 0.1 / (256 * 64), rtol=0.02)
     np.testing.assert_allclose(np.var(attention.key[...]), 0.1 / 256, rtol=0.02)
     np.testing.assert_allclose(np.var(attention.out[...]), 0.1 / (8 * 64), rtol=0.02)
+
+
+def test_a_window_hides_all_but_the_last_keys() -> None:
+    segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 0]])
+    mask = np.asarray(attention_mask(segments, segments, causal=True, window=3))[0, 0]
+    for query in range(8):
+        for key in range(8):
+            same = segments[0, query] == segments[0, key]
+            assert mask[query, key] == (same and query - 3 < key <= query)
+
+
+def test_positions_count_from_0_in_each_packed_sequence() -> None:
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [1] * 8])
+    np.testing.assert_array_equal(positions_in_segments(segments), [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))])
+
+
+def test_rotation_is_by_the_papers_angles_and_a_score_knows_the_distance_alone() -> None:
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(2))
+    at = jnp.arange(6)[None]
+    turned = np.asarray(rotate(query, at, 100.0))
+    for position in range(6):
+        for pair in range(4):
+            angle = position * 100.0 ** (-2 * pair / 8)
+            a, b = np.asarray(query)[0, position, :, pair], np.asarray(query)[0, position, :, pair + 4]
+            expected = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+            np.testing.assert_allclose(turned[0, position][:, [pair, pair + 4]].T, expected, rtol=1e-5, atol=1e-6)
+
+    def scores(shift: int) -> np.ndarray:
+        return np.einsum("bqha,blha->bhql", rotate(query, at + shift, 100.0), rotate(key, at + shift, 100.0))
+
+    np.testing.assert_allclose(scores(11), scores(0), rtol=1e-4, atol=1e-5)  # float32 sines of larger angles
+
+
+def test_grouped_heads_are_full_heads_whose_keys_and_values_repeat() -> None:
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(2, 5, 6, 4)), jnp.float32)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 7, 2, 4)), jnp.float32) for _ in range(2))
+    mask, bias = jnp.ones((2, 1, 5, 7), bool), jnp.asarray(rng.normal(size=(1, 6, 5, 7)), jnp.float32)
+    repeated = (jnp.repeat(x, 3, axis=2) for x in (keys, values))
+    expected = attend(query, *repeated, mask, bias, 0.0, None)
+    np.testing.assert_allclose(attend(query, keys, values, mask, bias, 0.0, None), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_over_the_root_of_the_heads_dimension_are_those_of_a_smaller_query() -> None:
+    config = replace(CONFIG, scale_scores=True)
+    scaled = random_parameters(lambda: Attention(config, KEY))
+    plain = random_parameters(lambda: Attention(CONFIG, KEY))
+    plain.query[...] = scaled.query[...] / 2  # sqrt(4)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 12)), jnp.float32)
+    mask = jnp.ones((2, 1, 5, 5), bool)
+    np.testing.assert_allclose(scaled(x, x, mask, None, None), plain(x, x, mask, None, None), rtol=1e-5, atol=1e-6)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from switchjax.config import ModelConfig
-from switchjax.models.layers import Embedding, FeedForward, RMSNorm, dropout, kernel, split_key
+from switchjax.models.layers import Embedding, FeedForward, LayerNorm, RMSNorm, dropout, kernel, split_key
 from tests.parameters import random_parameters
 
 CONFIG = ModelConfig(vocab_size=96, d_model=16, d_ff=32, num_heads=2, d_head=8)
@@ -97,3 +98,39 @@ def test_a_kernel_is_truncated_normal_of_variance_scale_over_fan_in(
     np.testing.assert_allclose(values.mean(), 0, atol=5 * values.std() / np.sqrt(values.size))
     # Cut at two standard deviations of the untruncated normal, which is 1 / 0.8796 as wide.
     assert np.abs(values).max() < 2 / 0.87 * np.sqrt(0.1 / fan_in)
+
+
+def test_layer_norm_has_mean_0_and_deviation_1_before_its_scale_and_shift() -> None:
+    norm = LayerNorm(4, jnp.float32)
+    norm.scale[...] = jnp.array([1.0, 2.0, 3.0, -1.0])
+    norm.shift[...] = jnp.array([0.0, 1.0, 0.0, 5.0])
+    x = np.array([[1.0, 3.0, 1.0, 3.0], [0.0, 0.0, 0.0, 4.0]], np.float32)
+    deviation = np.sqrt(3)  # of the second row, whose mean is 1
+    expected = [[-1, 2 + 1, -3, -1 + 5], [-1 / deviation, -2 / deviation + 1, -3 / deviation, -3 / deviation + 5]]
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_slices_of_a_network_with_biases_add_up_to_it(activation: str) -> None:
+    """As the devices of the axis `model` hold them: each has the whole output bias and adds its share."""
+    config = replace(CONFIG, biases=True, activation=activation)
+    whole = random_parameters(lambda: FeedForward(config, 0.0, KEY))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, config.d_model)), jnp.float32)
+    total = jnp.zeros_like(x)
+    for part in (slice(0, 8), slice(8, 32)):
+        sliced = random_parameters(lambda: FeedForward(config, 0.0, KEY))
+        sliced.w_in, sliced.w_out = nnx.Param(whole.w_in[...][:, part]), nnx.Param(whole.w_out[...][part])
+        sliced.b_in = nnx.Param(whole.b_in[...][part])
+        if whole.w_gate is not None:
+            sliced.w_gate = nnx.Param(whole.w_gate[...][:, part])
+        total += sliced(x, None)
+    np.testing.assert_allclose(total, whole(x, None), rtol=1e-4, atol=1e-5)  # float32 sums in two parts
+
+
+def test_tied_logits_are_scaled_as_t5s_or_not_at_all() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, CONFIG.d_model)), jnp.float32)
+    scaled, plain = (
+        random_parameters(lambda c=c: Embedding(c, KEY)).logits(x)
+        for c in (CONFIG, replace(CONFIG, scale_logits=False))
+    )
+    np.testing.assert_allclose(4 * scaled, plain, rtol=1e-5, atol=1e-5)  # sqrt(16)
