@@ -24,12 +24,12 @@ from switchjax.config import (
     check_choice,
 )
 
-_PATTERNS = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
+SIZES = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
 
 
 def get_config(arg: str = "switch") -> ConfigDict:
     """One of the two models; of the first, the form for `scripts/benchmark.py routers` or the smallest."""
-    check_choice("configs/quickstart.py", arg, [*_PATTERNS, "study", "runlocal"])
+    check_choice("configs/quickstart.py", arg, [*SIZES, "study", "runlocal"])
     config = Config(
         model=ModelConfig(
             vocab_size=2048,
@@ -39,7 +39,7 @@ def get_config(arg: str = "switch") -> ConfigDict:
             d_head=16,
             num_encoder_layers=4,
             num_decoder_layers=2,
-            pattern=_PATTERNS.get(arg, _PATTERNS["switch"]),
+            pattern=SIZES.get(arg, SIZES["switch"]),
             scan_layers=False,
         ),
         moe=MoEConfig(num_experts=8, group_size=64),

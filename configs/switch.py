@@ -2,22 +2,14 @@
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/switch_base_8
 
-Sizes: base-8, -16, -32, -64, -128, -256 (experts), large-128, xxl-128, c; runlocal for a small machine.
+Sizes: base-8, base-16, base-32, base-64, base-128, base-256 (experts), large-128, xxl-128, c; runlocal for a small
+machine.
 """
 
 from ml_collections import ConfigDict
 
-from switchjax.config import (
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    TrainConfig,
-    check_choice,
-)
+from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig, check_choice
+from switchjax.config.runlocal import runlocal
 
 _BASE = {"d_model": 768, "d_ff": 3072, "num_heads": 12, "num_encoder_layers": 12, "num_decoder_layers": 12}
 _LARGE = {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "num_encoder_layers": 24, "num_decoder_layers": 24}
@@ -25,7 +17,7 @@ _XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_encoder_layers": 2
 # 30 heads were released; the paper's FLOPs are of 32. Every layer is an MoE layer.
 _C = {"d_model": 2080, "d_ff": 6144, "num_heads": 30, "num_encoder_layers": 15, "num_decoder_layers": 15}
 
-_SIZES = {
+SIZES = {
     **{f"base-{experts}": (_BASE, {"num_experts": experts}) for experts in (8, 16, 32, 64, 128, 256)},
     "large-128": (_LARGE, {"num_experts": 128}),
     # 128 experts as released; the paper prints 64.
@@ -42,31 +34,14 @@ _SIZES = {
 
 def get_config(arg: str = "base-8") -> ConfigDict:
     """The config of a size."""
-    check_choice("configs/switch.py", arg, [*_SIZES, "runlocal"])
-    if arg == "runlocal":
-        return _runlocal().to_config_dict()
-    model, moe = _SIZES[arg]
-    return Config(
+    check_choice("configs/switch.py", arg, [*SIZES, "runlocal"])
+    model, moe = SIZES.get(arg, SIZES["base-8"])
+    config = Config(
         model=ModelConfig(**{"pattern": ("dense", "moe"), "dtype": "bfloat16"} | model),
         moe=MoEConfig(**{"group_size": 2048} | moe),
         data=DataConfig(
             vocabulary_size=32000, num_sentinels=100, batch_size=2048, encoder_length=512, decoder_length=114
         ),
         train=TrainConfig(steps=524_288),
-    ).to_config_dict()
-
-
-def _runlocal() -> Config:
-    return Config(
-        model=ModelConfig(
-            vocab_size=1024, d_model=64, d_ff=128, num_heads=2, d_head=32, num_encoder_layers=2, num_decoder_layers=2
-        ),
-        moe=MoEConfig(num_experts=8, group_size=64),
-        mesh=MeshConfig(expert=4, emulated_devices=8),
-        data=DataConfig(
-            corpora=("kjv",), vocabulary_size=900, num_sentinels=24, batch_size=16, encoder_length=64, decoder_length=32
-        ),
-        optimizer=OptimizerConfig(warmup_steps=100),
-        train=TrainConfig(steps=2, log_every=1),
-        evaluate=EvaluateConfig(batches=1),
     )
+    return (runlocal(config) if arg == "runlocal" else config).to_config_dict()

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
+python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
 """
 
 from argparse import Namespace
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
+from switchjax.config import Config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,6 +25,11 @@ def main(arguments: Sequence[str]) -> None:
     routers.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
     routers.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     routers.set_defaults(table=_routers)
+    families = tables.add_parser("families", help="loss of each family beside its dense twin; resumes by itself")
+    families.add_argument("--config", default="configs/families.py", help="file of the pairs")
+    families.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
+    families.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    families.set_defaults(table=_families)
     flags = parser.parse_args(arguments)
     flags.table(flags)
 
@@ -41,6 +48,17 @@ def _routers(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     _show(flags, "routers", study_routers(config, flags.workdir, report=print))
+
+
+def _families(flags: Namespace) -> None:
+    def load(name: str) -> Config:
+        return command.load_config(f"{flags.config}:{name}")
+
+    load("runlocal")  # a missing file is refused before JAX is started
+
+    from switchjax.analysis.family_study import study_families
+
+    _show(flags, "families", study_families(load, flags.workdir, report=print))
 
 
 def _show(flags: Namespace, table: str, text: str) -> None:

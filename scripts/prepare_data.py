@@ -1,6 +1,7 @@
-"""Prepares text corpora: fetches and tokenises them, and prints what they hold.
+"""Prepares corpora of text or images: fetches, tokenises or decodes them, and prints what they hold.
 
 python scripts/prepare_data.py --corpora=kjv,austen [--directory=D] [--vocabulary_size=2000]
+python scripts/prepare_data.py --objective=classification --corpora=fashion_mnist
 python scripts/prepare_data.py --list
 """
 
@@ -8,15 +9,20 @@ from collections.abc import Sequence
 
 from switchjax import command
 from switchjax.config import DataConfig
-from switchjax.data.pipeline import TextData
-from switchjax.data.report import corrupted_example, statistics_table
-from switchjax.data.sources import SOURCES
+from switchjax.data.prepare import prepare_data
+from switchjax.data.report import report
+from switchjax.data.sources import SOURCES, ImageSource
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="list the project's own corpora and exit")
-    parser.add_argument("--corpora", default=",".join(SOURCES), help="names of own corpora or TFDS datasets, by commas")
+    parser.add_argument(
+        "--objective", default="span_corruption", help="span_corruption, causal or (of images) classification"
+    )
+    parser.add_argument(
+        "--corpora", default="", help="names of own corpora or TFDS datasets, by commas; default: the objective's own"
+    )
     parser.add_argument(
         "--directory", default="", help="where data lives; default: $SWITCHJAX_DATA or the user's cache"
     )
@@ -28,9 +34,12 @@ def main(arguments: Sequence[str]) -> None:
         for source in SOURCES.values():
             print(f"{source.name:20}{source.description} ({source.license}; {source.package})")
         return
-    data = TextData.prepare(
+    images = flags.objective == "classification"
+    own = [name for name, source in SOURCES.items() if isinstance(source, ImageSource) == images]
+    data = prepare_data(
         DataConfig(
-            corpora=tuple(flags.corpora.split(",")),
+            objective=flags.objective,
+            corpora=tuple(flags.corpora.split(",")) if flags.corpora else tuple(own),
             directory=flags.directory,
             vocabulary=flags.vocabulary,
             vocabulary_size=flags.vocabulary_size,
@@ -38,8 +47,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=1,
         )
     )
-    print(statistics_table(data.statistics()))
-    print(corrupted_example(data))
+    print(report(data))
 
 
 if __name__ == "__main__":

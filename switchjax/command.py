@@ -1,7 +1,9 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
+import ast
 import logging
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,8 +49,20 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
     """
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
+    parser.epilog = _summarize_configs(Path(sys.argv[0]).resolve().parents[1] / "configs")
     known, others = parser.parse_known_args(arguments)
     return known, load_config(known.config, others)
+
+
+def _summarize_configs(folder: Path) -> str:
+    """Each config file with the first line of its docstring and its sizes; no file is run for that."""
+    lines = ["configs and their sizes:"]
+    for path in sorted(folder.glob("*.py")):
+        paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")
+        sizes = [" ".join(text.split()) for text in paragraphs if text.startswith("Sizes:")]
+        lines += [f"  {path.parent.name}/{path.name}: {paragraphs[0].splitlines()[0]}"]
+        lines += textwrap.wrap("".join(sizes), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

@@ -24,6 +24,14 @@ def test_help_shows_an_example(script: str) -> None:
     assert not done.stderr
 
 
+def test_help_lists_the_configs_and_their_sizes() -> None:
+    shown = run("scripts/train.py", "--help").stdout
+    assert "configs/switch.py: Switch Transformer" in shown
+    assert "base-256" in shown
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"configs/{path.name}: " in shown
+
+
 @pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare", "benchmark"])
 def test_help_starts_no_jax(script: str) -> None:
     done = run("-X", "importtime", f"scripts/{script}.py", "--help")
@@ -57,6 +65,7 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["generate.py", "--prompt=x"], "cannot read"),
         (["compare.py", "--baseline=nowhere"], "cannot read"),
         (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
+        (["benchmark.py", "families", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

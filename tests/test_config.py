@@ -72,7 +72,7 @@ def test_every_section_is_frozen_and_described(section: str) -> None:
         ({"model": {"dropout": "0.1"}}, "model.dropout must be of type float, got '0.1'"),
         ({"model": {"pattern": "moe"}}, "model.pattern must be a tuple, got 'moe'"),
         ({"data": {"rates": [1, "2"]}}, "data.rates[1] must be of type float, got '2'"),
-        ({"model": {"activation": "swish"}}, "model.activation: unknown value 'swish' (did you mean 'swiglu'?)"),
+        ({"model": {"activation": "swigl"}}, "model.activation: unknown value 'swigl' (did you mean 'swiglu'?)"),
         ({"moe": {"dispatch": "gathr"}}, "moe.dispatch: unknown value 'gathr' (did you mean 'gather'?)"),
     ],
 )

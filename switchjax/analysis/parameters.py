@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 
+from switchjax.analysis.weights import experts_per_token
 from switchjax.config import Config
 from switchjax.models.families import build
 from switchjax.parallel.sharding import is_variable
@@ -23,7 +24,7 @@ class ParameterCounts(NamedTuple):
 def count_parameters(config: Config) -> ParameterCounts:
     """Counts without allocating anything."""
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
-    selected = config.moe.num_selected_experts * (config.moe.peer_heads if "peer" in config.model.pattern else 1)
+    selected = experts_per_token(config)
     total = active = 0
     for variable in jax.tree.leaves(model, is_leaf=is_variable):
         if variable.get_metadata("update", GRADIENT) != GRADIENT:

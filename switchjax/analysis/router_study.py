@@ -1,14 +1,12 @@
 """Every router on the same small model and text, and the table that comes of it."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from switchjax.analysis.study import complete_run
 from switchjax.config import Config, UserError
-from switchjax.inference.evaluation import perplexity_evaluator
-from switchjax.training.loop import train
 from switchjax.training.metrics import read_metrics
 
 _TOP_2 = {"num_selected_experts": 2, "fill_order": "token_by_token"}
@@ -77,17 +75,13 @@ def study_routers(base: Config, workdir: Path, report: Callable[[str], None]) ->
             model=dataclasses.replace(base.model, pattern=("dense",)) if name == "dense" else base.model,
         )
         folder = workdir / name.replace(", ", "_").replace(" ", "_")
-        summary = train(config, folder, perplexity_evaluator)
-        if summary.get("interrupted"):
-            raise UserError(f"stopped at step {summary['steps']} of {folder}; the same command resumes")
-        lines.append(_row(name, folder))
+        lines.append(_row(name, folder, complete_run(config, folder)))
         report(lines[-1])
     return "\n".join(lines)
 
 
-def _row(name: str, workdir: Path) -> str:
+def _row(name: str, workdir: Path, summary: Mapping[str, Any]) -> str:
     records = read_metrics(workdir, "train")
-    summary = json.loads((workdir / "summary.json").read_text())
     tenth = max(1, len(records) // 10)
     first, last = records[:tenth], records[-tenth:]
     if not _mean(last, "loss") < _mean(first, "loss"):

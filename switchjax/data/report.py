@@ -2,7 +2,18 @@
 
 from collections.abc import Sequence
 
-from switchjax.data.pipeline import SplitStatistics, TextData
+from switchjax.data.images import ImageData
+from switchjax.data.splits import SPLITS
+from switchjax.data.text import SplitStatistics, TextData
+
+_SHADES = " .:-=+*#%@"
+
+
+def report(data: TextData | ImageData) -> str:
+    """A table of what the corpora hold, and an example."""
+    if isinstance(data, ImageData):
+        return f"{images_table(data)}\n{image_example(data)}"
+    return f"{statistics_table(data.statistics())}\n{text_example(data)}"
 
 
 def statistics_table(statistics: Sequence[SplitStatistics]) -> str:
@@ -13,6 +24,40 @@ def statistics_table(statistics: Sequence[SplitStatistics]) -> str:
         lines.append([entry.corpus, entry.split, *(f"{getattr(entry, column):,}" for column in columns)])
     totals = (sum(getattr(entry, column) for entry in statistics) for column in columns)
     lines.append(["all", "", *(f"{total:,}" for total in totals)])
+    return _table(lines)
+
+
+def text_example(data: TextData) -> str:
+    """What the first segment of a validation row reads, where there is an encoder, and what it predicts."""
+    batch = next(data.evaluation_batches(data.corpora[0], "validation", limit=1))
+    sections = [f"\n{data.corpora[0]}"]
+    for title, tokens, stack in (("inputs", "encoder_tokens", "encoder"), ("targets", "decoder_targets", "decoder")):
+        if tokens in batch:
+            first_segment = batch[tokens][0][batch[f"{stack}_segments"][0] == 1]
+            sections.append(f"{title}:\n{data.vocabulary.decode(first_segment)}")
+    return "\n\n".join(sections)
+
+
+def images_table(data: ImageData) -> str:
+    """A line for each split of each corpus: its images, and those of each class."""
+    lines = [["corpus", "split", "images", *data.classes]]
+    for corpus in data.corpora:
+        for split in SPLITS:
+            counts = data.class_counts(corpus, split)
+            lines.append([corpus, split, *(f"{count:,}" for count in (counts.sum(), *counts))])
+    return _table(lines)
+
+
+def image_example(data: ImageData) -> str:
+    """A validation image in letters, as bright as its channels' mean; two letters a pixel are about square."""
+    batch = next(data.evaluation_batches(data.corpora[0], "validation", limit=1))
+    levels = batch["images"][0].mean(-1) * len(_SHADES) // 256
+    picture = "\n".join("".join(2 * _SHADES[int(level)] for level in line).rstrip() for line in levels)
+    return f"\n{data.corpora[0]}, {data.classes[batch['labels'][0]]}:\n{picture}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first two to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -21,11 +66,3 @@ def statistics_table(statistics: Sequence[SplitStatistics]) -> str:
         )
         for line in lines
     )
-
-
-def corrupted_example(data: TextData) -> str:
-    """Inputs and targets of one validation text."""
-    batch = next(data.evaluation_batches(data.corpora[0], "validation", limit=1))
-    inputs = data.vocabulary.decode(batch["encoder_tokens"][0])
-    targets = data.vocabulary.decode(batch["decoder_targets"][0])
-    return f"\n{data.corpora[0]}, inputs:\n{inputs}\n\ntargets:\n{targets}"

@@ -1,22 +1,20 @@
 """T5's span corruption (Raffel et al. 2020, section 3.1.4) in numpy."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from switchjax.config import UserError
-from switchjax.data.vocabulary import EOS
+from switchjax.config import DataConfig, UserError
+from switchjax.data.objective import Objective, Tokens
+from switchjax.data.vocabulary import EOS, Vocabulary
 
-Tokens = Integer[np.ndarray, "..."]
-"""Ids of a text, or, as lengths and positions, numbers of them."""
-
-MIN_TOKENS = 2
-"""Fewer cannot be corrupted: one token is noise and one is kept."""
+Lengths = Integer[np.ndarray, "chunks"]
 
 
 @dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Objective):
     """Replaces random spans by sentinels; the targets are the spans, each after its sentinel.
 
     `Thank you for inviting me to your party` may become
@@ -28,67 +26,81 @@ class SpanCorruption:
         noise_density: fraction of the tokens that are replaced.
         mean_span_length: of the replaced spans.
         first_sentinel: id of `<extra_id_0>`; the next ones count down from it.
+        encoder_length: of a row's inputs.
+        decoder_length: of a row's targets.
     """
+
+    # Fewer cannot be corrupted: one token is noise and one is kept.
+    min_tokens: ClassVar[int] = 2
+    # EOS ends the inputs and targets of every chunk instead.
+    ends_documents: ClassVar[bool] = False
 
     noise_density: float
     mean_span_length: float
     first_sentinel: int
+    encoder_length: int
+    decoder_length: int
 
-    def num_noise(self, num_tokens: Tokens) -> tuple[Tokens, Tokens]:
-        """Numbers of (noise tokens, spans) for chunks of each length; T5's `random_spans_noise_mask`."""
-        num_tokens = np.asarray(num_tokens)
-        noise = np.clip(np.round(num_tokens * self.noise_density).astype(int), 1, num_tokens - 1)
-        spans = np.maximum(np.round(noise / self.mean_span_length).astype(int), 1)
-        return np.asarray(noise), np.asarray(np.minimum(spans, num_tokens - noise))
-
-    def lengths(self, num_tokens: Tokens) -> tuple[Tokens, Tokens]:
-        """Lengths of (inputs, targets) with their sentinels and EOS; T5's `random_spans_helper`."""
-        noise, spans = self.num_noise(num_tokens)
-        return np.asarray(num_tokens - noise + spans + 1), np.asarray(noise + spans + 1)
-
-    def max_tokens(self, inputs_length: int, targets_length: int) -> int:
-        """The longest chunk that fits: 568 tokens for T5's 512 inputs and 114 targets.
+    @classmethod
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
+        """See `Objective`.
 
         Raises:
-            UserError: if not even the shortest chunk fits.
+            UserError: if the lengths hold no chunk, or the longest one has more spans than there are sentinels.
         """
-        candidates = np.arange(MIN_TOKENS, inputs_length + targets_length)
-        inputs, targets = self.lengths(candidates)
-        fitting = candidates[(inputs <= inputs_length) & (targets <= targets_length)]
-        if not len(fitting):
+        lengths = config.encoder_length, config.decoder_length
+        corruption = cls(config.noise_density, config.mean_span_length, vocabulary.size - 1, *lengths)
+        longest = corruption.max_tokens
+        _, spans = corruption.num_noise(np.array([longest]))
+        if spans.item() > vocabulary.num_sentinels:
             raise UserError(
-                f"data.encoder_length={inputs_length} and data.decoder_length={targets_length} are too short "
-                f"for a corrupted text: at least {inputs[0]} and {targets[0]}"
+                f"data.num_sentinels={vocabulary.num_sentinels} is too few: "
+                f"a chunk of {longest} tokens has {spans.item()} spans"
             )
-        return int(fitting[-1])
+        return corruption
 
-    def corrupt(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
-        """(inputs, targets) of one chunk, EOS included.
+    @property
+    def row_lengths(self) -> dict[str, int]:
+        """Of inputs and targets."""
+        return {"encoder": self.encoder_length, "decoder": self.decoder_length}
 
-        Args:
-            tokens: at least `MIN_TOKENS` of them.
-            rng: draws the spans.
+    def num_noise(self, num_tokens: Lengths) -> tuple[Lengths, Lengths]:
+        """Numbers of (noise tokens, spans) for chunks of each length; T5's `random_spans_noise_mask`."""
+        noise = np.clip(np.round(num_tokens * self.noise_density).astype(int), 1, num_tokens - 1)
+        spans = np.maximum(np.round(noise / self.mean_span_length).astype(int), 1)
+        return noise, np.minimum(spans, num_tokens - noise)
+
+    def lengths(self, num_tokens: Lengths) -> Integer[np.ndarray, "2 chunks"]:
+        """Lengths of (inputs, targets) with their sentinels and EOS; T5's `random_spans_helper`.
+
+        The longest chunk for T5's 512 inputs and 114 targets has 568 tokens.
         """
-        noise, spans = (int(number) for number in self.num_noise(np.array(len(tokens))))
+        noise, spans = self.num_noise(num_tokens)
+        return np.stack([num_tokens - noise + spans + 1, noise + spans + 1])
+
+    def example(self, tokens: Tokens, rng: np.random.Generator) -> dict[str, Tokens]:
+        """Corrupted inputs and their targets, EOS included; the spans are random."""
+        noise, spans = (int(number.item()) for number in self.num_noise(np.array([len(tokens)])))
         noise_lengths = _random_segments(noise, spans, rng)
         kept_lengths = _random_segments(len(tokens) - noise, spans, rng)
         ends = np.cumsum(noise_lengths + kept_lengths)
         sentinels = self.first_sentinel - np.arange(spans)
 
         is_noise = _intervals(ends - noise_lengths, ends, len(tokens))
-        inputs = _with_sentinels(tokens[~is_noise], np.cumsum(kept_lengths), sentinels)
-        targets = _with_sentinels(tokens[is_noise], np.cumsum(noise_lengths) - noise_lengths, sentinels)
-        return inputs, targets
+        return {
+            "encoder": _with_sentinels(tokens[~is_noise], np.cumsum(kept_lengths), sentinels),
+            "decoder": _with_sentinels(tokens[is_noise], np.cumsum(noise_lengths) - noise_lengths, sentinels),
+        }
 
 
-def _random_segments(num_items: int, num_segments: int, rng: np.random.Generator) -> Tokens:
+def _random_segments(num_items: int, num_segments: int, rng: np.random.Generator) -> Lengths:
     """Lengths of a uniformly random division of items into that many segments, none empty."""
     cuts = rng.choice(num_items - 1, num_segments - 1, replace=False, shuffle=False) + 1
     cuts.sort()
     return np.diff(cuts, prepend=0, append=num_items)
 
 
-def _intervals(starts: Tokens, ends: Tokens, length: int) -> Bool[np.ndarray, "_"]:
+def _intervals(starts: Lengths, ends: Lengths, length: int) -> Bool[np.ndarray, "_"]:
     """True in every [start, end)."""
     change = np.zeros(length + 1, np.int8)
     change[starts] += 1
@@ -96,7 +108,7 @@ def _intervals(starts: Tokens, ends: Tokens, length: int) -> Bool[np.ndarray, "_
     return np.cumsum(change[:-1], dtype=np.int8).astype(bool)
 
 
-def _with_sentinels(tokens: Tokens, before: Tokens, sentinels: Tokens) -> Tokens:
+def _with_sentinels(tokens: Tokens, before: Lengths, sentinels: Tokens) -> Tokens:
     """Puts each sentinel before the token at its position, and EOS at the end."""
     result = np.empty(len(tokens) + len(sentinels) + 1, np.int32)
     positions = before + np.arange(len(sentinels))
@@ -110,11 +122,11 @@ def _with_sentinels(tokens: Tokens, before: Tokens, sentinels: Tokens) -> Tokens
 
 
 def restore(inputs: Tokens, targets: Tokens, lowest_sentinel: int) -> Tokens:
-    """The tokens that were corrupted: `corrupt` inverted.
+    """The tokens that were corrupted: `SpanCorruption.example` inverted.
 
     Args:
-        inputs: as `corrupt` returns them.
-        targets: the same.
+        inputs: of the encoder.
+        targets: of the decoder.
         lowest_sentinel: ids from here on are sentinels.
 
     Raises:

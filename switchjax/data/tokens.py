@@ -5,8 +5,6 @@ known from the offsets.
 """
 
 import json
-import logging
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +13,10 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Integer
-from tqdm import tqdm
 
-from switchjax.data.datasets import Dataset
-from switchjax.data.directory import unfinished
+from switchjax.data.cache import UnusableCache, cached
+from switchjax.data.datasets import TextDataset
 from switchjax.data.vocabulary import Vocabulary
-
-_log = logging.getLogger(__name__)
-
-
-class _Unusable(Exception):
-    """A cache on disk that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class TokenizedDocuments:
     checksum: int
 
 
-def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
+def tokenize(dataset: TextDataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
     """The tokens of a split, from disk where this vocabulary has tokenised this version before.
 
     Call it under `directory.exclusive`.
@@ -54,20 +45,8 @@ def tokenize(dataset: Dataset, split: str, vocabulary: Vocabulary, directory: Pa
         UserError: for a record that cannot be read.
     """
     text = Path(dataset.name, dataset.version, dataset.text_feature)
-    cache = directory / "tokens" / text / vocabulary.fingerprint / split
-    try:
-        return _load(cache)
-    except FileNotFoundError:
-        pass
-    except _Unusable as error:
-        _log.warning("Tokens of %s %s are made again: %s", dataset.name, split, error)
-    with unfinished(directory) as folder:
-        _write(dataset, split, vocabulary, folder / "tokens")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        if cache.exists():
-            os.rename(cache, folder / "unusable")
-        os.rename(folder / "tokens", cache)
-    return _load(cache)
+    name = "tokens" / text / vocabulary.fingerprint / split
+    return cached(directory, name, _load, lambda folder: _write(dataset, split, vocabulary, folder))
 
 
 def _load(cache: Path) -> TokenizedDocuments:
@@ -80,19 +59,19 @@ def _load(cache: Path) -> TokenizedDocuments:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Unusable(f"{cache} cannot be read ({error})") from None
+        raise UnusableCache(f"{cache} cannot be read ({error})") from None
     if len(offsets) < 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] * dtype.itemsize != size:
-        raise _Unusable(f"the files in {cache} do not fit each other")
+        raise UnusableCache(f"the files in {cache} do not fit each other")
     # An empty file cannot be mapped.
     tokens = np.memmap(cache / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
     return TokenizedDocuments(tokens, offsets, num_bytes, checksum)
 
 
-def _write(dataset: Dataset, split: str, vocabulary: Vocabulary, folder: Path) -> None:
+def _write(dataset: TextDataset, split: str, vocabulary: Vocabulary, folder: Path) -> None:
     folder.mkdir()
     dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
     with (folder / "tokens.bin").open("wb") as file:
-        lengths, num_bytes, checksum = _write_tokens(_progress(dataset, split), vocabulary, dtype, file)
+        lengths, num_bytes, checksum = _write_tokens(dataset.texts(split), vocabulary, dtype, file)
     offsets = np.cumsum([0, *lengths], dtype="<i8").tobytes()
     (folder / "offsets.bin").write_bytes(offsets)
     checksum = zlib.crc32(offsets, checksum)
@@ -114,12 +93,3 @@ def _write_tokens(
         checksum = zlib.crc32(tokens, checksum)
         file.write(tokens)
     return lengths, num_bytes, checksum
-
-
-def _progress(dataset: Dataset, split: str) -> Iterator[list[str]]:
-    total = dataset.num_documents(split)
-    what = f"Tokenising {dataset.name} {split}"
-    with tqdm(total=total, desc=what, unit=" documents", leave=False, disable=None) as bar:
-        for texts in dataset.texts(split):
-            yield texts
-            bar.update(len(texts))

@@ -58,8 +58,12 @@ def fill_in(model: EncoderDecoder, vocabulary: Vocabulary, config: Config, passa
     """Each passage with its masked spans `<extra_id_0>`, `<extra_id_1>`, ... replaced by `[the model's words]`.
 
     Raises:
-        UserError: if a passage masks nothing or is longer than the encoder.
+        UserError: if a passage masks nothing or is longer than the encoder, or the model is of another family.
     """
+    if config.model.family != "encoder_decoder":
+        raise UserError(
+            f"filling in spans takes an encoder-decoder, but this run has model.family={config.model.family}"
+        )
     return [_fill_in_one(model, vocabulary, config, passage) for passage in passages]
 
 

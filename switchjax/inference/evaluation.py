@@ -1,4 +1,4 @@
-"""Negative log perplexity on held-out text, corpus by corpus."""
+"""Negative log perplexity on held-out text or images, corpus by corpus."""
 
 import dataclasses
 import logging
@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from switchjax.config import Config, UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.data import Data
+from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
 from switchjax.training.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ from switchjax.training.workdir import vocabulary_path
 _log = logging.getLogger(__name__)
 
 
-def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluator:
+def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     """A function from a model to its metrics on `config.evaluate.split`.
 
     Its results: `neg_log_perplexity` (mean log-likelihood of a target token, nats) over all corpora together and
@@ -42,9 +43,9 @@ def perplexity_evaluator(config: Config, data: TextData, mesh: Mesh) -> Evaluato
 
     corpora = [corpus for corpus in data.corpora if next(batches(corpus), None) is not None]
     for corpus in set(data.corpora) - set(corpora):
-        _log.warning("corpus %s has no text in its %s split: not evaluated", corpus, evaluate.split)
+        _log.warning("corpus %s has nothing in its %s split: not evaluated", corpus, evaluate.split)
     if not corpora:
-        raise UserError(f"no corpus has text in its {evaluate.split} split")
+        raise UserError(f"no corpus has anything in its {evaluate.split} split")
 
     def evaluator(model: Model) -> dict[str, float]:
         totals = {}
@@ -63,7 +64,8 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
         UserError: if there is no such checkpoint.
     """
     check_fit(config, mesh)
-    data = TextData.prepare(dataclasses.replace(config.data, vocabulary=str(vocabulary_path(workdir))))
+    vocabulary = "" if config.model.family == "vision" else str(vocabulary_path(workdir))
+    data = prepare_data(dataclasses.replace(config.data, vocabulary=vocabulary))
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
         if checkpoints.restore_data(step)["fingerprint"] != data.fingerprint:

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
-from switchjax.data.pipeline import Batch, TextData
+from switchjax.data.data import Data
+from switchjax.data.rows import Batch
 from switchjax.models.model import Model
 from switchjax.moe.routers.fixed import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
@@ -19,7 +20,7 @@ _COUNTED_TOKENS = 1_000_000
 """Enough for the frequent tokens, on which balance depends."""
 
 
-def with_hash_tables(model: Model, config: Config, data: TextData) -> Model:
+def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
     """A new run's model with the table of `moe.hash_table` in every hash layer.
 
     balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,

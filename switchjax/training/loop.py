@@ -17,7 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from switchjax.config import Config, UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.data import Data
+from switchjax.data.images import ImageData
+from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
@@ -32,7 +34,7 @@ from switchjax.training.workdir import load_vocabulary, open_workdir, record_run
 _log = logging.getLogger(__name__)
 
 Evaluator = Callable[[Model], dict[str, float]]
-MakeEvaluator = Callable[[Config, TextData, Mesh], Evaluator]
+MakeEvaluator = Callable[[Config, Data, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
 
 
@@ -56,11 +58,8 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     check_fit(config, mesh)
     plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
     open_workdir(workdir, config)
-    data = TextData.prepare(config.data)
-    if data.vocabulary.size > config.model.vocab_size:
-        raise UserError(
-            f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={config.model.vocab_size} is too small"
-        )
+    data = prepare_data(config.data)
+    _check_data(config, data)
     with jax.set_mesh(mesh):
         run = _start(config, workdir, data, mesh, plan)
         try:
@@ -69,13 +68,29 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
             run.close()
 
 
+def _check_data(config: Config, data: Data) -> None:
+    """Refuses data of more ids or classes, or of other images, than the model has been built for."""
+    model = config.model
+    if data.vocabulary is not None and data.vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={model.vocab_size} is too small"
+        )
+    if isinstance(data, ImageData):
+        wanted = (model.image_size, model.image_size, model.image_channels)
+        if data.image_shape != wanted or data.num_classes > model.num_classes:
+            raise UserError(
+                f"{', '.join(data.corpora)}: images of {data.image_shape} in {data.num_classes} classes, but the model "
+                f"is for {wanted} in model.num_classes={model.num_classes}: set model.image_size, model.image_channels"
+            )
+
+
 @dataclass
 class _Run:
     """A run on its way: what the loop reads and moves on."""
 
     config: Config
     workdir: Path
-    data: TextData
+    data: Data
     mesh: Mesh
     state: TrainState
     step: int
@@ -193,7 +208,7 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     return run.finish() if run.step == last else {"steps": run.step, "interrupted": True}
 
 
-def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh, plan: StatePlan) -> _Run:
+def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     batches = data.train_batches(jax.process_index(), jax.process_count())
     restored = checkpoints.restore_latest(plan)
@@ -214,12 +229,13 @@ def _start(config: Config, workdir: Path, data: TextData, mesh: Mesh, plan: Stat
     return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled)
 
 
-def _initial_state(config: Config, plan: StatePlan, data: TextData) -> TrainState:
+def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
     state = plan.create()
     model = state.model
     if config.init_from.workdir:
         source = Path(config.init_from.workdir)
-        if load_vocabulary(source, config).fingerprint != data.vocabulary.fingerprint:
+        vocabulary = data.vocabulary
+        if vocabulary is not None and load_vocabulary(source, config).fingerprint != vocabulary.fingerprint:
             raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
         with closing(Checkpoints(source)) as checkpoints:
             _, model = checkpoints.load_model(plan, config.init_from.step)

@@ -46,13 +46,14 @@ def open_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
 
 
-def record_run(workdir: Path, config: Config, vocabulary: Vocabulary) -> None:
+def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
     """Writes `config.json` and `vocabulary.model` once nothing speaks against the run any more.
 
     A summary of a shorter run is removed: it would pass for this one's.
     """
     _write_atomically(workdir / "config.json", config.to_json().encode())
-    _write_atomically(workdir / _VOCABULARY, vocabulary.model)
+    if vocabulary is not None:
+        _write_atomically(workdir / _VOCABULARY, vocabulary.model)
     (workdir / _SUMMARY).unlink(missing_ok=True)
 
 

@@ -38,6 +38,5 @@ def test_the_table_has_a_line_a_run_and_complete_runs_are_not_repeated(
 
 def test_a_loss_that_does_not_fall_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n' * 2)
-    (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"the loss of switch did not fall"):
-        router_study._row("switch", tmp_path)
+        router_study._row("switch", tmp_path, {})

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from switchjax.config import DataConfig
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -31,6 +31,28 @@ def test_prints_the_table_and_an_example(
     assert "<extra_id_0>" in output
 
 
+def test_prints_what_a_decoder_predicts(
+    script: ModuleType, data: TextData, config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--directory={config.directory}", "--vocabulary_size=330", "--objective=causal"]
+    script.main(["--corpora=tales,yarns", *flags])
+    output = capsys.readouterr().out
+    assert "targets:" in output
+    assert "inputs:" not in output
+
+
+def test_prints_counts_of_classes_and_a_picture(
+    script: ModuleType, image_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["--objective=classification", "--corpora=doodles", f"--directory={image_config.directory}"])
+    table, _, example = capsys.readouterr().out.partition("\n\n")
+    assert table.splitlines()[-1].split() == ["doodles", "test", "12", "4", "4", "4"]
+    title, *picture = example.rstrip("\n").splitlines()
+    assert title.startswith("doodles, ")
+    assert len(picture) == 6
+    assert all(len(line) <= 10 for line in picture)
+
+
 def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.main(["--list"])
     assert "moby_dick" in capsys.readouterr().out
@@ -42,6 +64,7 @@ def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str
         (["--corpora=nope"], "error: none of the corpora can be had here: nope"),
         (["--corpora=kjv,kjv"], "error: data.corpora names a corpus twice"),
         (["--directory=/dev/null/x"], "error: cannot prepare data in /dev/null/x"),
+        (["--objective=bogus"], "error: data.objective: unknown value 'bogus'"),
         (["--bogus"], "error: unrecognized arguments: --bogus"),
     ],
 )

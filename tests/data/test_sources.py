@@ -8,9 +8,9 @@ import pytest
 
 from switchjax.config import DataConfig
 from switchjax.data.markup import html_text, paragraphs
-from switchjax.data.pipeline import TextData
 from switchjax.data.sources import SOURCES
 from switchjax.data.sources.restructured_text import restructured_text
+from switchjax.data.text import TextData
 
 
 def documents(source: str, members: dict[str, bytes]) -> dict[str, str]:

@@ -1,38 +1,41 @@
+import dataclasses
+
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from switchjax.config import UserError
-from switchjax.data.pipeline import TextData
 from switchjax.data.span_corruption import SpanCorruption, restore
+from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS
 
 FIRST_SENTINEL = 999
-T5 = SpanCorruption(0.15, 3.0, FIRST_SENTINEL)
+T5 = SpanCorruption(0.15, 3.0, FIRST_SENTINEL, 512, 114)
 
 
 LOWEST_SENTINEL = 600
 
 settings = hypothesis.settings(deadline=None, derandomize=True, max_examples=150)
-anything = st.builds(SpanCorruption, st.floats(0.01, 0.99), st.floats(1.0, 8.0), st.just(FIRST_SENTINEL))
+rooms = st.integers(8, 300)
+anything = st.builds(SpanCorruption, st.floats(0.01, 0.99), st.floats(1.0, 8.0), st.just(FIRST_SENTINEL), rooms, rooms)
 
 
 def test_t5_lengths() -> None:
-    assert T5.max_tokens(512, 114) == 568
-    assert T5.lengths(np.array(568)) == (512, 114)
-    assert T5.num_noise(np.array(568)) == (85, 28)
+    assert T5.max_tokens == 568
+    np.testing.assert_array_equal(T5.lengths(np.array([568])), [[512], [114]])
+    assert T5.num_noise(np.array([568])) == (85, 28)
 
 
 @settings
 @hypothesis.given(anything, st.integers(2, 600), st.integers(0, 2**32 - 1))
 def test_corruption_inverts(corruption: SpanCorruption, length: int, seed: int) -> None:
     tokens = np.random.default_rng(seed).integers(3, 600, length)
-    inputs, targets = corruption.corrupt(tokens, np.random.default_rng(seed))
-    noise, spans = corruption.num_noise(np.array(length))
+    inputs, targets = corruption.example(tokens, np.random.default_rng(seed)).values()
+    noise, spans = (number.item() for number in corruption.num_noise(np.array([length])))
     hypothesis.assume(spans <= FIRST_SENTINEL + 1 - LOWEST_SENTINEL)
     np.testing.assert_array_equal(restore(inputs, targets, LOWEST_SENTINEL), tokens)
-    assert (len(inputs), len(targets)) == corruption.lengths(np.array(length))
+    assert [[len(inputs)], [len(targets)]] == corruption.lengths(np.array([length])).tolist()
     assert inputs[-1] == targets[-1] == EOS
     assert len(targets) - spans - 1 == noise
     sentinels = FIRST_SENTINEL - np.arange(spans)
@@ -44,13 +47,11 @@ def test_corruption_inverts(corruption: SpanCorruption, length: int, seed: int) 
 
 
 @settings
-@hypothesis.given(anything, st.integers(8, 300), st.integers(8, 300))
-def test_the_longest_chunk_fits_and_a_longer_one_does_not(
-    corruption: SpanCorruption, inputs: int, targets: int
-) -> None:
-    longest = corruption.max_tokens(inputs, targets)
-    lengths = np.array(corruption.lengths(np.arange(2, longest + 2)))
-    room = np.array([inputs, targets])
+@hypothesis.given(anything)
+def test_the_longest_chunk_fits_and_a_longer_one_does_not(corruption: SpanCorruption) -> None:
+    longest = corruption.max_tokens
+    lengths = corruption.lengths(np.arange(2, longest + 2))
+    room = np.array([corruption.encoder_length, corruption.decoder_length])
     assert (room >= lengths[:, :-1].T).all()
     assert (lengths[:, -1] > room).any()
 
@@ -59,7 +60,7 @@ def test_noise_is_fifteen_percent_in_spans_of_three() -> None:
     rng = np.random.default_rng(0)
     noise = np.zeros(200)
     for _ in range(2000):
-        inputs, _ = T5.corrupt(np.arange(3, 203), rng)
+        inputs = T5.example(np.arange(3, 203), rng)["encoder"]
         noise += ~np.isin(np.arange(3, 203), inputs)
     assert noise.sum() == 2000 * 30
     # Away from the ends every position is as likely; 5 standard errors of a proportion from 2000 draws.
@@ -67,7 +68,7 @@ def test_noise_is_fifteen_percent_in_spans_of_three() -> None:
 
 
 def test_same_generator_same_spans() -> None:
-    first, second, other = (T5.corrupt(np.arange(3, 203), np.random.default_rng(seed))[0] for seed in (1, 1, 2))
+    first, second, other = (T5.example(np.arange(3, 203), np.random.default_rng(seed))["encoder"] for seed in (1, 1, 2))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
@@ -79,7 +80,7 @@ def test_restore_refuses_unanswered_sentinels() -> None:
 
 def test_lengths_too_short_for_any_text() -> None:
     with pytest.raises(UserError, match=r"encoder_length=2 .* at least 3 and 3"):
-        T5.max_tokens(2, 50)
+        _ = dataclasses.replace(T5, encoder_length=2, decoder_length=50).max_tokens
 
 
 def test_restores_real_text(data: TextData) -> None:

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import strategies as st
 
 from switchjax.config import UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD, UNK, Vocabulary, sample_texts, train_vocabulary
 from tests.stories import story
 

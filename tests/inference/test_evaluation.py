@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 from switchjax.inference.evaluation import evaluate_workdir, load_model, perplexity_evaluator
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.checkpoint import Checkpoints

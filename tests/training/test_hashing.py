@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.moe.routers.fixed import balanced_table, clustered_table
 from switchjax.parallel.mesh import make_mesh

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, UserError
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints

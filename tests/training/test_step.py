@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, MeshConfig, MoEConfig
-from switchjax.data.pipeline import TextData
+from switchjax.data.text import TextData
 from switchjax.moe.routers import ROUTERS
 from switchjax.moe.routers.token_choice import route_switch
 from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, linear_router

@@ -1,11 +1,11 @@
-"""The corpora that the project prepares by itself, from packages that carry real text."""
+"""The corpora that the project prepares by itself, from packages that carry real text or images."""
 
-from switchjax.data.sources import books, reference
-from switchjax.data.sources.source import Source
+from switchjax.data.sources import books, images, reference
+from switchjax.data.sources.source import ImageSource, LabelledImages, PackagedSource, Source
 
-__all__ = ["SOURCES", "Source"]
+__all__ = ["SOURCES", "ImageSource", "LabelledImages", "PackagedSource", "Source"]
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, PackagedSource] = {
     source.name: source
     for source in (
         books.KJV,
@@ -16,5 +16,6 @@ SOURCES: dict[str, Source] = {
         reference.ANARCHISM,
         reference.PYTHON_DOCS,
         reference.GCIDE,
+        images.FASHION_MNIST,
     )
 }

@@ -1,30 +1,17 @@
 import collections
 import dataclasses
 import itertools
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from switchjax.config import DataConfig, UserError
-from switchjax.data.pipeline import Batch, TextData
+from switchjax.data.rows import Batch
 from switchjax.data.span_corruption import restore
+from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
-from tests.data.conftest import padded
-
-
-def take(batches: Iterable[Batch], count: int) -> list[Batch]:
-    return list(itertools.islice(batches, count))
-
-
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+from tests.data.conftest import assert_resumes, assert_same, joined, padded, take
 
 
 def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
@@ -100,26 +87,11 @@ def test_an_epoch_holds_every_chunk_once(data: TextData, config: DataConfig, pac
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_batches_do_not_depend_on_the_number_of_processes(data: TextData, processes: int) -> None:
     shares = [take(data.train_batches(process, processes), 6) for process in range(processes)]
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*shares, strict=True)
-    ]
-    assert_same(joined, take(data.train_batches(), 6))
+    assert_same(joined(shares), take(data.train_batches(), 6))
 
 
 def test_resumes_exactly_in_the_middle_of_an_epoch(data: TextData) -> None:
-    batches = data.train_batches()
-    for consumed in (0, 1, 7, 40):
-        for _ in range(consumed):
-            next(batches)
-        state = json.loads(json.dumps(batches.get_state()))
-        expected = take(batches, 5)
-        fresh = data.train_batches()
-        take(fresh, 3)
-        fresh.set_state(state)
-        assert_same(take(fresh, 5), expected)
-        # The state of a resumed iterator is that of the one that never stopped.
-        assert fresh.get_state() == batches.get_state()
+    assert_resumes(data)
 
 
 def test_the_seed_decides_order_and_spans(data: TextData, config: DataConfig) -> None:
@@ -153,11 +125,7 @@ def test_evaluation_ignores_the_training_seed(data: TextData, config: DataConfig
 
 def test_evaluation_divides_over_processes(data: TextData) -> None:
     shares = [list(data.evaluation_batches("tales", "test", 0, process, 2)) for process in range(2)]
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*shares, strict=True)
-    ]
-    assert_same(joined, list(data.evaluation_batches("tales", "test")))
+    assert_same(joined(shares), list(data.evaluation_batches("tales", "test")))
 
 
 def test_held_out_text_is_never_trained_on(data: TextData) -> None:

@@ -1,0 +1,168 @@
+"""A tiny model of each family beside its dense twin of the same FLOPs, on real data: the study in docs/families.md.
+
+python scripts/train.py --config=configs/families.py:glam --workdir=runs/families/glam
+python scripts/benchmark.py families --write docs/families.md
+
+Sizes: glam, mixtral, pr-moe, base, lstm-moe, v-moe, each with its twin glam-dense and so on; runlocal.
+
+A twin has the MoE model's layers with one feed-forward network for the experts, d_ff such that a token costs the same
+multiplications in both (routers aside).
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from switchjax.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check_choice,
+)
+
+_TEXT: dict[str, Any] = {
+    "model": {
+        "family": "decoder_only",
+        "vocab_size": 2048,
+        "d_model": 64,
+        "d_ff": 192,
+        "num_heads": 4,
+        "d_head": 16,
+        "num_decoder_layers": 4,
+        "scale_scores": True,
+        "scan_layers": False,
+    },
+    "moe": {"num_experts": 8, "group_size": 512, "fill_order": "token_by_token", "jitter_noise": 0.0},
+    "data": {
+        "objective": "causal",
+        "corpora": ("kjv", "newsgroups", "austen", "state_of_the_union"),
+        "vocabulary_size": 2000,
+        "num_sentinels": 48,
+        "batch_size": 16,
+        "decoder_length": 128,
+    },
+    "optimizer": {"schedule": "cosine", "learning_rate": 0.1, "warmup_steps": 40},
+    "train": {"steps": 1400, "log_every": 20, "checkpoint_every": 700},
+}
+_GPT = {
+    "norm": "layer",
+    "biases": True,
+    "positions": "learned",
+    "max_length": 128,
+    "activation": "gelu",
+}
+_TOP_2 = {"router": "top_k", "num_selected_experts": 2}
+_IMAGES: dict[str, Any] = {
+    "model": {
+        **_GPT,
+        "family": "vision",
+        "d_model": 64,
+        "d_ff": 128,
+        "num_heads": 4,
+        "d_head": 16,
+        "num_encoder_layers": 4,
+        "image_size": 28,
+        "image_channels": 1,
+        "patch_size": 4,
+        "num_classes": 10,
+        "embedding_stddev": 0.02,
+        "scale_scores": True,
+        "scan_layers": False,
+    },
+    "moe": {"num_experts": 8, "group_size": 400, "jitter_noise": 0.0},
+    "data": {"objective": "classification", "corpora": ("fashion_mnist",), "batch_size": 64},
+    "optimizer": {"name": "adamw", "schedule": "cosine", "learning_rate": 1e-3, "warmup_steps": 100},
+    "train": {"steps": 1400, "log_every": 20, "checkpoint_every": 700},
+}
+
+# Of each family: what all its models share, the MoE model, and the twin's d_ff.
+_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # A gate's matrix in dense layers, none in the two experts: 3 + 2 * 2 matrices in two layers, 2 * 3 * 7 / 6.
+    "glam": (_TEXT, {"activation": "geglu", "expert_activation": "gelu"}, {"moe": _TOP_2}, {"d_ff": 224}),
+    # Two experts in every layer.
+    "mixtral": (
+        _TEXT,
+        {"activation": "swiglu", "positions": "rotary", "num_kv_heads": 2, "d_ff": 96, "tie_embeddings": False},
+        {"model": {"pattern": ("moe",)}, "moe": {**_TOP_2, "dropless": True}},
+        {"d_ff": 192},
+    ),
+    # One expert beside a dense network in every other layer, twice as many experts in the second half.
+    "pr-moe": (
+        _TEXT,
+        _GPT,
+        {"moe": {"num_shared_experts": 1, "experts_per_layer": (8, 16), "fill_order": "random"}},
+        {"d_ff": 288},
+    ),
+    # An expert in the middle of 4 layers.
+    "base": (
+        _TEXT,
+        _GPT,
+        {
+            "model": {"pattern": ("dense", "dense", "base", "dense", "dense"), "num_decoder_layers": 5},
+            "moe": {"router": "base", "load_balance_loss_weight": 0.0},
+        },
+        {"d_ff": 240},
+    ),
+    "lstm-moe": (
+        _TEXT,
+        {"family": "recurrent", "norm": "none", "positions": "none", "num_decoder_layers": 3, "dropout": 0.0},
+        {
+            "model": {"pattern": ("lstm", "moe_only", "lstm")},
+            "moe": {
+                "router": "noisy_top_k",
+                "num_selected_experts": 2,
+                "num_experts": 16,
+                "load_balance_loss_weight": 0.0,
+                "importance_loss_weight": 0.1,
+                "load_loss_weight": 0.1,
+            },
+        },
+        {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 384},
+    ),
+    # Two experts in the last odd blocks, as V-MoE's last-2.
+    "v-moe": (
+        _IMAGES,
+        {},
+        {
+            "moe": {
+                "router": "v_moe",
+                "num_selected_experts": 2,
+                "train_capacity_factor": 1.05,
+                "eval_capacity_factor": 1.05,
+                "fill_order": "batch_prioritized",
+                "load_balance_loss_weight": 0.0,
+                "importance_loss_weight": 0.005,
+                "load_loss_weight": 0.005,
+            }
+        },
+        {"d_ff": 192},
+    ),
+}
+SIZES = tuple(name + twin for name in _FAMILIES for twin in ("", "-dense"))
+
+
+def get_config(arg: str = "glam") -> ConfigDict:
+    """The config of a family's tiny MoE model or of its dense twin."""
+    check_choice("configs/families.py", arg, [*SIZES, "runlocal"])
+    name = "glam" if arg == "runlocal" else arg.removesuffix("-dense")
+    base, model, moe, dense = _FAMILIES[name]
+    changes = {"model": {"pattern": ("dense",)} | dense} if arg.endswith("-dense") else moe
+    sections = {section: values | changes.get(section, {}) for section, values in base.items()}
+    sections["model"] = base["model"] | model | changes.get("model", {})
+    config = Config(
+        model=ModelConfig(**sections["model"]),
+        moe=MoEConfig(**sections["moe"]),
+        data=DataConfig(**sections["data"]),
+        optimizer=OptimizerConfig(**sections["optimizer"]),
+        train=TrainConfig(**sections["train"]),
+        evaluate=EvaluateConfig(every=200, batches=16),
+    )
+    if arg == "runlocal":
+        data = dataclasses.replace(config.data, corpora=("kjv",))
+        config = dataclasses.replace(config, data=data, train=TrainConfig(steps=2, log_every=1))
+    return config.to_config_dict()

@@ -1,0 +1,51 @@
+"""Says what a config takes: parameters, FLOPs and, compiled for a slice of TPUs that need not be there, all of a step.
+
+python scripts/plan.py --config=configs/switch.py:c
+python scripts/plan.py --config=configs/switch.py:c --topology=v5p:8x8x8 --json=plan.json
+python scripts/plan.py --config=configs/switch.py:xxl-128 --topology=v5e --fit
+
+Chips: v4, v5e, v5p, v6e, tpu7x. A mesh that the config leaves open is chosen. With --fit, the smallest slice of the
+chip that holds the step. The TPU compiler is libtpu: pip install -c constraints.txt 'jax[tpu]'.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from switchjax import command
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = command.make_parser(__doc__)
+    parser.add_argument("--topology", metavar="CHIP[:AxB[xC]]", help="compile for this slice, such as v5p:8x8x8")
+    parser.add_argument("--fit", action="store_true", help="find the smallest slice of --topology=CHIP (default: v5p)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    flags, config = command.parse_with_config(parser, arguments)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
+
+    from switchjax.analysis.accounting import account
+    from switchjax.analysis.hardware import find_chip, parse_slice
+    from switchjax.analysis.plan_report import accounting_dict, show_accounting, show_plan, show_published, write_json
+    from switchjax.analysis.planning import plan_step, smallest_fit
+
+    chip = find_chip(flags.topology or "v5p") if flags.fit else None
+    slice_ = parse_slice(flags.topology) if flags.topology and not chip else None
+    accounting = account(config)
+    file, _, size = flags.config.partition(":")
+    print("\n".join([show_accounting(accounting), *show_published(f"{Path(file).stem}:{size}", config)]), flush=True)
+    found = accounting_dict(accounting)
+    if chip or slice_:
+        plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
+        print(show_plan(plan))
+        found = plan.to_dict() | found
+    if flags.json:
+        write_json(flags.json, found)
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main)

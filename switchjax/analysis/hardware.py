@@ -1,0 +1,128 @@
+"""TPU chips and the slices that they come in: what a plan is measured against.
+
+Figures are a chip's, from Google's pages (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; read in 2026). Those give
+the interconnect's bandwidth of all links and of both directions together; here it is one link's in one direction, which
+agrees with their bisection bandwidths (v5e: 16 rings x 2 links x 50 GB/s = 1.6 TB/s of a 16x16 pod).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from switchjax.config import UserError, suggest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One kind of TPU chip."""
+
+    name: str
+    memory: int
+    """Bytes of HBM that a program may fill on one device, as libtpu 0.0.42 says where a program does not fit."""
+    flops: float
+    """Peak bfloat16 FLOP/s."""
+    memory_bandwidth: float
+    """Bytes/s between HBM and the chip."""
+    link_bandwidth: float
+    """Bytes/s of one link between chips, in one direction."""
+    dimensions: int
+    """Of the mesh of chips, each with two links."""
+    ring: int
+    """What a dimension must be a multiple of for its ends to be linked as well."""
+    devices: int
+    """JAX devices a chip: `memory` is one's, the other figures are shared by them all."""
+    shapes: tuple[str, ...]
+    """Slices by growing size, those of Google's tables up to the largest that one job may have."""
+
+
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # 275 TFLOP/s, 32 GiB, 1200 GB/s; 6 links; bisection of 16x16x16: 24 TB/s = 256 rings x 2 links x 50 GB/s.
+        # Two cores, which work as one device (megacore); so v5p. A dimension of the 4x4x4 cubes closes into a ring.
+        Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 4, 1, _CUBES),
+        # 197 TFLOP/s, 16 GB, 819 GB/s; 4 links, 400 GB/s in both directions. Only a pod's full side of 16 is a ring.
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 16, 1, _SQUARES),
+        # 459 TFLOP/s, 95 GiB, 2765 GB/s; 6 links, 1200 GB/s in both directions.
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 100e9, 3, 4, 1, (*_CUBES, "16x16x24")),
+        # 918 TFLOP/s, 32 GB, 1638 GB/s; 4 links, 800 GB/s in both directions.
+        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 100e9, 2, 16, 1, _SQUARES),
+        # Ironwood: 2307 TFLOP/s, 192 GiB, 7380 GB/s; 6 links, 1200 GB/s in both directions. Two chiplets, two devices.
+        Chip("tpu7x", int(94.75 * GIB), 2307e12, 7380e9, 100e9, 3, 4, 2, (*_CUBES, "16x16x24")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips that are linked to one another, as many as the product of `shape`."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As `--topology` and the compiler call it."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    def links(self, dimension: int) -> int:
+        """Links across the middle of a line of chips along this dimension: 2 where it is a ring, 1 where it ends."""
+        return 2 if self.shape[dimension] % self.chip.ring == 0 else 1
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of this name, which is no slice.
+
+    Raises:
+        UserError: listing those known.
+    """
+    if name not in CHIPS:
+        raise UserError(f"--topology: no chip '{name}'{suggest(name, CHIPS)}")
+    return CHIPS[name]
+
+
+def parse_slice(topology: str) -> Slice:
+    """The slice that `CHIP:AxB[xC]` names, of any size that the chip's pod may hold.
+
+    Raises:
+        UserError: for another form, an unknown chip, a wrong number of dimensions or more chips than a job may have.
+    """
+    name, _, shape = topology.partition(":")
+    chip = find_chip(name)
+    known = ", ".join(chip.shapes)
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{chip.dimensions - 1}}}", shape):
+        raise UserError(
+            f"--topology: '{topology}' names no slice of {name}, such as {name}:{chip.shapes[-1]} ({known})"
+        )
+    parsed = Slice(chip, tuple(map(int, shape.split("x"))))
+    largest = slices(chip)[-1]
+    if parsed.chips > largest.chips:
+        raise UserError(
+            f"--topology: {topology} has {parsed.chips} chips, the largest slice is {largest.name} ({known})"
+        )
+    return parsed
+
+
+def slices(chip: Chip) -> tuple[Slice, ...]:
+    """The chip's slices by growing size."""
+    return tuple(Slice(chip, tuple(map(int, shape.split("x")))) for shape in chip.shapes)
+
+
+def show_bytes(count: float) -> str:
+    """In the unit that the number reads best in: `25.3 GiB`."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(max(count, 1), 1024)), len(units) - 1)
+    return f"{count / 1024**power:.{0 if power == 0 else 1}f} {units[power]}"

@@ -1,0 +1,233 @@
+"""Reading compiled HLO text: its computations, how often each runs in a step, and what it communicates.
+
+XLA prints a program as computations of instructions, `%name = shape opcode(%operand, ...), attribute=value, ...`. One
+computation is the entry; the others are called by instructions: the body of a loop as often as the loop turns.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import jax
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
+# The lazy shape ends at the first ` word(`: layouts such as `{1,0:T(8,128)}` have no space before a parenthesis.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation|async_wrapped)=%?([\w.-]+)")
+_COMMENT = re.compile(r"/\*index=\d+\*/")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}
+
+
+class Shape(NamedTuple):
+    """An array's element type, as HLO calls it, its sizes, and whether it lies in a device's main memory."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of the layout."""
+        return math.ceil(self.elements * _bits(self.dtype) / 8)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.bytes if self.in_hbm else 0
+
+
+def _bits(dtype: str) -> int:
+    """Of one element: the digits after the letters (`bf16`, `f8e4m3fn`, `s4`)."""
+    if dtype in _BYTES:
+        return 8 * _BYTES[dtype]
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shape_text: str
+    operands: tuple[str, ...]
+    attributes: str
+    """All after the operands: attributes, metadata, backend_config."""
+    is_root: bool
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The array, or the arrays of a tuple in order."""
+        return parse_shapes(self.shape_text)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(shape.hbm_bytes for shape in self.shapes)
+
+    @property
+    def source(self) -> str:
+        """Where in the JAX program it comes from (`metadata.op_name`)."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str:
+        """The text in the braces of `name={...}`, empty if there is none."""
+        found = re.search(rf"\b{name}=\{{([^}}]*)\}}", self.attributes)
+        return found[1] if found else ""
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """The arrays of a shape such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`; `S(n)` is a memory on the chip."""
+    return tuple(
+        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in layout)
+        for dtype, sizes, layout in _ARRAY.findall(text)
+    )
+
+
+Computation = dict[str, Instruction]
+"""Instructions by name, in order."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A parsed HLO module."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @cached_property
+    def executions(self) -> Counter[str]:
+        """How often each computation runs when the program runs once.
+
+        A loop's body counts as often as the loop turns (once where that is not known), each branch of a conditional as
+        if it were taken.
+        """
+        calls = {name: list(self._calls(computation)) for name, computation in self.computations.items()}
+        executions: Counter[str] = Counter()
+        for name in self._callers_first(calls):
+            executions[name] += name == self.entry
+            for called, times in calls[name]:
+                executions[called] += executions[name] * times
+        return executions
+
+    def instructions(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that runs, with its computation and how often it runs."""
+        for name, computation in self.computations.items():
+            if times := self.executions[name]:
+                for instruction in computation.values():
+                    yield computation, instruction, times
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` turns: the compiler's own count, or the constant that its condition compares with, or 1.
+
+        JAX's loops over a range count up from 0 in steps of 1.
+        """
+        if found := _TRIP_COUNT.search(loop.attributes):
+            return int(found[1])
+        condition = self.computations[called_computations(loop)[1]]
+        limits = [c for c in condition.values() if c.opcode == "constant" and c.shapes[0].dtype in ("s32", "u32")]
+        return int(limits[0].operands[0]) if len(limits) == 1 and limits[0].operands else 1
+
+    def _calls(self, computation: Computation) -> Iterator[tuple[str, int]]:
+        for instruction in computation.values():
+            times = self.trip_count(instruction) if instruction.opcode == "while" else 1
+            for i, name in enumerate(called_computations(instruction)):
+                yield name, times + i if instruction.opcode == "while" else 1
+
+    def _callers_first(self, calls: dict[str, list[tuple[str, int]]]) -> list[str]:
+        """The computations in an order in which each comes after all that call it."""
+        order: list[str] = []
+        done: set[str] = set()
+
+        def visit(name: str) -> None:
+            if name not in done:
+                done.add(name)
+                for called, _ in calls[name]:
+                    visit(called)
+                order.append(name)
+
+        visit(self.entry)
+        return order[::-1]
+
+
+def called_computations(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs; of a loop its body and its condition, in this order."""
+    text = instruction.attributes
+    if instruction.opcode == "while":
+        return [match[1] for role in ("body", "condition") if (match := re.search(rf"\b{role}=%?([\w.-]+)", text))]
+    if instruction.opcode.endswith(("-done", "-update")):  # their `-start` has called
+        return []
+    branches = _BRANCHES.search(text)
+    return _CALLED.findall(text) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+
+
+def parse(text: str) -> Program:
+    """Parses what `compiled.as_text()` prints.
+
+    Raises:
+        ValueError: if the text has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            root, name, shape, opcode, rest = found.groups()
+            operands, attributes = _split_operands(_COMMENT.sub("", rest))
+            names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
+            current[name] = Instruction(name, opcode, shape, names, attributes, bool(root))
+    if not entry:
+        raise ValueError("the text holds no HLO module with an entry computation")
+    return Program(computations, entry)
+
+
+def _split_operands(text: str) -> tuple[list[str], str]:
+    """The operands before the parenthesis that closes them, and the rest of the line."""
+    depth, start = 0, 0
+    operands: list[str] = []
+    for i, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in "]}" or (character == ")" and depth):
+            depth -= 1
+        elif character == ")":
+            return [*operands, text[start:i].strip()], text[i + 1 :]
+        elif character == "," and not depth:
+            operands.append(text[start:i].strip())
+            start = i + 1
+    return operands, ""
+
+
+def parse_compiled(compiled: jax.stages.Compiled) -> Program:
+    """The program that the compiler made."""
+    text = compiled.as_text()
+    assert text, "the compiled program has no text"
+    return parse(text)
+
+
+def count_operations(compiled: jax.stages.Compiled) -> Counter[str]:
+    """How often each operation stands in the compiled program, fusions and loop bodies included (each body once)."""
+    program = parse_compiled(compiled)
+    return Counter(
+        instruction.opcode.removesuffix("-start")
+        for computation in program.computations.values()
+        for instruction in computation.values()
+    )
