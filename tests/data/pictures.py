@@ -19,10 +19,10 @@ CLASSES = ("circle", "line", "spiral")
 SIZES = {"train": 60, "test": 12}
 
 
-def pictures(split: str) -> LabelledImages:
+def pictures(split: str, shape: tuple[int, int, int] = SHAPE) -> LabelledImages:
     """Noise, so that no two are equal; classes in turn."""
     rng = np.random.default_rng(len(split))
-    images = rng.integers(0, 256, (SIZES[split], *SHAPE), np.uint8)
+    images = rng.integers(0, 256, (SIZES[split], *shape), np.uint8)
     return LabelledImages(images, np.arange(SIZES[split], dtype=np.uint8) % len(CLASSES))
 
 
@@ -31,36 +31,37 @@ def idx(values: np.ndarray) -> bytes:
     return gzip.compress(header + values.tobytes())
 
 
-def members() -> dict[str, bytes]:
+def members(shape: tuple[int, int, int] = SHAPE) -> dict[str, bytes]:
     """The four files of a package."""
     files = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        images, labels = pictures(split)
+        images, labels = pictures(split, shape)
         files[f"x/{prefix}-images-idx3-ubyte.gz"] = idx(images[..., 0])
         files[f"x/{prefix}-labels-idx1-ubyte.gz"] = idx(labels)
     return files
 
 
-def unchanged(files: dict[str, bytes]) -> dict[str, bytes]:
-    return files
-
-
-def damaged(files: dict[str, bytes]) -> dict[str, bytes]:
+def damaged() -> dict[str, bytes]:
+    files = members()
     return {name: content[:-20] if "images" in name else content for name, content in files.items()}
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """`doodles` can be had; `scribbles` are damaged."""
-    changes: Mapping[str, Callable[[dict[str, bytes]], dict[str, bytes]]] = {"doodles": unchanged, "scribbles": damaged}
+    """`doodles` and the square `tiles` can be had; `scribbles` are damaged."""
+    archives: Mapping[str, Callable[[], dict[str, bytes]]] = {
+        "doodles": members,
+        "tiles": lambda: members((6, 6, 1)),
+        "scribbles": damaged,
+    }
 
     def fetch(name: str, folder: Path) -> Path:
         (folder / "package.pictures").write_text(name)
         return folder / "package.pictures"
 
     def read(archive: Path, pattern: object) -> list[tuple[str, bytes]]:
-        return list(changes[archive.read_text()](members()).items())
+        return list(archives[archive.read_text()]().items())
 
-    for name in changes:
+    for name in archives:
         package = Package("pictures", name)
         source = ImageSource(name, "1.0.0", "noise", "none", package, ".*", FASHION_MNIST.splits, CLASSES)
         patch.setitem(SOURCES, name, source)
