@@ -28,10 +28,10 @@ from switchjax.config import (
 _TEXT: dict[str, Any] = {
     "model": {
         "family": "decoder_only",
-        "vocab_size": 2048,
-        "d_model": 64,
-        "d_ff": 192,
-        "num_heads": 4,
+        "vocab_size": 1024,
+        "d_model": 48,
+        "d_ff": 96,
+        "num_heads": 3,
         "d_head": 16,
         "num_decoder_layers": 4,
         "scale_scores": True,
@@ -41,8 +41,8 @@ _TEXT: dict[str, Any] = {
     "data": {
         "objective": "causal",
         "corpora": ("kjv", "newsgroups", "austen", "state_of_the_union"),
-        "vocabulary_size": 2000,
-        "num_sentinels": 48,
+        "vocabulary_size": 1000,
+        "num_sentinels": 0,
         "batch_size": 16,
         "decoder_length": 128,
     },
@@ -83,20 +83,20 @@ _IMAGES: dict[str, Any] = {
 # Of each family: what all its models share, the MoE model, and the twin's d_ff.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # A gate's matrix in dense layers, none in the two experts: 3 + 2 * 2 matrices in two layers, 2 * 3 * 7 / 6.
-    "glam": (_TEXT, {"activation": "geglu", "expert_activation": "gelu"}, {"moe": _TOP_2}, {"d_ff": 224}),
+    "glam": (_TEXT, {"activation": "geglu", "expert_activation": "gelu"}, {"moe": _TOP_2}, {"d_ff": 112}),
     # Two experts in every layer.
     "mixtral": (
         _TEXT,
-        {"activation": "swiglu", "positions": "rotary", "num_kv_heads": 2, "d_ff": 96, "tie_embeddings": False},
+        {"activation": "swiglu", "positions": "rotary", "num_kv_heads": 1, "d_ff": 48, "tie_embeddings": False},
         {"model": {"pattern": ("moe",)}, "moe": {**_TOP_2, "dropless": True}},
-        {"d_ff": 192},
+        {"d_ff": 96},
     ),
     # One expert beside a dense network in every other layer, twice as many experts in the second half.
     "pr-moe": (
         _TEXT,
         _GPT,
         {"moe": {"num_shared_experts": 1, "experts_per_layer": (8, 16), "fill_order": "random"}},
-        {"d_ff": 288},
+        {"d_ff": 144},
     ),
     # An expert in the middle of 4 layers.
     "base": (
@@ -106,7 +106,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
             "model": {"pattern": ("dense", "dense", "base", "dense", "dense"), "num_decoder_layers": 5},
             "moe": {"router": "base", "load_balance_loss_weight": 0.0},
         },
-        {"d_ff": 240},
+        {"d_ff": 120},
     ),
     "lstm-moe": (
         _TEXT,
@@ -122,7 +122,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
                 "load_loss_weight": 0.1,
             },
         },
-        {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 384},
+        {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 192},
     ),
     # Two experts in the last odd blocks, as V-MoE's last-2.
     "v-moe": (

@@ -167,7 +167,8 @@ def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_:
         capacity=slice_.chip.memory,
     )
     if memory.total > memory.capacity:
-        raise OutOfMemory(f"the step takes {show_bytes(memory.total)}, a device has {show_bytes(memory.capacity)}")
+        excess = show_bytes(memory.total - memory.capacity)
+        raise OutOfMemory(f"the step takes {show_bytes(memory.total)}, {excess} more than a device has")
     return StepPlan(
         topology=slice_.name,
         mesh=dict(mesh.shape),
