@@ -5,9 +5,8 @@ python scripts/train.py --config=configs/meta_moe.py:125m --workdir=runs/meta_12
 Sizes: 125m, 355m, 1.3b, 2.7b, 6.7b, 13b (dense), 15b, 52b, 207b, 1.1t (MoE, of the shapes of 125m, 355m, 1.3b, 6.7b);
 runlocal for a small machine.
 
-Positions are learned, as in GPT-3; the paper's are sinusoids. Its linear decay is a cosine here, its top-2 gives all
-first choices their slots before any second, by which a token's experts depend on later tokens; here earlier tokens
-come first. Its balance loss is summed over layers where ours is averaged, so the weight carries their number.
+Its top-2 gives all first choices their slots before any second, by which a token's experts depend on later tokens; here
+earlier tokens come first. Its balance loss is summed over layers where ours is averaged, so the weight carries their number.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +48,7 @@ def get_config(arg: str = "125m") -> ConfigDict:
             activation="gelu",
             norm="layer",
             biases=True,
-            positions="learned",
+            positions="sinusoidal",
             max_length=_LENGTH,
             scale_scores=True,
             scale_logits=False,
@@ -74,7 +73,7 @@ def get_config(arg: str = "125m") -> ConfigDict:
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=learning_rate,
-            schedule="cosine",
+            schedule="linear",
             warmup_steps=round(375e6 / (rows * _LENGTH)),
             b1=0.9,
             b2=0.98,

@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/vit.py:s-32 --workdir=runs/vit_s_32
 Sizes: s-32, b-32, b-16, l-32, l-16, h-14 (patches of so many pixels a side); runlocal for a small machine.
 
 JFT is not public: the classes are its 18,291, the images those of `data.corpora`. The paper's sigmoid loss is a softmax
-here, its linear decay a cosine. S has 8 layers, unlike the later ViT-S.
+here. S has 8 layers, unlike the later ViT-S.
 """
 
 from ml_collections import ConfigDict
@@ -53,7 +53,7 @@ def get_config(arg: str = "s-32") -> ConfigDict:
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=learning_rate,
-            schedule="cosine",
+            schedule="linear",
             b2=0.999,
             weight_decay=0.1,
             clip_norm=10.0 if arg == "h-14" else 0.0,

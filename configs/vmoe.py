@@ -8,7 +8,7 @@ l-16-last2, h-14-every2, h-14-last5, 15b; runlocal for a small machine.
 Batch-prioritised routing lets evaluation do with less:
 --config.moe.fill_order=batch_prioritized --config.moe.eval_capacity_factor=0.5
 JFT-300M is not public: the classes are its 18,291, the images those of `data.corpora`. The paper's sigmoid loss is a
-softmax here, its linear decay a cosine.
+softmax here.
 """
 
 from ml_collections import ConfigDict
@@ -76,7 +76,7 @@ def get_config(arg: str = "s-32-every2") -> ConfigDict:
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=learning_rate,
-            schedule="cosine",
+            schedule="linear",
             b2=0.999,
             weight_decay=0.1,
             clip_norm=10.0 if arg.startswith("h-14") else 0.0,

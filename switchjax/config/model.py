@@ -46,7 +46,7 @@ class ModelConfig:
     biases: bool = False
     """Of projections and feed-forward networks."""
     positions: str = "relative"
-    """relative (T5's bias, shared by a stack's layers), learned (added to the input), rotary, or none."""
+    """relative (T5's bias, shared by a stack's layers), learned or sinusoidal (added to the input), rotary, or none."""
     max_length: int = 2048
     """learned: how many positions there are."""
     rotary_base: float = 10_000.0
@@ -121,7 +121,7 @@ class ModelConfig:
         check_choice("model.activation", self.activation, ACTIVATIONS)
         check_choice("model.expert_activation", self.experts_activation, ACTIVATIONS)
         check_choice("model.norm", self.norm, ["rms", "layer", "none"])
-        check_choice("model.positions", self.positions, ["relative", "learned", "rotary", "none"])
+        check_choice("model.positions", self.positions, ["relative", "learned", "sinusoidal", "rotary", "none"])
         check_choice("model.remat", self.remat, ["none", "full", "dots", "exchange"])
         for name in ("dtype", "param_dtype"):
             check_choice(f"model.{name}", getattr(self, name), ["float32", "bfloat16"])
@@ -171,10 +171,10 @@ class ModelConfig:
             "switch_attention" not in self.pattern or plain,
             "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, no shared heads",
         )
-        # An encoder-decoder's learned positions would be two tables; no published model has them.
+        # No published encoder-decoder of this family adds positions to its inputs.
         require(
-            self.family != "encoder_decoder" or self.positions != "learned",
-            "model.positions=learned is for decoder_only and vision models",
+            self.family != "encoder_decoder" or self.positions not in ("learned", "sinusoidal"),
+            f"model.positions={self.positions} is for decoder_only and vision models",
         )
         require(
             self.family != "vision" or self.positions in ("learned", "none"),

@@ -38,7 +38,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, ["adafactor", "adamw"])
-        check_choice("optimizer.schedule", self.schedule, ["rsqrt", "cosine", "constant"])
+        check_choice("optimizer.schedule", self.schedule, ["rsqrt", "cosine", "linear", "constant"])
         check_positive("optimizer", {"learning_rate": self.learning_rate})
         check_fraction("optimizer", {"b1": self.b1, "b2": self.b2, "decay_rate": self.decay_rate})
         for name in ("warmup_steps", "clip_norm", "weight_decay"):

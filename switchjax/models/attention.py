@@ -39,6 +39,13 @@ def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
+def sinusoids(count: int, width: int) -> Float[Array, "L D"]:
+    """A vector for each position: sines, then cosines, of `position / 10000^(2 i / D)` (Vaswani et al. 2017)."""
+    frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle = jnp.arange(count, dtype=jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
 def rotate(x: Float[Array, "B L H A"], positions: Int[Array, "B L"], base: float) -> Float[Array, "B L H A"]:
     """Rotary position embedding (Su et al. 2021): pairs (i, i + A / 2) turned by `position * base^(-2 i / A)`.
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config
-from switchjax.models.attention import positions_in_segments
+from switchjax.models.attention import positions_in_segments, sinusoids
 from switchjax.models.layers import Embedding, kernel, learned_positions
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
@@ -32,9 +32,10 @@ class LanguageModel(Model):
         """Logits of the token that follows each of `decoder_inputs`, and the decoder's routing sums."""
         tokens, segments = batch["decoder_inputs"], batch["decoder_segments"]
         x = embed(self.embedding, tokens)
-        if self.positions is not None:
-            table = self.positions[...].astype(x.dtype)
-            x = constrain(x + jnp.take(table, positions_in_segments(segments), axis=0), "batch", "length", "embed")
+        if self.config.positions in ("learned", "sinusoidal"):
+            table = sinusoids(x.shape[1], x.shape[2]) if self.positions is None else self.positions[...]
+            vectors = jnp.take(table.astype(x.dtype), positions_in_segments(segments), axis=0)
+            x = constrain(x + vectors, "batch", "length", "embed")
         x, sums = self.decoder(x, tokens, segments, key)
         logits = self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
         return logits, {"decoder": sums}

@@ -1,6 +1,7 @@
 """Norms, embedding, feed-forward network, dropout and the initialisers they share."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
 from switchjax.config.model import GATED
+from switchjax.parallel.sharding import is_variable
+
+M = TypeVar("M", bound=nnx.Module)
 
 INIT_SCALE = 0.1
 """Truncated normal of variance 0.1 / fan_in (Switch Transformer, section 2.4)."""
@@ -26,7 +30,21 @@ def kernel(
     inputs = tuple(range(num_inputs))
     outputs = tuple(range(num_inputs, len(shape)))
     init = jax.nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
-    return nnx.Param(init(key, shape, dtype), axes=axes)
+    return nnx.Param(init(key, shape, dtype), axes=axes, cast=True)
+
+
+def cast_kernels(model: M, dtype: DTypeLike) -> M:
+    """`model` with all that `kernel` made in `dtype`, in which its products take it anyway.
+
+    Cast here, once, the layers' loops carry weights and their gradients in that dtype. Cast inside, XLA takes the casts
+    of all layers out of each loop and stacks gradients in the parameters' dtype: on 256 TPU v5p chips, Switch-C's
+    temporaries are then 54 GB a chip instead of 23.
+    """
+
+    def cast(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(variable[...].astype(dtype)) if variable.get_metadata("cast", False) else variable
+
+    return jax.tree.map(cast, model, is_leaf=is_variable)
 
 
 def bias(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from switchjax.config import Config, MeshConfig, UserError
@@ -64,7 +65,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{data * others} devices, but there are {count}: {hint}"
         )
     shape = (data, config.expert, config.model)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=np.asarray(devices).reshape(-1).tolist())
+    # Unlike jax.make_mesh, on every kind of TPU: a mesh axis may be part of a dimension of the torus.
+    flat = np.asarray(devices).reshape(-1).tolist()
+    grid = mesh_utils.create_device_mesh(shape, flat, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_fit(config: Config, mesh: Mesh) -> None:

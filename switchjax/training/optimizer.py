@@ -18,13 +18,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate.
 
     rsqrt: `learning_rate / sqrt(max(step, warmup_steps))` (T5); cosine: linear warm-up, then half a cosine down to 0 at
-    the last step; constant: linear warm-up, then constant.
+    the last step; linear: linear warm-up, then down to 0 along a line; constant: linear warm-up, then constant.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
         return lambda step: peak * jax.lax.rsqrt(jnp.maximum(step, max(warmup, 1)).astype(jnp.float32))
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
     else:
         decay = optax.constant_schedule(peak)
     # Step 0 takes the first of the warm-up's equal increments: at a rate of 0 it would change nothing.

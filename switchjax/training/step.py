@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import Config
 from switchjax.models.families import FAMILIES
+from switchjax.models.layers import cast_kernels
 from switchjax.models.model import Batch, Model, Routing
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
@@ -67,7 +68,7 @@ def train_step(
     routed = {stack: jnp.sum(segments > 0) for stack, segments in state.model.segments(batch).items()}
 
     def contribution(model: Model, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        logits, routing = model(micro_batch, key)
+        logits, routing = cast_kernels(model, config.model.dtype)(micro_batch, key)
         targets, segments = model.targets(micro_batch)
         log_probs, _ = target_log_probs(logits, targets)
         routing = with_policy_losses(routing, log_probs, segments, model.segments(micro_batch))
@@ -80,7 +81,7 @@ def train_step(
     gradients, parameters = named_leaves(gradient), named_leaves(state.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
     parameters = optax.apply_updates(parameters, updates)
-    norms = {name: jnp.linalg.norm(leaf.astype(jnp.float32).reshape(-1)) for name, leaf in gradients.items()}
+    norms = {name: jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for name, leaf in gradients.items()}
     trained = [name for name, rule in update_rules(state.model).items() if rule == GRADIENT]
     metrics = {
         **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},

@@ -50,6 +50,7 @@ FAMILIES: dict[str, Config] = {
         tie_embeddings=False,
         pattern=("moe",),
     ),
+    "sinusoidal": _lm(_MOE, positions="sinusoidal"),
     "glam": _lm(_TOP_2, positions="relative", activation="geglu", expert_activation="gelu", biases=False),
     "pyramid": _lm(dataclasses.replace(_MOE, experts_per_layer=(4, 4, 8), num_shared_experts=1), num_decoder_layers=6),
     "base": _lm(dataclasses.replace(_MOE, router="base"), pattern=("dense", "base", "dense"), num_decoder_layers=3),

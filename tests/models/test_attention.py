@@ -16,6 +16,7 @@ from switchjax.models.attention import (
     positions_in_segments,
     relative_position_bucket,
     rotate,
+    sinusoids,
 )
 from tests.parameters import random_parameters
 
@@ -130,6 +131,13 @@ def test_a_window_hides_all_but_the_last_keys() -> None:
 def test_positions_count_from_0_in_each_packed_sequence() -> None:
     segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [1] * 8])
     np.testing.assert_array_equal(positions_in_segments(segments), [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))])
+
+
+def test_sinusoids_are_the_papers() -> None:
+    vectors = np.asarray(sinusoids(7, 8))
+    for position in range(7):
+        angles = [position / 10_000 ** (2 * i / 8) for i in range(4)]
+        np.testing.assert_allclose(vectors[position], [*np.sin(angles), *np.cos(angles)], rtol=1e-5, atol=1e-6)
 
 
 def test_rotation_is_by_the_papers_angles_and_a_score_knows_the_distance_alone() -> None:

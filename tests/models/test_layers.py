@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 
 from switchjax.config import ModelConfig
-from switchjax.models.layers import Embedding, FeedForward, LayerNorm, RMSNorm, dropout, kernel, split_key
+from switchjax.models.layers import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    cast_kernels,
+    dropout,
+    kernel,
+    split_key,
+)
 from tests.parameters import random_parameters
 
 CONFIG = ModelConfig(vocab_size=96, d_model=16, d_ff=32, num_heads=2, d_head=8)
@@ -134,3 +143,24 @@ def test_tied_logits_are_scaled_as_t5s_or_not_at_all() -> None:
         for c in (CONFIG, replace(CONFIG, scale_logits=False))
     )
     np.testing.assert_allclose(4 * scaled, plain, rtol=1e-5, atol=1e-5)  # sqrt(16)
+
+
+def test_kernels_cast_beforehand_give_what_they_give_cast_on_the_way() -> None:
+    """And nothing else is cast: norms, biases and vectors of tokens stay as they are."""
+    network = random_parameters(lambda: FeedForward(replace(CONFIG, biases=True), 0.0, KEY))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, CONFIG.d_model))).astype(jnp.bfloat16)
+    cast = cast_kernels(network, "bfloat16")
+    assert cast.w_in[...].dtype == cast.w_out[...].dtype == jnp.bfloat16
+    assert cast.b_in is not None
+    assert cast.b_in[...].dtype == jnp.float32
+    assert cast.w_in.get_metadata("axes") == network.w_in.get_metadata("axes")
+    np.testing.assert_array_equal(cast(x, None).astype(jnp.float32), network(x, None).astype(jnp.float32))
+
+    def loss(network: FeedForward, before: bool) -> jax.Array:
+        network = cast_kernels(network, "bfloat16") if before else network
+        return jnp.sum(jnp.square(network(x, None).astype(jnp.float32)))
+
+    gradients = [jax.jit(jax.grad(loss), static_argnums=1)(network, before) for before in (True, False)]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)

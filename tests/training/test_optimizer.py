@@ -21,6 +21,12 @@ def test_rsqrt_is_constant_until_the_warm_up_ends_and_falls_from_there(step: int
     assert float(schedule(jnp.array(step))) == pytest.approx(expected, rel=1e-6)
 
 
+def test_linear_rises_and_falls_along_lines() -> None:
+    schedule = make_schedule(OptimizerConfig(schedule="linear", learning_rate=2.0, warmup_steps=10), steps=110)
+    actual = [float(schedule(jnp.asarray(step))) for step in (0, 4, 9, 10, 60, 85, 110)]
+    np.testing.assert_allclose(actual, [0.2, 1.0, 2.0, 2.0, 1.0, 0.5, 0.0], rtol=1e-5, atol=1e-6)
+
+
 def test_cosine_rises_linearly_and_ends_at_zero() -> None:
     schedule = make_schedule(OptimizerConfig(schedule="cosine", learning_rate=2.0, warmup_steps=10), steps=110)
     values = [float(schedule(jnp.array(step))) for step in (0, 4, 9, 10, 60, 110)]
