@@ -6,7 +6,8 @@ Sizes: 125m, 355m, 1.3b, 2.7b, 6.7b, 13b (dense), 15b, 52b, 207b, 1.1t (MoE, of 
 runlocal for a small machine.
 
 Its top-2 gives all first choices their slots before any second, by which a token's experts depend on later tokens; here
-earlier tokens come first. Its balance loss is summed over layers where ours is averaged, so the weight carries their number.
+earlier tokens come first. Its balance loss is summed over layers where ours is averaged, so the weight carries their
+number.
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,15 @@
 python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
+python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
+
+The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from switchjax import command
@@ -30,6 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     families.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
     families.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     families.set_defaults(table=_families)
+    plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
+    plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
+    plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
+    plan.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    plan.set_defaults(table=_plan)
     flags = parser.parse_args(arguments)
     flags.table(flags)
 
@@ -59,6 +69,17 @@ def _families(flags: Namespace) -> None:
     from switchjax.analysis.family_study import study_families
 
     _show(flags, "families", study_families(load, flags.workdir, report=print))
+
+
+def _plan(flags: Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
+
+    from switchjax.analysis.plan_table import tabulate_plans
+
+    def load(name: str, overrides: Sequence[str]) -> Config:
+        return command.load_config(str(flags.configs / name), overrides)
+
+    _show(flags, "plan", tabulate_plans(load, flags.workdir, report=partial(print, flush=True)))
 
 
 def _show(flags: Namespace, table: str, text: str) -> None:

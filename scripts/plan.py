@@ -5,7 +5,7 @@ python scripts/plan.py --config=configs/switch.py:c --topology=v5p:8x8x8 --json=
 python scripts/plan.py --config=configs/switch.py:xxl-128 --topology=v5e --fit
 
 Chips: v4, v5e, v5p, v6e, tpu7x. A mesh that the config leaves open is chosen. With --fit, the smallest slice of the
-chip that holds the step. The TPU compiler is libtpu: pip install -c constraints.txt 'jax[tpu]'.
+chip that holds the step. The TPU compiler is libtpu: pip install -c constraints.txt libtpu.
 """
 
 import os
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str]) -> None:
     accounting = account(config)
     file, _, size = flags.config.partition(":")
     print("\n".join([show_accounting(accounting), *show_published(f"{Path(file).stem}:{size}", config)]), flush=True)
-    found = accounting_dict(accounting)
+    found = [accounting_dict(accounting)]
     if chip or slice_:
         plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
         print(show_plan(plan))
-        found = plan.to_dict() | found
+        found.append(plan.to_dict())
     if flags.json:
-        write_json(flags.json, found)
+        write_json(flags.json, *found)
 
 
 def _report(line: str) -> None:

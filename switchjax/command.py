@@ -1,7 +1,9 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import ast
+import glob
 import logging
+import os
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -20,6 +22,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's remarks on its own start-up
+    if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
+        # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -78,9 +84,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         if argument.startswith("--config."):
             check_key(argument.removeprefix("--config.").partition("=")[0])
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["", f"--config={name}", *overrides]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not the process's own
     try:
-        rest = values(["", f"--config={name}", *overrides])
+        rest = values(arguments)
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     except Exception as error:  # A config file is code, and anything may go wrong in it.

@@ -1,5 +1,7 @@
 """What every test runs under: 8 CPU devices, shapes checked at run time, and nothing promoted silently."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
@@ -12,6 +14,7 @@ install_import_hook(
     [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference")], "beartype.beartype"
 )
 jax.config.update("jax_platforms", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the scripts that tests start: libtpu complains where no TPU is
 jax.config.update("jax_num_cpu_devices", 8)
 # As `emulate_devices` has it: programs in flight at once can wait for each other's threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -27,8 +27,21 @@ _HELD = 8
 """Kinds of arrays that a plan names."""
 
 
+_SHRINKS = 0.8
+"""Of a step's memory on all chips together, the share that it is trusted to need on more chips at least."""
+
+
 class OutOfMemory(UserError):
-    """A step needs more memory than a device has; the message says how much and what for."""
+    """A step needs more memory than a device has; the message says how much and what for.
+
+    Args:
+        message: in one line.
+        needed: bytes on a device, 0 where that is not known.
+    """
+
+    def __init__(self, message: str, needed: float = 0):
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -99,21 +112,26 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
     Args:
         config: what to train.
-        chip: its slices are tried by growing size; those that do not hold the state alone are not compiled for.
+        chip: its slices are tried by growing size; those that hold the state alone not, or less in all than the step
+            needed on a smaller slice, are not compiled for.
         report: is told, a line each, why a slice does not do.
 
     Raises:
         UserError: if no slice does; says what the largest lacked.
     """
     require_compiler()
-    reason = ""
+    reason, needed = "", 0.0
     for slice_ in slices(chip):
+        if slice_.devices * chip.memory < _SHRINKS * needed and slice_ != slices(chip)[-1]:
+            continue
         report(f"trying {slice_.name}, {slice_.chips} chips")
         try:
             return plan_step(config, slice_)
+        except OutOfMemory as error:
+            reason, needed = str(error), max(needed, slice_.devices * error.needed)
         except UserError as error:
             reason = str(error)
-            report(f"{slice_.name} does not fit: {reason}")
+        report(f"{slice_.name} does not fit: {reason}")
     raise UserError(f"no slice of {chip.name} fits; the largest: {reason}")
 
 
@@ -138,7 +156,16 @@ def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.Compiled
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(explain_out_of_memory(str(error))) from None
+        raise OutOfMemory(explain_out_of_memory(str(error)), needed_bytes(str(error))) from None
+
+
+def needed_bytes(message: str) -> float:
+    """What the compiler says that a program takes of a device's memory; 0 where it does not say."""
+    found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", message)
+    if found is None:
+        return 0.0
+    number, unit = found[1] or found[3], found[2] or found[4] or ""
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
 def explain_out_of_memory(message: str) -> str:
@@ -168,7 +195,7 @@ def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_:
     )
     if memory.total > memory.capacity:
         excess = show_bytes(memory.total - memory.capacity)
-        raise OutOfMemory(f"the step takes {show_bytes(memory.total)}, {excess} more than a device has")
+        raise OutOfMemory(f"the step takes {show_bytes(memory.total)}, {excess} more than a device has", memory.total)
     return StepPlan(
         topology=slice_.name,
         mesh=dict(mesh.shape),

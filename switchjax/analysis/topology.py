@@ -17,11 +17,15 @@ from switchjax.training.state import StatePlan, plan_state
 _OPEN = MeshConfig()
 """A mesh that says nothing is open: `choose_mesh` sets it."""
 _COMPILER_SETTINGS = {
+    # Compiling holds no TPU, so that nothing stands against two processes at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     # libtpu asks for these of a TPU machine; without answers it searches the network, and complains on stderr.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5e-4",
 }
+_MOST_MODEL = 16
+"""How far `choose_mesh` slices matrices: products shrink with the slices, their all-reduces of activations do not."""
 _STATE_SHARE = 0.7
 """Of a device's memory that `choose_mesh` lets parameters, gradients and optimiser fill before it slices matrices."""
 
@@ -29,7 +33,7 @@ _STATE_SHARE = 0.7
 def require_compiler() -> None:
     """Raises a `UserError` that says what to install unless libtpu is."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology and --fit need the TPU compiler: pip install -c constraints.txt 'jax[tpu]'")
+        raise UserError("--topology and --fit need the TPU compiler: pip install -c constraints.txt libtpu")
 
 
 def describe_devices(slice_: Slice) -> list[jax.Device]:
@@ -50,13 +54,13 @@ def describe_devices(slice_: Slice) -> list[jax.Device]:
         described = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         known = ", ".join(slice_.chip.shapes)
-        raise UserError(f"the TPU compiler knows no slice {slice_.name} (known: {known}): {error}") from None
+        raise UserError(f"the TPU compiler cannot describe {slice_.name} (known slices: {known}): {error}") from None
     assert len(described) == slice_.devices, f"{slice_.name} has {len(described)} devices"
     return list(described)
 
 
 def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) -> MeshConfig:
-    """The config's own mesh if it sets one, or else the smallest `model` axis, from 1 upwards, with which
+    """The config's own mesh if it sets one, or else the smallest `model` axis, from 1 to 16, with which
 
     - `expert` is the greatest common divisor of the remaining devices and of every layer's number of experts: no
       expert's parameters lie on more devices than they must; `data` is what then remains,
@@ -88,12 +92,13 @@ def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) ->
 
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """By growing `model`, up to a model's heads."""
+    """By growing `model`; experts are spread over at least two devices where there are two."""
     experts = {layer.num_experts for stack in config.model.stacks for layer in config.layers(stack)} - {0}
-    for model in range(1, min(devices, config.model.num_heads) + 1):
+    for model in range(1, min(devices, _MOST_MODEL) + 1):
         if devices % model == 0:
-            others = devices // model
-            yield MeshConfig(-1, math.gcd(others, *experts) if experts else 1, model)
+            expert = math.gcd(devices // model, *experts) if experts else 1
+            if model == 1 or expert > 1 or not experts:
+                yield MeshConfig(-1, expert, model)
 
 
 def state_bytes(plan: StatePlan) -> tuple[int, int]:

@@ -15,7 +15,14 @@ from switchjax.analysis.hardware import Slice, find_chip, parse_slice, show_byte
 from switchjax.analysis.hlo_collectives import Traffic
 from switchjax.analysis.hlo_liveness import Held
 from switchjax.analysis.plan_report import merge, show_plan, write_json
-from switchjax.analysis.planning import DeviceMemory, OutOfMemory, StepPlan, explain_out_of_memory, smallest_fit
+from switchjax.analysis.planning import (
+    DeviceMemory,
+    OutOfMemory,
+    StepPlan,
+    explain_out_of_memory,
+    needed_bytes,
+    smallest_fit,
+)
 from switchjax.analysis.roofline import Roofline
 from switchjax.analysis.topology import choose_mesh, state_bytes
 from switchjax.config import Config, MeshConfig, UserError
@@ -59,6 +66,12 @@ def test_matrices_are_sliced_where_rows_do_not_divide_or_parameters_do_not_fit(t
     assert choose(open_mesh(tiny), with_memory(2 * parameters + optimizer)) == (-1, 4, 2)
 
 
+def test_experts_are_spread_before_matrices_are_sliced_all_the_way(tiny: Config) -> None:
+    config = changed(open_mesh(tiny), model={"num_heads": 8})
+    assert choose(config, with_memory(1)) == (-1, 2, 4)
+    assert choose(changed(config, model={"pattern": ("dense",)}), with_memory(1)) == (-1, 1, 8)
+
+
 def test_where_no_mesh_divides_the_config_the_first_reason_is_given(tiny: Config) -> None:
     with pytest.raises(UserError, match=r"3 rows .* do not divide over the 8 shards"):
         choose(changed(open_mesh(tiny), data={"batch_size": 3}))
@@ -83,6 +96,22 @@ def test_the_smallest_slice_that_fits_is_found(tiny: Config, monkeypatch: pytest
     assert "v5e:2x4 does not fit: too little" in lines
 
 
+def test_slices_that_hold_less_than_the_step_needed_are_skipped(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = find_chip("v5e")
+    tried: list[int] = []
+
+    def plan_step(config: Config, slice_: Slice) -> StepPlan:
+        tried.append(slice_.chips)
+        raise OutOfMemory("too little", 40 * chip.memory / slice_.chips if slice_.chips < 64 else 5 * chip.memory)
+
+    monkeypatch.setattr(planning, "require_compiler", lambda: None)
+    monkeypatch.setattr(planning, "plan_step", plan_step)
+    with pytest.raises(UserError, match="no slice of v5e fits"):
+        smallest_fit(tiny, chip, lambda _: None)
+    # 40 chips' memory, of which four fifths are trusted: 32 chips. Then 320, so that only the largest slice is left.
+    assert tried == [1, 32, 64, 256]
+
+
 def test_where_no_slice_fits_the_largest_says_why(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_step(config: Config, slice_: Slice) -> StepPlan:
         raise OutOfMemory(f"{slice_.chips} are too few")
@@ -95,7 +124,7 @@ def test_where_no_slice_fits_the_largest_says_why(tiny: Config, monkeypatch: pyt
 
 def test_without_the_compiler_one_line_says_what_to_install(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install -c constraints.txt 'jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt libtpu"):
         planning.plan_step(tiny, EIGHT)
 
 
@@ -109,6 +138,18 @@ def test_the_compilers_own_account_becomes_a_line() -> None:
     assert line.endswith("Largest: 4.00G of jit(train_step)/dot; 1.50G of jit(train_step)/softmax")
     assert "Used 30.5G of 15.75G hbm." in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("the total memory required for HLO temporaries (334.78G) exceeds available HBM (95.74G).", 334.78),
+        ("Ran out of memory in memory space hbm. Used 30.5G of 15.75G hbm.", 30.5),
+        ("Ran out of memory", 0),
+    ],
+)
+def test_what_a_program_needs_is_read_from_the_compilers_message(message: str, gib: float) -> None:
+    assert needed_bytes(message) == gib * 2**30
 
 
 PLAN = StepPlan(
@@ -160,9 +201,9 @@ def test_bytes_are_shown_in_the_unit_that_reads_best() -> None:
     ]
 
 
-def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_plan(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "scripts/plan.py", "--config=configs/switch.py:runlocal", *arguments],
+        [sys.executable, "scripts/plan.py", f"--config=configs/{config}:runlocal", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -173,10 +214,19 @@ def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--topology=v5e:2x4"], ["--topology=v5e", "--fit", "--config.mesh.expert=1"]])
-def test_the_script_compiles_for_chips_that_are_not_there(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "arguments", "mesh", "moe_layers"),
+    [
+        ("switch.py", ["--topology=v5e:2x4"], [2, 4, 1], 2),
+        # One chip holds no two shards of experts, and is passed over.
+        ("glam.py", ["--topology=v5e", "--fit", "--config.mesh.expert=2"], [2, 2, 1], 1),
+    ],
+)
+def test_the_script_compiles_for_chips_that_are_not_there(
+    tmp_path: Path, config: str, arguments: list[str], mesh: list[int], moe_layers: int
+) -> None:
     pytest.importorskip("libtpu")
-    done = run_plan(*arguments, f"--json={tmp_path / 'plan.json'}")
+    done = run_plan(config, *arguments, f"--json={tmp_path / 'plan.json'}")
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["parameters"]["total"] > plan["parameters"]["active"] > 0
@@ -186,10 +236,10 @@ def test_the_script_compiles_for_chips_that_are_not_there(tmp_path: Path, argume
     assert memory["parameters"] + memory["optimizer"] < memory["total"] < memory["capacity"]
     assert all(plan["roofline"][f"{bound}_seconds"] >= 0 for bound in ("compute", "hbm", "network"))
     assert plan["compile_seconds"] > 0
-    if plan["mesh"]["expert"] > 1:
-        # One MoE layer in each stack, twice there and back.
-        assert plan["collectives"]["all-to-all"]["count"] == 8
-        assert "all-gather" not in plan["collectives"]
+    assert list(plan["mesh"].values()) == mesh
+    # There and back, forward and backward.
+    assert plan["collectives"]["all-to-all"]["count"] == 4 * moe_layers
+    assert "all-gather" not in plan["collectives"]
     # Progress and nothing of the compiler's own noise.
     assert all(line.startswith(("trying", "v5e:")) for line in done.stderr.splitlines())
 
@@ -203,7 +253,7 @@ def test_the_script_compiles_for_chips_that_are_not_there(tmp_path: Path, argume
     ],
 )
 def test_a_bad_topology_is_one_line(arguments: list[str], message: str) -> None:
-    done = run_plan(*arguments)
+    done = run_plan("switch.py", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --topology: ")
     assert message in done.stderr

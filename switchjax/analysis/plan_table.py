@@ -1,0 +1,148 @@
+"""The published models on the smallest slices that train them, and how long their train steps take to compile."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from switchjax.analysis.accounting import account
+from switchjax.analysis.hardware import GIB, Chip, Slice, find_chip, parse_slice
+from switchjax.analysis.plan_report import show_count, show_seconds
+from switchjax.analysis.planning import StepPlan, plan_step, smallest_fit
+from switchjax.config import Config
+
+Load = Callable[[str, Sequence[str]], Config]
+"""The config of a file in configs/ and its argument (`switch.py:c`), with overrides as on the command line."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to compile, as `plan.py` would be told to."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    """`section.key=value`."""
+    topology: str = "v5p"
+    """A chip, whose smallest slice that fits is sought, or a slice."""
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"--config.{override}" for override in self.overrides]
+
+
+_LARGE = ("model.remat=full",)
+FITS = (
+    Case("switch.py:base-128", ("model.remat=exchange",)),
+    Case("switch.py:xxl-128", _LARGE),
+    # 2048 tokens hold 16 of the decoder's rows, more than a chip of 256 has.
+    Case("switch.py:c", (*_LARGE, "moe.group_size=1024")),
+    # The inputs of 32 layers for all 4M tokens of a batch at once would take 1 TiB.
+    Case("mixtral.py:8x7b", (*_LARGE, "train.accumulation_steps=32")),
+    Case("glam.py:64b-64e", (*_LARGE, "train.accumulation_steps=8")),
+    Case("vmoe.py:h-14-every2", ("model.remat=exchange",)),
+)
+"""From the papers. Overrides: what activations too large for memory and groups too large for a shard need."""
+
+# 788 tokens are 4 images, as many as a chip of 1024 has.
+_V_MOE = Case("vmoe.py:l-16-every2", ("model.remat=exchange", "moe.group_size=788"), "v5p:2x2x4")
+RATIOS = (
+    ("24 layers to 4", 1.3, replace(_V_MOE, overrides=(*_V_MOE.overrides, "model.num_encoder_layers=4")), _V_MOE),
+    ("1024 chips to 16", 1.5, _V_MOE, replace(_V_MOE, topology="v5p:8x8x16")),
+)
+"""What is compared, the ratio of compile times that it should stay below, the smaller and the larger case."""
+
+
+def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
+    """Compiles every case of `FITS` and `RATIOS` and returns both tables.
+
+    Each plan is saved under `workdir` as soon as it is made, and made again only where its case has changed.
+
+    Args:
+        load: as `Load`.
+        workdir: of the plans.
+        report: is told of each slice that is tried and each row that is finished.
+
+    Raises:
+        UserError: if no slice holds a step, or the compiler is not there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "| config | parameters | slice | chips | mesh d/e/m | a chip's memory, GiB | all-to-alls | a MoE layer "
+        "| all-gathers | compute | HBM | network | MFU at most | compiled in |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in FITS:
+        lines.append(_fit_row(case, load(case.config, case.arguments), _planned(case, load, workdir, report)))
+        report(lines[-1])
+    lines += ["", "| compile time | slice | | slice | | ratio | aim |", "|---|---|---:|---|---:|---:|---:|"]
+    for name, aim, *cases in RATIOS:
+        lines.append(_ratio_row(name, aim, *(_planned(case, load, workdir, report) for case in cases)))
+        report(lines[-1])
+    return "\n".join(lines)
+
+
+def _planned(case: Case, load: Load, workdir: Path, report: Report) -> dict[str, Any]:
+    """`StepPlan.to_dict` of a case; compiled once, as that is long to come by."""
+    path = workdir / f"{_file_name(case)}.json"
+    described = json.loads(json.dumps(asdict(case)))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if saved["case"] == described:
+            return saved["plan"]
+    report(f"compiling {' '.join([case.config, *case.overrides])} for {case.topology}")
+    found = _plan(load(case.config, case.arguments), case.topology, report).to_dict()
+    path.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")
+    return found
+
+
+def _file_name(case: Case) -> str:
+    parts = (case.config.replace(".py", ""), case.topology, *case.overrides)
+    return "-".join(parts).replace(":", "_").replace("=", "_")
+
+
+def _plan(config: Config, topology: str, report: Report) -> StepPlan:
+    if ":" in topology:
+        return plan_step(config, parse_slice(topology))
+    return smallest_fit(config, find_chip(topology), report)
+
+
+def _fit_row(case: Case, config: Config, plan: dict[str, Any]) -> str:
+    slice_ = parse_slice(plan["topology"])
+    memory, bounds = plan["memory_per_device"], plan["roofline"]
+    counts = {kind: found["count"] for kind, found in plan["collectives"].items()}
+    exchanges = counts.get("all-to-all", 0)
+    cells = [" ".join([f"`{case.config}`", *(f"`{override}`" for override in case.overrides)])]
+    cells += [show_count(account(config).total), f"{plan['topology']}", f"{slice_.chips:,}"]
+    cells += ["/".join(str(size) for size in plan["mesh"].values())]
+    cells += [f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f}"]
+    cells += [f"{exchanges:,}", f"{exchanges / _routed_runs(config):.3g}", f"{counts.get('all-gather', 0):,}"]
+    cells += [show_seconds(bounds[f"{bound}_seconds"]) for bound in ("compute", "hbm", "network")]
+    cells += [f"{100 * utilization(config, slice_, plan):.0f} %", f"{plan['compile_seconds']:.0f} s"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _routed_runs(config: Config) -> int:
+    """How often an MoE layer runs in a step: each once a micro-batch."""
+    layers = [layer for stack in config.model.stacks for layer in config.layers(stack)]
+    return config.train.accumulation_steps * sum(layer.num_experts > 0 for layer in layers)
+
+
+def utilization(config: Config, slice_: Slice, plan: dict[str, Any]) -> float:
+    """Model FLOPs utilisation (MFU) of a step that takes as long as its largest bound of the roofline: no run has more.
+
+    The model's FLOPs are three forward passes as papers count them, with neither recomputation nor empty slots.
+    """
+    chip: Chip = slice_.chip
+    seconds = max(plan["roofline"][f"{bound}_seconds"] for bound in ("compute", "hbm", "network"))
+    flops = 3 * account(config).forward_flops * config.data.batch_size
+    return flops / (slice_.chips * chip.flops * seconds)
+
+
+def _ratio_row(name: str, aim: float, small: dict[str, Any], large: dict[str, Any]) -> str:
+    cells = [name]
+    for plan in (small, large):
+        cells += [plan["topology"], f"{plan['compile_seconds']:.0f} s"]
+    ratio = large["compile_seconds"] / small["compile_seconds"]
+    return "| " + " | ".join([*cells, f"{ratio:.2f}", f"{aim}"]) + " |"
