@@ -49,12 +49,17 @@ _TEXT: dict[str, Any] = {
     "optimizer": {"schedule": "cosine", "learning_rate": 0.1, "warmup_steps": 40},
     "train": {"steps": 1400, "log_every": 20, "checkpoint_every": 700},
 }
-_GPT = {"norm": "layer", "biases": True, "activation": "gelu"}
+_GPT = {
+    "norm": "layer",
+    "biases": True,
+    "positions": "learned",
+    "max_length": 128,
+    "activation": "gelu",
+}
 _TOP_2 = {"router": "top_k", "num_selected_experts": 2}
 _IMAGES: dict[str, Any] = {
     "model": {
         **_GPT,
-        "positions": "learned",
         "family": "vision",
         "d_model": 64,
         "d_ff": 128,
@@ -89,29 +94,29 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
     # One expert beside a dense network in every other layer, twice as many experts in the second half.
     "pr-moe": (
         _TEXT,
-        {**_GPT, "positions": "rotary"},
+        _GPT,
         {"moe": {"num_shared_experts": 1, "experts_per_layer": (8, 16), "fill_order": "random"}},
         {"d_ff": 144},
     ),
     # An expert in the middle of 4 layers.
     "base": (
         _TEXT,
-        {**_GPT, "positions": "rotary"},
+        _GPT,
         {
             "model": {"pattern": ("dense", "dense", "base", "dense", "dense"), "num_decoder_layers": 5},
-            "moe": {"router": "base", "load_balance_loss_weight": 0.0, "eval_capacity_factor": 8.0},
+            "moe": {"router": "base", "load_balance_loss_weight": 0.0},
         },
         {"d_ff": 120},
     ),
     "lstm-moe": (
-        {**_TEXT, "optimizer": {**_TEXT["optimizer"], "learning_rate": 0.03}},  # 0.1 lets an LSTM diverge
-        {"family": "recurrent", "norm": "none", "positions": "none", "num_decoder_layers": 3},
+        _TEXT,
+        {"family": "recurrent", "norm": "none", "positions": "none", "num_decoder_layers": 3, "dropout": 0.0},
         {
             "model": {"pattern": ("lstm", "moe_only", "lstm")},
             "moe": {
                 "router": "noisy_top_k",
                 "num_selected_experts": 2,
-                "eval_capacity_factor": 4.0,
+                "num_experts": 16,
                 "load_balance_loss_weight": 0.0,
                 "importance_loss_weight": 0.1,
                 "load_loss_weight": 0.1,
