@@ -1,6 +1,7 @@
 """What every test runs under: 8 CPU devices, shapes checked at run time, and nothing promoted silently."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -28,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers and runs share what they compile, in pytest's cache folder."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """Each program that a process has compiled takes some of the memory maps that the system allows it; out of them,
+    XLA crashes."""
+    yield
+    jax.clear_caches()
 
 
 # The first example of each shape compiles, so no deadline; the same examples in every run.
