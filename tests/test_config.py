@@ -123,7 +123,7 @@ INFINITE, NAN = float("inf"), float("nan")
         ("data", "mean_span_length", 0.5),
         ("optimizer", "learning_rate", 0.0),
         ("optimizer", "learning_rate", INFINITE),
-        ("optimizer", "schedule", "linear"),
+        ("optimizer", "schedule", "parabola"),
         ("optimizer", "b2", 1.0),
         ("optimizer", "clip_norm", -1.0),
         ("train", "steps", 0),
