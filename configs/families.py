@@ -164,5 +164,6 @@ def get_config(arg: str = "glam") -> ConfigDict:
     )
     if arg == "runlocal":
         data = dataclasses.replace(config.data, corpora=("kjv",))
-        config = dataclasses.replace(config, data=data, train=TrainConfig(steps=2, log_every=1))
+        moe = dataclasses.replace(config.moe, group_size=128)  # a row: they divide over up to 16 devices
+        config = dataclasses.replace(config, moe=moe, data=data, train=TrainConfig(steps=2, log_every=1))
     return config.to_config_dict()
