@@ -3,6 +3,7 @@
 python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
+python scripts/benchmark.py decode     # tokens a second with a cache of keys and values, and without
 python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
 
 The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import Config
+from switchjax.config import Config, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,6 +36,14 @@ def main(arguments: Sequence[str]) -> None:
     families.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
     families.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     families.set_defaults(table=_families)
+    decode = tables.add_parser("decode", help="tokens a second with the cache and without")
+    configs = ["configs/families.py:glam-dense", "configs/families.py:glam", "configs/quickstart.py:switch"]
+    decode.add_argument("--config", nargs="+", default=configs, metavar="CONFIG", help="of fresh models")
+    decode.add_argument("--workdir", type=Path, help="a run, whose latest checkpoint is taken in their place")
+    decode.add_argument("--new_tokens", type=int, default=256, help="tokens that each row is continued by")
+    decode.add_argument("--repeats", type=int, default=3, help="runs of each program")
+    decode.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    decode.set_defaults(table=_decode)
     plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
@@ -69,6 +78,20 @@ def _families(flags: Namespace) -> None:
     from switchjax.analysis.family_study import study_families
 
     _show(flags, "families", study_families(load, flags.workdir, report=print))
+
+
+def _decode(flags: Namespace) -> None:
+    if flags.workdir:
+        load_workdir_config(flags.workdir)  # a missing run is refused before JAX is started
+    configs = {} if flags.workdir else {name: command.load_config(name) for name in flags.config}
+
+    from switchjax.analysis.decode_benchmark import benchmark_decoding, fresh, trained
+
+    models = [(name, partial(fresh, config)) for name, config in configs.items()]
+    models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
+    _show(
+        flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report=partial(print, flush=True))
+    )
 
 
 def _plan(flags: Namespace) -> None:

@@ -1,40 +1,66 @@
-"""Fills in the masked spans of passages, greedily.
+"""Continues prompts (decoders) or fills in the masked spans of passages (encoder-decoders).
 
 python scripts/generate.py --workdir=runs/quickstart/switch --prompt="In the <extra_id_0> God created the <extra_id_1>."
+python scripts/generate.py --workdir=runs/glam --prompt="In the beginning" --method=sample --temperature=0.8 --top_p=0.9
+python scripts/generate.py --workdir=runs/glam --prompt="In the beginning" --method=beam --num_beams=4
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import MeshConfig, load_workdir_config
+from switchjax.config import DecodingConfig, MeshConfig, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        required=True,
-        help="a passage with <extra_id_0>, <extra_id_1>, ...; may be repeated",
-    )
+    prompt = "a text to continue, or a passage with <extra_id_0>, <extra_id_1>, ...; may be repeated"
+    parser.add_argument("--prompt", action="append", required=True, help=prompt)
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
+    default = DecodingConfig()
+    parser.add_argument("--method", default=default.method, help="greedy (default), sample or beam")
+    tokens = "tokens a prompt at most; default: 64, of an encoder-decoder as many as in training"
+    parser.add_argument("--max_new_tokens", type=int, help=tokens)
+    parser.add_argument("--temperature", type=float, default=default.temperature, help="sample: divides the logits")
+    parser.add_argument("--top_k", type=int, default=default.top_k, help="sample: of the most probable tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=default.top_p, help="sample: of this share of the probability")
+    parser.add_argument("--num_beams", type=int, default=default.num_beams, help="beam: texts that are open at a time")
+    parser.add_argument("--length_penalty", type=float, default=default.length_penalty, help="beam: alpha; 0: none")
+    parser.add_argument("--seed", type=int, default=0, help="sample: of the draws")
+    axes = ("DATA", "EXPERT", "MODEL")
+    parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: one device")
     flags = parser.parse_args(arguments)
     config = load_workdir_config(flags.workdir)
+    fills_in = config.model.family == "encoder_decoder"
+    most = config.data.decoder_length if fills_in else default.max_new_tokens
+    decoding = DecodingConfig(
+        flags.method,
+        most if flags.max_new_tokens is None else flags.max_new_tokens,
+        flags.temperature,
+        flags.top_k,
+        flags.top_p,
+        flags.num_beams,
+        flags.length_penalty,
+    )
 
     import jax
 
-    from switchjax.inference.decoding import fill_in
-    from switchjax.inference.evaluation import load_model
-    from switchjax.parallel.mesh import make_mesh
-    from switchjax.training.workdir import load_vocabulary
+    from switchjax.inference.pretrained import load_pretrained
+    from switchjax.inference.text import complete, fill_in
+    from switchjax.parallel.mesh import emulate_devices, make_mesh
 
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    if flags.mesh:
+        emulate_devices(config.mesh)
+    mesh = make_mesh(MeshConfig(*flags.mesh)) if flags.mesh else make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        _, model = load_model(config, flags.workdir, mesh, flags.step)
-        for passage in fill_in(model, load_vocabulary(flags.workdir, config), config, flags.prompt):
-            print(passage)
+        pretrained = load_pretrained(flags.workdir, mesh, flags.step)
+        key = jax.random.key(flags.seed)
+        if fills_in:
+            print("\n".join(fill_in(pretrained, flags.prompt, decoding, key)))
+        else:
+            answers = complete(pretrained, flags.prompt, decoding, key)
+            print("\n".join(prompt + answer for prompt, answer in zip(flags.prompt, answers, strict=True)))
 
 
 if __name__ == "__main__":

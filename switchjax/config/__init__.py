@@ -9,6 +9,7 @@ This package imports no jax.
 from switchjax.config.checks import UserError, check_choice, suggest
 from switchjax.config.config import Config, Layer, check_key, differences, load_workdir_config
 from switchjax.config.data import DataConfig
+from switchjax.config.decoding import DecodingConfig
 from switchjax.config.model import ModelConfig
 from switchjax.config.moe import MoEConfig
 from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -16,6 +17,7 @@ from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, Opt
 __all__ = [
     "Config",
     "DataConfig",
+    "DecodingConfig",
     "EvaluateConfig",
     "InitFromConfig",
     "Layer",

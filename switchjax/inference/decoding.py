@@ -1,89 +1,82 @@
-"""Greedy decoding, and filling in a passage with masked spans."""
+"""Decoding with a cache of keys and values: greedy, sampled or by beam search, one compiled program for all steps."""
 
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from switchjax.config import Config, UserError
-from switchjax.data.vocabulary import EOS, PAD, Vocabulary
-from switchjax.models.encoder_decoder import EncoderDecoder
+from switchjax.config import DecodingConfig, UserError
+from switchjax.data.vocabulary import EOS, PAD
+from switchjax.inference.beam import beam_search
+from switchjax.inference.prefill import prefill
+from switchjax.inference.sampling import choose, writable
+from switchjax.models.cache import Cache
+from switchjax.models.families import TextModel
+from switchjax.models.layers import cast_kernels
+from switchjax.models.model import Batch
+from switchjax.parallel.mesh import count_shards
+from switchjax.parallel.sharding import constrain
 
-SENTINEL = re.compile(r"<extra_id_\d+>")
 
-
-@partial(jax.jit, static_argnames=("max_length", "num_ids"))
-def greedy_decode(
-    model: EncoderDecoder, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], max_length: int, num_ids: int
+def generate(
+    model: TextModel,
+    batch: Batch,
+    decoding: DecodingConfig,
+    num_ids: int,
+    key: PRNGKeyArray | None = None,
+    eos: int = EOS,
 ) -> Int[Array, "B T"]:
-    """The most probable next token, `max_length` times or until every row has ended.
+    """What follows each row's prompt. Compiled once for the shapes of `batch` and each `decoding`.
+
+    The MoE layers route as their config says: of a model that drops tokens, so does its decoding, and a row depends on
+    the others (`switchjax.inference.pretrained` loads models that drop none).
 
     Args:
-        model: an encoder-decoder.
-        tokens: the encoder's input.
-        segments: 1 for its tokens, 0 for padding.
-        max_length: T.
+        model: a decoder, or an encoder and decoder.
+        batch: what the model reads in training without the targets: `decoder_inputs`, in each row PAD and then the
+            prompt, and `decoder_segments`, 1 for these and 0 for padding after them; with an encoder, its inputs. A row
+            of padding alone stays empty.
+        decoding: how, and how many tokens at most: T.
         num_ids: ids that the vocabulary has; the model's table may be larger.
+        key: for sampling; None: `jax.random.key(0)`.
+        eos: the token after which a row has ended.
 
     Returns:
-        Token ids up to and with EOS; padding after it.
-    """
-    encoded, _ = model.encode(tokens, segments, None)
-    rows = tokens.shape[0]
-
-    def not_done(carry: tuple[Array, Array, Array]) -> Array:
-        position, _, ended = carry
-        return (position < max_length) & ~jnp.all(ended)
-
-    def write_next(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        position, output, ended = carry
-        inputs = jnp.concatenate([jnp.full((rows, 1), PAD, output.dtype), output[:, :-1]], axis=1)
-        # What is not yet written is padding: it takes no slot of an expert.
-        written = jnp.broadcast_to(jnp.arange(max_length)[None] <= position, output.shape).astype(output.dtype)
-        logits, _ = model.decode(encoded, segments, inputs, written, None)
-        logits = jax.lax.dynamic_index_in_dim(logits, position, axis=1, keepdims=False)
-        chosen = jnp.argmax(logits[:, :num_ids], axis=-1)
-        chosen = jnp.where(ended, PAD, chosen.astype(output.dtype))
-        output = jax.lax.dynamic_update_index_in_dim(output, chosen, position, axis=1)
-        return position + 1, output, ended | (chosen == EOS)
-
-    start = (jnp.zeros((), jnp.int32), jnp.full((rows, max_length), PAD, jnp.int32), jnp.zeros(rows, bool))
-    _, output, _ = jax.lax.while_loop(not_done, write_next, start)
-    return output
-
-
-def fill_in(model: EncoderDecoder, vocabulary: Vocabulary, config: Config, passages: list[str]) -> list[str]:
-    """Each passage with its masked spans `<extra_id_0>`, `<extra_id_1>`, ... replaced by `[the model's words]`.
+        Token ids up to and with EOS; PAD after it.
 
     Raises:
-        UserError: if a passage masks nothing or is longer than the encoder, or the model is of another family.
+        UserError: if the rows do not divide over the mesh, or prompt and new tokens exceed the model's positions.
     """
-    if config.model.family != "encoder_decoder":
-        raise UserError(
-            f"filling in spans takes an encoder-decoder, but this run has model.family={config.model.family}"
-        )
-    return [_fill_in_one(model, vocabulary, config, passage) for passage in passages]
+    rows, shards = batch["decoder_inputs"].shape[0], count_shards()
+    if rows % shards:
+        raise UserError(f"{rows} rows do not divide over the {shards} shards of data x expert: add rows of padding")
+    return _generate(model, batch, decoding, num_ids, jax.random.key(0) if key is None else key, eos)
 
 
-def _fill_in_one(model: EncoderDecoder, vocabulary: Vocabulary, config: Config, passage: str) -> str:
-    """One by one, since passages that are routed together would compete for the experts' buffers."""
-    if not SENTINEL.search(passage):
-        raise UserError(f"nothing to fill in: mark spans with <extra_id_0>, <extra_id_1>, ... in: {passage}")
-    length = config.data.encoder_length
-    ids = [*vocabulary.encode(passage), EOS]
-    if len(ids) > length:
-        raise UserError(f"a passage of {len(ids)} tokens is longer than data.encoder_length={length}")
-    tokens = jnp.asarray([ids + [PAD] * (length - len(ids))], jnp.int32)
-    segments = jnp.asarray([[1] * len(ids) + [0] * (length - len(ids))], jnp.int32)
-    (output,) = greedy_decode(model, tokens, segments, config.data.decoder_length, vocabulary.size)
-    return _insert(passage, vocabulary.decode(output.tolist()))
+@partial(jax.jit, static_argnames=("decoding", "num_ids", "eos"))
+def _generate(
+    model: TextModel, batch: Batch, decoding: DecodingConfig, num_ids: int, key: PRNGKeyArray, eos: int
+) -> Int[Array, "B T"]:
+    model = cast_kernels(model, model.config.dtype)
+    batch = {name: constrain(rows, "batch", "length") for name, rows in batch.items()}
+    if decoding.method == "beam":
+        return beam_search(model, batch, decoding, num_ids, eos)[0]
+    cache, last, empty = prefill(model, batch, decoding.max_new_tokens)
+    output = jnp.full((last.shape[0], decoding.max_new_tokens), PAD, jnp.int32)
+    Carry = tuple[Array, Array, Array, Array, Cache]
 
+    def is_open(carry: Carry) -> Array:
+        step, _, ended, _, _ = carry
+        return (step < decoding.max_new_tokens) & ~jnp.all(ended)
 
-def _insert(passage: str, answer: str) -> str:
-    """Puts the span after a sentinel's first place in `answer` in its place in `passage`; `[]` where there is none."""
-    spans: dict[str, str] = {}
-    for sentinel, span in zip(SENTINEL.findall(answer), SENTINEL.split(answer)[1:], strict=True):
-        spans.setdefault(sentinel, span)
-    return SENTINEL.sub(lambda sentinel: f"[{spans.get(sentinel.group(), '').strip()}]", passage)
+    def write_next(carry: Carry) -> Carry:
+        step, last, ended, output, cache = carry
+        # Rows that have ended are padding: they take no slot of an expert.
+        logits, cache = model.extend(last[:, None], ~ended[:, None], cache)
+        chosen = choose(writable(logits[:, 0], num_ids), decoding, jax.random.fold_in(key, step))
+        chosen = jnp.where(ended, PAD, chosen.astype(jnp.int32))
+        output = jax.lax.dynamic_update_index_in_dim(output, chosen, step, axis=1)
+        return step + 1, chosen, ended | (chosen == eos), constrain(output, "batch", "length"), cache
+
+    return jax.lax.while_loop(is_open, write_next, (jnp.zeros((), jnp.int32), last, empty, output, cache))[3]

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
+from switchjax.models.cache import KeyValues
 from switchjax.models.layers import INIT_SCALE, add_bias, bias, dropout, kernel
 
 
@@ -30,6 +31,19 @@ def attention_mask(
         if window:
             mask &= jnp.triu(jnp.ones(mask.shape[1:], bool), 1 - window)[None]
     return mask[:, None]
+
+
+def cached_mask(positions: Int[Array, "B Q"], num_keys: int, window: int = 0) -> Bool[Array, "B 1 Q L"]:
+    """Which keys of a cache a query at each of these positions sees: those before it and its own.
+
+    Args:
+        positions: of the queries.
+        num_keys: L, for which the cache has room; what is not yet written lies after every query.
+        window: how many keys a query sees, its own included; 0: all.
+    """
+    distance = positions[:, :, None] - jnp.arange(num_keys)[None, None]
+    mask = distance >= 0
+    return (mask & (distance < window) if window else mask)[:, None]
 
 
 def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
@@ -70,17 +84,18 @@ class RelativePositionBias(nnx.Module):
         bias = jax.random.normal(key, shape, config.param_dtype) * jnp.asarray(config.d_model**-0.5, config.param_dtype)
         self.bias = nnx.Param(bias, axes=("heads", "bucket"))
 
-    def __call__(self, num_queries: int, num_keys: int) -> Float[Array, "1 H Q L"]:
-        distance = jnp.arange(num_keys)[None, :] - jnp.arange(num_queries)[:, None]
+    def __call__(self, positions: Int[Array, "B Q"], num_keys: int) -> Float[Array, "B H Q L"]:
+        """The bias of queries at `positions` towards keys 0, 1, 2, ..."""
+        distance = jnp.arange(num_keys)[None, None] - positions[:, :, None]
         buckets = relative_position_bucket(
             distance, self.bidirectional, self.config.relative_buckets, self.config.relative_max_distance
         )
-        return self.bias[...].astype(jnp.float32)[:, buckets][None]
+        return self.bias[...].astype(jnp.float32)[:, buckets].swapaxes(0, 1)
 
 
 def relative_position_bucket(
-    distance: Int[Array, "Q L"], bidirectional: bool, num_buckets: int, max_distance: int
-) -> Int[Array, "Q L"]:
+    distance: Int[Array, "*B Q L"], bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[Array, "*B Q L"]:
     """The bucket of `key position - query position`.
 
     Half of the buckets are for exact distances, the others grow logarithmically up to `max_distance` and the last one
@@ -121,34 +136,37 @@ class Attention(nnx.Module):
         self.value_bias = bias(config, shared, axes[1:])
         self.out_bias = bias(config, (config.d_model,), ("embed",))
 
+    def keys_values(self, context: Float[Array, "B L D"], positions: Int[Array, "B L"] | None = None) -> KeyValues:
+        """The keys, rotated by `positions` if there are any, and the values of `context`."""
+        keys = add_bias(jnp.einsum("bld,dha->blha", context, self.key[...].astype(context.dtype)), self.key_bias)
+        values = add_bias(jnp.einsum("bld,dha->blha", context, self.value[...].astype(context.dtype)), self.value_bias)
+        return KeyValues(keys if positions is None else rotate(keys, positions, self.config.rotary_base), values)
+
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        context: Float[Array, "B L D"],
+        context: KeyValues,
         mask: Bool[Array, "B 1 Q L"],
-        bias: Float[Array, "1 H Q L"] | None,
+        bias: Float[Array, "#B H Q L"] | None,
         key: PRNGKeyArray | None,
-        positions: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B Q"] | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `x` to `context` (the same array for self-attention).
+        """Attends from `x` to `context`.
 
         Args:
             x: queries.
-            context: keys and values.
+            context: `keys_values` of what is attended to: for self-attention, of `x` and what came before it.
             mask: which keys each query sees.
             bias: added to the scores before the softmax, which is in float32.
             key: for dropout of the attention weights; None in evaluation.
-            positions: of queries and keys of self-attention, by which they are rotated; None: they are not.
+            positions: by which queries are rotated; None: they are not.
         """
         query = add_bias(jnp.einsum("bqd,dha->bqha", x, self.query[...].astype(x.dtype)), self.query_bias)
-        keys = add_bias(jnp.einsum("bld,dha->blha", context, self.key[...].astype(x.dtype)), self.key_bias)
-        values = add_bias(jnp.einsum("bld,dha->blha", context, self.value[...].astype(x.dtype)), self.value_bias)
         if positions is not None:
-            base = self.config.rotary_base
-            query, keys = rotate(query, positions, base), rotate(keys, positions, base)
+            query = rotate(query, positions, self.config.rotary_base)
         if self.config.scale_scores:
             query = query * jnp.asarray(self.config.d_head**-0.5, query.dtype)
-        mixed = attend(query, keys, values, mask, bias, self.config.dropout, key)
+        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, key)
         return add_bias(jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), self.out_bias)
 
 
@@ -157,7 +175,7 @@ def attend(
     keys: Float[Array, "B L N A"],
     values: Float[Array, "B L N A"],
     mask: Bool[Array, "B 1 Q L"],
-    bias: Float[Array, "1 H Q L"] | None,
+    bias: Float[Array, "#B H Q L"] | None,
     rate: float,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "B Q H A"]:

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from switchjax.config import Config, Layer, ModelConfig
 from switchjax.models.attention import Attention
+from switchjax.models.cache import KeyValues, LayerCache, State
+from switchjax.models.inputs import StackInputs
 from switchjax.models.layers import FeedForward, dropout, make_norm, split_key
 from switchjax.models.lstm import LSTM
 from switchjax.models.switch_attention import SwitchAttention
@@ -19,35 +20,6 @@ from switchjax.moe.layer import MoELayer, RoutingSums
 from switchjax.moe.peer import PEERLayer
 from switchjax.moe.shared import SharedMoELayer
 from switchjax.parallel.sharding import constrain
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CrossInputs:
-    """What the cross-attention of a decoder attends to."""
-
-    encoded: Float[Array, "B M D"]
-    mask: Bool[Array, "B 1 L M"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StackInputs:
-    """What every layer of a stack sees besides the residual stream."""
-
-    tokens: Int[Array, "B L"] | None
-    """Vocabulary ids; None for images."""
-    segments: Int[Array, "B L"]
-    self_mask: Bool[Array, "B 1 L L"]
-    self_bias: Float[Array, "1 H L L"] | None
-    positions: Int[Array, "B L"] | None
-    """By which queries and keys are rotated; None: they are not."""
-    cross: CrossInputs | None
-
-    @property
-    def token_mask(self) -> Bool[Array, "B L"]:
-        """False for padding."""
-        return self.segments > 0
 
 
 class Block(nnx.Module):
@@ -74,33 +46,49 @@ class Block(nnx.Module):
             self.extra_norm = make_norm(config.model)
             self.extra = _dense(config, jax.random.fold_in(ff_key, 0))
 
+    def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
+        """The cache before the first token."""
+        model = self.config
+        state = KeyValues.empty(rows, length, model.kv_heads, model.d_head, model.dtype)
+        return LayerCache(state, None if encoded is None else self.cross_attention.keys_values(encoded))
+
     def __call__(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
-        """The residual stream after the block, and the routing sums of each of its routers."""
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], State]:
+        """The residual stream after the block, the routing sums of each of its routers, and the cache's new state."""
         keys = iter(split_key(key, 8 if self.has_extra else 6))
 
         def residual(x: Array, y: Array) -> Array:
             y = x + dropout(y, self.config.dropout, next(keys))
             return constrain(y, "batch", "length", "embed")
 
-        y, attention_sums = self._attend(self.self_norm(x), inputs, next(keys))
+        y, attention_sums, state = self._attend(self.self_norm(x), inputs, next(keys), cache)
         x = residual(x, y)
         if inputs.cross is not None:
-            encoded, mask = inputs.cross.encoded, inputs.cross.mask
-            x = residual(x, self.cross_attention(self.cross_norm(x), encoded, mask, None, next(keys)))
+            context = self.cross_attention.keys_values(inputs.cross.encoded) if cache is None else cache.cross
+            x = residual(x, self.cross_attention(self.cross_norm(x), context, inputs.cross.mask, None, next(keys)))
         y, ff_sums = apply_feed_forward(self.ff, self.ff_norm(x), inputs, next(keys))
         x = residual(x, y)
         if self.has_extra:
             x = residual(x, self.extra(self.extra_norm(x), next(keys)))
-        return x, attention_sums + ff_sums
+        return x, attention_sums + ff_sums, state
 
     def _attend(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
-        if isinstance(self.self_attention, Attention):
-            return self.self_attention(x, x, inputs.self_mask, inputs.self_bias, key, inputs.positions), []
-        return self.self_attention(x, inputs.token_mask, inputs.self_mask, inputs.self_bias, key, inputs.tokens)
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], State]:
+        def seen(new: KeyValues) -> KeyValues:
+            return new if cache is None else cache.state.write(new, inputs.slots)
+
+        layer, mask, bias = self.self_attention, inputs.self_mask, inputs.self_bias
+        if isinstance(layer, Attention):
+            context = seen(layer.keys_values(x, inputs.positions))
+            y, sums = layer(x, context, mask, bias, key, inputs.positions), []
+        else:
+            new, value_sums = layer.keys_values(x, inputs.token_mask, key, inputs.tokens)
+            context = seen(new)
+            y, query_sums = layer(x, context, inputs.token_mask, mask, bias, key, inputs.tokens)
+            sums = [query_sums, value_sums]
+        return y, sums, None if cache is None else context
 
 
 class BaseBlock(nnx.Module):
@@ -110,12 +98,16 @@ class BaseBlock(nnx.Module):
         del kind, cross
         self.layer = BaseLayer(_make_expert(config), config.model.d_model, config.moe, key)
 
+    def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
+        """Nothing: the layer looks at one token at a time."""
+        return LayerCache()
+
     def __call__(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], State]:
         """The residual stream after the layer, and its routing sums."""
         x, sums = self.layer(x, inputs.token_mask, key)
-        return x, [sums]
+        return x, [sums], None
 
 
 class LSTMBlock(nnx.Module):
@@ -127,12 +119,20 @@ class LSTMBlock(nnx.Module):
         self.norm = make_norm(config.model)
         self.lstm = LSTM(config.model, key)
 
+    def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
+        """The cache before the first token."""
+        return LayerCache(self.lstm.empty(rows, self.config.dtype))
+
     def __call__(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
-        """The residual stream after the layer."""
-        y = self.lstm(self.norm(x), inputs.segments)
-        return constrain(x + dropout(y, self.config.dropout, key), "batch", "length", "embed"), []
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], State]:
+        """The residual stream after the layer, and the cache's new state."""
+        x_normed, state = self.norm(x), None
+        if cache is None:
+            y = self.lstm(x_normed, inputs.segments)
+        else:
+            y, state = self.lstm.extend(x_normed, inputs.token_mask, cache.state)
+        return constrain(x + dropout(y, self.config.dropout, key), "batch", "length", "embed"), [], state
 
 
 class BetweenBlock(nnx.Module):
@@ -148,14 +148,18 @@ class BetweenBlock(nnx.Module):
         self.norm = make_norm(config.model)
         self.ff = FEED_FORWARD[kind](config, key)
 
+    def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
+        """Nothing: the layer looks at one token at a time."""
+        return LayerCache()
+
     def __call__(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], State]:
         """The residual stream after the layer, and its routing sums."""
         ff_key, dropout_key = split_key(key, 2)
         y, sums = apply_feed_forward(self.ff, self.norm(x), inputs, ff_key)
         y = dropout(jax.nn.sigmoid(y), self.config.dropout, dropout_key)
-        return constrain(x + y, "batch", "length", "embed"), sums
+        return constrain(x + y, "batch", "length", "embed"), sums, None
 
 
 FeedForwardLayer = FeedForward | MoELayer | SharedMoELayer | PEERLayer

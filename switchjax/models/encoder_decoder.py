@@ -1,11 +1,12 @@
 """The encoder-decoder: T5, and with MoE layers the Switch Transformer, GShard and ST-MoE."""
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config
 from switchjax.models.attention import attention_mask
-from switchjax.models.blocks import CrossInputs
+from switchjax.models.cache import Cache
+from switchjax.models.inputs import CrossInputs
 from switchjax.models.layers import Embedding, kernel, split_key
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
@@ -52,9 +53,23 @@ class EncoderDecoder(Model):
         """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
         x, sums = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
-        if self.logits is None:
-            return self.embedding.logits(x), sums
-        return x @ self.logits[...].astype(x.dtype), sums
+        return self._predict(x), sums
+
+    def start(self, batch: Batch, max_length: int) -> Cache:
+        """The cache of the decoder for the encoder's inputs in `batch`, with room for `max_length` tokens a row."""
+        tokens, segments = batch["encoder_tokens"], batch["encoder_segments"]
+        encoded, _ = self.encode(tokens, segments, None)
+        return self.decoder.start(tokens.shape[0], max_length, encoded, segments)
+
+    def extend(
+        self, tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
+    ) -> tuple[Float[Array, "B L V"], Cache]:
+        """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
+        x, cache = self.decoder.extend(embed(self.embedding, tokens), tokens, token_mask, cache)
+        return self._predict(x), cache
+
+    def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        return self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,6 +15,9 @@ FAMILIES: dict[str, type[Model]] = {
     "vision": VisionTransformer,
 }
 
+TextModel = EncoderDecoder | LanguageModel
+"""Models that write: `start` gives the cache of a batch, `extend` reads further tokens into it."""
+
 
 def build(config: Config, key: PRNGKeyArray) -> Model:
     """The model that `config.model.family` names, freshly initialised."""

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from switchjax.config import Config
+from switchjax.config import Config, UserError
 from switchjax.models.attention import positions_in_segments, sinusoids
+from switchjax.models.cache import Cache
 from switchjax.models.layers import Embedding, kernel, learned_positions
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
@@ -31,14 +32,40 @@ class LanguageModel(Model):
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
         """Logits of the token that follows each of `decoder_inputs`, and the decoder's routing sums."""
         tokens, segments = batch["decoder_inputs"], batch["decoder_segments"]
-        x = embed(self.embedding, tokens)
-        if self.config.positions in ("learned", "sinusoidal"):
-            table = sinusoids(x.shape[1], x.shape[2]) if self.positions is None else self.positions[...]
-            vectors = jnp.take(table.astype(x.dtype), positions_in_segments(segments), axis=0)
-            x = constrain(x + vectors, "batch", "length", "embed")
+        x = self._embed(tokens, positions_in_segments(segments), tokens.shape[1])
         x, sums = self.decoder(x, tokens, segments, key)
-        logits = self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
-        return logits, {"decoder": sums}
+        return self._predict(x), {"decoder": sums}
+
+    def start(self, batch: Batch, max_length: int) -> Cache:
+        """The cache for as many rows as `batch` has, with room for `max_length` tokens a row.
+
+        Raises:
+            UserError: if the model has learned fewer positions.
+        """
+        if self.positions is not None and max_length > self.config.max_length:
+            raise UserError(
+                f"{max_length} tokens exceed the model.max_length={self.config.max_length} positions learned"
+            )
+        return self.decoder.start(batch["decoder_inputs"].shape[0], max_length)
+
+    def extend(
+        self, tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
+    ) -> tuple[Float[Array, "B L V"], Cache]:
+        """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
+        x = self._embed(tokens, cache.positions(tokens.shape[1]), cache.max_length)
+        x, cache = self.decoder.extend(x, tokens, token_mask, cache)
+        return self._predict(x), cache
+
+    def _embed(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], count: int) -> Float[Array, "B L D"]:
+        """Token vectors, with those of their positions, of which there are `count`, where these are added."""
+        x = embed(self.embedding, tokens)
+        if self.config.positions not in ("learned", "sinusoidal"):
+            return x
+        table = sinusoids(count, x.shape[2]) if self.positions is None else self.positions[...]
+        return constrain(x + jnp.take(table.astype(x.dtype), positions, axis=0), "batch", "length", "embed")
+
+    def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        return self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

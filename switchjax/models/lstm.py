@@ -1,11 +1,14 @@
 """A long short-term memory layer (Hochreiter and Schmidhuber 1997; with a projection, Sak et al. 2014)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
+from switchjax.models.cache import LSTMState
 from switchjax.models.layers import kernel
 
 
@@ -28,6 +31,11 @@ class LSTM(nnx.Module):
         projected = cells != config.d_model
         self.project = kernel(project_key, (cells, config.d_model), (None, "embed"), dtype) if projected else None
 
+    def empty(self, rows: int, dtype: DTypeLike) -> LSTMState:
+        """The state before the first token."""
+        cells, d_model = self.w_h.shape[-1], self.w_h.shape[0]
+        return LSTMState(jnp.zeros((rows, d_model), dtype), jnp.zeros((rows, cells), dtype))
+
     def __call__(self, x: Float[Array, "B L D"], segments: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The hidden state after each token.
 
@@ -38,21 +46,48 @@ class LSTM(nnx.Module):
         continues = jnp.concatenate(
             [jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] == segments[:, :-1]], axis=1
         )
-        inputs = jnp.einsum("bld,dgc->lbgc", x, self.w_x[...].astype(x.dtype))
-        inputs += self.bias[...].astype(x.dtype)[None, None]
-        w_h = self.w_h[...].astype(x.dtype)
-        project = None if self.project is None else self.project[...].astype(x.dtype)
 
-        def step(state: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        def unless_new(state: LSTMState, kept: Bool[Array, "B"]) -> LSTMState:
+            return jax.tree.map(lambda part: jnp.where(kept[:, None], part, jnp.zeros((), part.dtype)), state)
+
+        step = self._step(x.dtype)
+
+        def advance(state: LSTMState, at: tuple[Array, Array]) -> tuple[LSTMState, Array]:
             gates, kept = at
-            hidden, cell = (jnp.where(kept[:, None], part, jnp.zeros((), part.dtype)) for part in state)
-            gates += jnp.einsum("bd,dgc->bgc", hidden, w_h)
-            enter, forget, candidate, leave = (gates[:, gate] for gate in range(4))
-            cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
-            hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
-            hidden = hidden if project is None else hidden @ project
-            return (hidden, cell), hidden
+            state = step(unless_new(state, kept), gates)
+            return state, state.hidden
 
-        start = jnp.zeros_like(x[:, 0]), jnp.zeros_like(inputs[0, :, 0])
-        _, hidden = jax.lax.scan(step, start, (inputs, continues.T))
+        _, hidden = jax.lax.scan(advance, self.empty(x.shape[0], x.dtype), (self._gates(x), continues.T))
         return hidden.swapaxes(0, 1)
+
+    def extend(
+        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], state: LSTMState
+    ) -> tuple[Float[Array, "B L D"], LSTMState]:
+        """The hidden state after each further token, and the state after the last; padding leaves it as it is."""
+        step = self._step(x.dtype)
+
+        def advance(state: LSTMState, at: tuple[Array, Array]) -> tuple[LSTMState, Array]:
+            gates, real = at
+            after = jax.tree.map(lambda new, old: jnp.where(real[:, None], new, old), step(state, gates), state)
+            return after, after.hidden
+
+        state, hidden = jax.lax.scan(advance, state, (self._gates(x), token_mask.T))
+        return hidden.swapaxes(0, 1), state
+
+    def _gates(self, x: Float[Array, "B L D"]) -> Float[Array, "L B 4 cells"]:
+        """What inputs add to the gates."""
+        inputs = jnp.einsum("bld,dgc->lbgc", x, self.w_x[...].astype(x.dtype))
+        return inputs + self.bias[...].astype(x.dtype)[None, None]
+
+    def _step(self, dtype: DTypeLike) -> Callable[[LSTMState, Float[Array, "B 4 cells"]], LSTMState]:
+        w_h = self.w_h[...].astype(dtype)
+        project = None if self.project is None else self.project[...].astype(dtype)
+
+        def step(state: LSTMState, gates: Float[Array, "B 4 cells"]) -> LSTMState:
+            gates = gates + jnp.einsum("bd,dgc->bgc", state.hidden, w_h)
+            enter, forget, candidate, leave = (gates[:, gate] for gate in range(4))
+            cell = jax.nn.sigmoid(forget) * state.cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
+            hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
+            return LSTMState(hidden if project is None else hidden @ project, cell)
+
+        return step

@@ -1,16 +1,20 @@
 """The transformer stack: runs of repeating periods, one period of which is the body of a `lax.scan`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config, Layer, UserError
-from switchjax.models.attention import RelativePositionBias, attention_mask, positions_in_segments
-from switchjax.models.blocks import CrossInputs, StackInputs, make_block
+from switchjax.models.attention import RelativePositionBias, attention_mask, cached_mask, positions_in_segments
+from switchjax.models.blocks import make_block
+from switchjax.models.cache import Cache, LayerCache, State
+from switchjax.models.inputs import CrossInputs, StackInputs
 from switchjax.models.layers import dropout, make_norm, split_key
 from switchjax.models.runs import find_runs
 from switchjax.moe.exchange import EXCHANGE
@@ -52,15 +56,27 @@ class Period(nnx.Module):
         keys = jax.random.split(key, len(layers))
         self.blocks = nnx.List([make_block(config, layer, cross, k) for layer, k in zip(layers, keys, strict=True)])
 
+    def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> list[LayerCache]:
+        """The blocks' caches before the first token."""
+        return [block.start(rows, length, encoded) for block in self.blocks]
+
     def __call__(
-        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
+        self,
+        x: Float[Array, "B L D"],
+        inputs: StackInputs,
+        key: PRNGKeyArray | None,
+        caches: list[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B L D"], RoutingSums | None, list[State]]:
         """Applies the blocks; routing sums carry the period's MoE layers on their first axis, None without any."""
         layers: list[RoutingSums] = []
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x, sums = block(x, inputs, block_key)
+        states: list[State] = []
+        known: Sequence[LayerCache | None] = caches or [None] * len(self.blocks)
+        keys = split_key(key, len(self.blocks))
+        for block, block_key, cache in zip(self.blocks, keys, known, strict=True):
+            x, sums, state = block(x, inputs, block_key, cache)
             layers += sums
-        return x, jax.tree.map(lambda *values: jnp.stack(values), *layers) if layers else None
+            states.append(state)
+        return x, jax.tree.map(lambda *values: jnp.stack(values), *layers) if layers else None, states
 
 
 class Stack(nnx.Module):
@@ -112,29 +128,98 @@ class Stack(nnx.Module):
             tokens=tokens,
             segments=segments,
             self_mask=attention_mask(segments, segments, self.causal, self.config.sliding_window),
-            self_bias=None if self.bias is None else self.bias(x.shape[1], x.shape[1]),
+            self_bias=None if self.bias is None else self.bias(jnp.arange(x.shape[1])[None], x.shape[1]),
             positions=positions_in_segments(segments) if self.config.positions == "rotary" else None,
             cross=cross,
         )
+        x, routing, _ = self._apply(x, inputs, key)
+        return x, routing
+
+    def start(
+        self,
+        rows: int,
+        max_length: int,
+        encoded: Float[Array, "B M D"] | None = None,
+        encoded_segments: Int[Array, "B M"] | None = None,
+    ) -> Cache:
+        """The cache of a decoder that has read nothing yet.
+
+        Args:
+            rows: B.
+            max_length: tokens a row for which there is to be room.
+            encoded: what cross-attention attends to.
+            encoded_segments: 0 for padding of it.
+        """
+        layers = [jax.vmap(lambda period: period.start(rows, max_length, encoded))(run) for run in self.runs]
+        return Cache(jnp.zeros(rows, jnp.int32), layers, encoded_segments, max_length)
+
+    def extend(
+        self, x: Float[Array, "B L D"], tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Applies all blocks of a decoder to L further tokens of each row.
+
+        Args:
+            x: embedded tokens.
+            tokens: their ids.
+            token_mask: False for padding, which comes after a row's tokens and leaves no trace.
+            cache: what has been read before them.
+
+        Returns:
+            The normalised residual stream, and the cache with the tokens in it.
+        """
+        positions, room = cache.positions(x.shape[1]), cache.max_length
+        segments = token_mask.astype(jnp.int32)
+        encoded = cache.encoded_segments
+        inputs = StackInputs(
+            tokens=tokens,
+            segments=segments,
+            self_mask=cached_mask(positions, room, self.config.sliding_window),
+            self_bias=None if self.bias is None else self.bias(positions, room),
+            positions=positions if self.config.positions == "rotary" else None,
+            cross=None if encoded is None else CrossInputs(None, attention_mask(segments, encoded)),
+            slots=jnp.where(token_mask, positions, room),
+        )
+        x, _, layers = self._apply(x, inputs, None, cache.layers)
+        return x, replace(cache, lengths=cache.lengths + jnp.sum(segments, axis=1), layers=layers)
+
+    def _apply(
+        self,
+        x: Float[Array, "B L D"],
+        inputs: StackInputs,
+        key: PRNGKeyArray | None,
+        caches: list[list[LayerCache]] | None = None,
+    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], list[list[LayerCache]]]:
         first_key, last_key, key = split_key(key, 3)
         x = dropout(x, self.config.dropout, first_key)
         routing: list[RoutingSums] = []
-        for run, repeats, run_key in zip(self.runs, self.repeats, split_key(key, len(self.runs)), strict=True):
-            x, sums = self._apply_run(run, repeats, x, inputs, run_key)
+        layers: list[list[LayerCache]] = []
+        known: Sequence[list[LayerCache] | None] = caches or [None] * len(self.runs)
+        keys = split_key(key, len(self.runs))
+        for run, repeats, run_key, cache in zip(self.runs, self.repeats, keys, known, strict=True):
+            x, sums, states = self._apply_run(run, repeats, x, inputs, run_key, cache)
             routing += [] if sums is None else [sums]
-        return dropout(self.norm(x), self.config.dropout, last_key), routing
+            layers += [] if cache is None else [[replace(c, state=s) for c, s in zip(cache, states, strict=True)]]
+        return dropout(self.norm(x), self.config.dropout, last_key), routing, layers
 
     def _apply_run(
-        self, run: Period, repeats: int, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None]:
-        def body(x: Array, period: tuple[Period, PRNGKeyArray | None]) -> tuple[Array, RoutingSums | None]:
-            module, key = period
-            return module(x, inputs, key)
+        self,
+        run: Period,
+        repeats: int,
+        x: Float[Array, "B L D"],
+        inputs: StackInputs,
+        key: PRNGKeyArray | None,
+        caches: list[LayerCache] | None,
+    ) -> tuple[Float[Array, "B L D"], RoutingSums | None, list[State]]:
+        def body(x: Array, period: tuple[Any, ...]) -> tuple[Array, tuple[RoutingSums | None, list[State]]]:
+            module, key, caches = period
+            x, sums, states = module(x, inputs, key, caches)
+            return x, (sums, states)
 
         if self.config.remat != "none":
             body = jax.checkpoint(
                 body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers
             )
         keys = None if key is None else jax.random.split(key, repeats)
-        x, sums = jax.lax.scan(body, x, (run, keys), unroll=1 if self.config.scan_layers else repeats)
-        return x, jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), sums)
+        unroll = 1 if self.config.scan_layers else repeats
+        x, (sums, states) = jax.lax.scan(body, x, (run, keys, caches), unroll=unroll)
+        return x, jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), sums), states

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config
 from switchjax.models.attention import attend
+from switchjax.models.cache import KeyValues
 from switchjax.models.layers import INIT_SCALE, kernel, split_key
 from switchjax.moe.layer import MoELayer, RoutingSums
 
@@ -41,28 +42,32 @@ class SwitchAttention(nnx.Module):
         shape = (model.num_heads, model.d_head, model.d_model)
         self.out = kernel(out_key, shape, ("heads", "head", "embed"), dtype, num_inputs=2)
 
-    def __call__(
+    def keys_values(
         self,
         x: Float[Array, "B L D"],
         token_mask: Bool[Array, "B L"],
-        mask: Bool[Array, "B 1 L L"],
-        bias: Float[Array, "1 H L L"] | None,
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
-        """Attends within `x`; returns the routing sums of both routers too."""
-        query_key, value_key, dropout_key = split_key(key, 3)
-        heads = (*x.shape[:2], -1, self.config.d_head)
-        query, query_sums = self.query(x, token_mask, query_key, token_ids)
-        both, value_sums = self.key_value(x, token_mask, value_key, token_ids)
-        keys, values = jnp.split(both, 2, axis=-1)
-        mixed = attend(
-            query.reshape(heads),
-            keys.reshape(heads),
-            values.reshape(heads),
-            mask,
-            bias,
-            self.config.dropout,
-            dropout_key,
-        )
-        return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), [query_sums, value_sums]
+    ) -> tuple[KeyValues, RoutingSums]:
+        """Keys and values of `x`, and the routing sums of their router; the key is that of the queries' call."""
+        _, value_key, _ = split_key(key, 3)
+        both, sums = self.key_value(x, token_mask, value_key, token_ids)
+        keys, values = jnp.split(both.reshape(*x.shape[:2], -1, self.config.d_head), 2, axis=2)
+        return KeyValues(keys, values), sums
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: KeyValues,
+        token_mask: Bool[Array, "B L"],
+        mask: Bool[Array, "B 1 L N"],
+        bias: Float[Array, "#B H L N"] | None,
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
+        """Attends from `x` to `context`, the `keys_values` of `x` and of what came before it."""
+        query_key, _, dropout_key = split_key(key, 3)
+        query, sums = self.query(x, token_mask, query_key, token_ids)
+        query = query.reshape(*x.shape[:2], -1, self.config.d_head)
+        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, dropout_key)
+        return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), sums

@@ -71,13 +71,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def count_shards() -> int:
+    """Parts into which the mesh in context divides the rows of a batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[DATA] * mesh.shape[EXPERT]
+
+
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Refuses, before anything is compiled, a config whose sizes the mesh does not divide.
 
     Raises:
         UserError: naming the size, the axis and sizes that would fit.
     """
-    model, moe, data = config.model, config.moe, config.data
+    moe, data = config.moe, config.data
     rows = data.batch_size // config.train.accumulation_steps
     shards = mesh.shape[DATA] * mesh.shape[EXPERT]
     if rows % shards:
@@ -85,6 +91,31 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"{rows} rows (data.batch_size / train.accumulation_steps) do not divide over the {shards} shards of "
             f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
         )
+    check_parameters(config, mesh)
+    if not config.model.has_experts:
+        return
+    for key, length in config.stack_lengths.items():
+        tokens = moe.tokens_per_group(rows, length)
+        if tokens != moe.tokens_per_group(data.batch_size, length):
+            raise UserError(
+                f"the {key} rows of a micro-batch ({rows}) and of a batch ({data.batch_size}) divide into groups of "
+                f"different sizes: moe.group_size={length} fits both"
+            )
+        if rows * length // tokens % shards:
+            shard_rows, group_rows = rows // shards, tokens // length
+            raise UserError(
+                f"groups of moe.group_size={moe.group_size} tokens hold {group_rows} {key} rows, which do not divide "
+                f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, group_rows) * length} would"
+            )
+
+
+def check_parameters(config: Config, mesh: Mesh) -> None:
+    """Refuses a config whose parameters the mesh does not divide, whatever the batch.
+
+    Raises:
+        UserError: naming the size, the axis and sizes that would fit.
+    """
+    model, moe = config.model, config.moe
     heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
     sizes = {"model.d_ff": model.d_ff} if model.family == "recurrent" else heads | {"model.d_ff": model.d_ff}
     for key, size in sizes.items():
@@ -110,19 +141,6 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             raise UserError(
                 f"moe.num_experts={experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
                 f"sizes that fit are {_divisors(experts, mesh.size)}"
-            )
-    for key, length in config.stack_lengths.items():
-        tokens = moe.tokens_per_group(rows, length)
-        if tokens != moe.tokens_per_group(data.batch_size, length):
-            raise UserError(
-                f"the {key} rows of a micro-batch ({rows}) and of a batch ({data.batch_size}) divide into groups of "
-                f"different sizes: moe.group_size={length} fits both"
-            )
-        if rows * length // tokens % shards:
-            shard_rows, group_rows = rows // shards, tokens // length
-            raise UserError(
-                f"groups of moe.group_size={moe.group_size} tokens hold {group_rows} {key} rows, which do not divide "
-                f"the {shard_rows} rows of a shard: moe.group_size={math.gcd(shard_rows, group_rows) * length} would"
             )
 
 

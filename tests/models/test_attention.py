@@ -13,6 +13,7 @@ from switchjax.models.attention import (
     RelativePositionBias,
     attend,
     attention_mask,
+    cached_mask,
     positions_in_segments,
     relative_position_bucket,
     rotate,
@@ -54,11 +55,13 @@ def test_buckets_are_t5s(buckets: int, most: int, bidirectional: bool) -> None:
 
 def test_the_bias_of_a_pair_depends_on_its_distance_and_head() -> None:
     bias = random_parameters(lambda: RelativePositionBias(CONFIG, False, KEY))
-    scores = np.asarray(bias(5, 5))
+    scores = np.asarray(bias(jnp.arange(5)[None], 5))
     assert scores.shape == (1, 3, 5, 5)
     np.testing.assert_array_equal(scores[..., 1:, 1:], scores[..., :-1, :-1])
     np.testing.assert_array_equal(scores[0, :, 3, 1], bias.bias[...][:, 2])  # two back, bucket 2
     np.testing.assert_array_equal(scores[0, :, 1, 3], bias.bias[...][:, 0])  # keys after the query count as here
+    some = np.asarray(bias(jnp.asarray([[4, 1], [0, 3]]), 5))
+    np.testing.assert_array_equal(some, [scores[0][:, [4, 1]], scores[0][:, [0, 3]]])
 
 
 def test_a_mask_lets_through_the_own_segment_and_the_past() -> None:
@@ -86,14 +89,18 @@ def test_attention_is_its_equation_head_by_head() -> None:
         weights = np.where(mask[:, 0], np.exp(scores), 0)
         weights /= weights.sum(axis=-1, keepdims=True)
         expected += weights @ (context @ value[:, head]) @ out[head]
-    actual = attention(jnp.asarray(x), jnp.asarray(context), jnp.asarray(mask), jnp.asarray(bias), None)
+    actual = attention(
+        jnp.asarray(x), attention.keys_values(jnp.asarray(context)), jnp.asarray(mask), jnp.asarray(bias), None
+    )
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
 
 
 def test_a_query_with_nothing_to_see_gives_finite_values_and_gradients() -> None:
     attention = random_parameters(lambda: Attention(CONFIG, KEY))
     mask = jnp.zeros((1, 1, 2, 2), bool)
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(attention(x, x, mask, None, None)))(jnp.ones((1, 2, 12)))
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(attention(x, attention.keys_values(x), mask, None, None)))(
+        jnp.ones((1, 2, 12))
+    )
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
 
@@ -103,8 +110,8 @@ def test_bfloat16_attention_is_close_to_float32() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 12))).astype(jnp.bfloat16)
     mask = jnp.ones((1, 1, 64, 64), bool)
     low, wide = (
-        attention(x, x, mask, None, None),
-        attention(x.astype(jnp.float32), x.astype(jnp.float32), mask, None, None),
+        attention(x, attention.keys_values(x), mask, None, None),
+        attention(x.astype(jnp.float32), attention.keys_values(x.astype(jnp.float32)), mask, None, None),
     )
     assert low.dtype == jnp.bfloat16
     # Inputs, products and weights are rounded to 8 bits, a few times each; the outputs are of about 1.
@@ -126,6 +133,14 @@ def test_a_window_hides_all_but_the_last_keys() -> None:
         for key in range(8):
             same = segments[0, query] == segments[0, key]
             assert mask[query, key] == (same and query - 3 < key <= query)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_mask_of_a_cache_is_that_of_the_text_read_so_far(window: int) -> None:
+    segments = jnp.ones((1, 8), jnp.int32)
+    whole = np.asarray(attention_mask(segments, segments, causal=True, window=window))[0, 0]
+    positions = jnp.asarray([[4, 5], [0, 7]])
+    np.testing.assert_array_equal(cached_mask(positions, 8, window)[:, 0], whole[np.asarray(positions)])
 
 
 def test_positions_count_from_0_in_each_packed_sequence() -> None:
@@ -175,4 +190,5 @@ def test_scores_over_the_root_of_the_heads_dimension_are_those_of_a_smaller_quer
     plain.query[...] = scaled.query[...] / 2  # sqrt(4)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 12)), jnp.float32)
     mask = jnp.ones((2, 1, 5, 5), bool)
-    np.testing.assert_allclose(scaled(x, x, mask, None, None), plain(x, x, mask, None, None), rtol=1e-5, atol=1e-6)
+    actual, expected = (layer(x, layer.keys_values(x), mask, None, None) for layer in (scaled, plain))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)

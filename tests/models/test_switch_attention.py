@@ -34,8 +34,9 @@ def test_one_expert_is_dense_attention() -> None:
     @jax.jit
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask = attention_mask(segments, segments)
-        y, _ = routed(x, segments > 0, mask, bias, None, segments)
-        return y, dense(x, x, mask, bias, None)
+        context, _ = routed.keys_values(x, segments > 0, None, segments)
+        y, _ = routed(x, context, segments > 0, mask, bias, None, segments)
+        return y, dense(x, dense.keys_values(x), mask, bias, None)
 
     y, expected = both(x)
     # Capacity is the group, the single gate is 1; float32 sums in another order.

@@ -1,0 +1,95 @@
+"""Beam search."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from switchjax.config import DecodingConfig
+from switchjax.data.vocabulary import PAD
+from switchjax.inference.prefill import prefill
+from switchjax.inference.sampling import writable
+from switchjax.models.cache import Cache
+from switchjax.models.families import TextModel
+from switchjax.models.model import Batch
+from switchjax.parallel.sharding import constrain
+
+Beams = tuple[Float[Array, "B K"], Int[Array, "B K T"]]
+"""Scores and tokens of K texts a row."""
+
+
+def length_penalty(tokens: int | Int[Array, ""], alpha: float) -> Float[Array, ""]:
+    """`((5 + tokens) / 6)^alpha`, by which a log-probability is divided (Wu et al. 2016, eq. 14)."""
+    return ((5.0 + jnp.asarray(tokens, jnp.float32)) / 6.0) ** alpha
+
+
+def beam_search(
+    model: TextModel, batch: Batch, decoding: DecodingConfig, num_ids: int, eos: int
+) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
+    """The best text found for each row, and its score: its log-probability (nats) over the length penalty.
+
+    K texts are open at a time. What ends is put aside, the K best of it are kept, and the search of a row is over when
+    no open text can score better than the worst of these. Only where none has ended is an open one the answer.
+
+    Args:
+        model: as of `switchjax.inference.decoding.generate`, and so the other arguments.
+        batch: the prompts.
+        decoding: K is `num_beams`, T is `max_new_tokens`.
+        num_ids: ids that the vocabulary has.
+        eos: the token that ends a text.
+    """
+    count, length, alpha = decoding.num_beams, decoding.max_new_tokens, decoding.length_penalty
+    cache, last, empty = prefill(model, batch, length)
+    rows = last.shape[0]
+    # All beams start from the same prompt: one of them is enough for the first step.
+    scores = jnp.where(jnp.arange(count)[None] == 0, jnp.zeros((rows, 1)), -jnp.inf)
+    texts = jnp.full((rows, count, length), PAD, jnp.int32)
+    ended = jnp.where(jnp.broadcast_to(empty[:, None], (rows, count)), 0.0, -jnp.inf), texts
+    Carry = tuple[Array, Array, Array, Beams, Beams, Cache]
+
+    def open_rows(live: Beams, ended: Beams) -> Array:
+        # Log-probabilities only fall; the longest text has the largest divisor.
+        return jnp.max(live[0], axis=1) / length_penalty(length, alpha) > jnp.min(ended[0], axis=1)
+
+    def is_open(carry: Carry) -> Array:
+        step, _, row_open, _, _, _ = carry
+        return (step < length) & jnp.any(row_open)
+
+    def extend(carry: Carry) -> Carry:
+        step, last, row_open, (scores, texts), ended, cache = carry
+        mask = jnp.repeat(row_open, count)[:, None]
+        logits, cache = model.extend(last.reshape(-1, 1), mask, cache)
+        log_probs = jax.nn.log_softmax(writable(logits[:, 0], num_ids), axis=-1).reshape(rows, count, -1)
+        ids = log_probs.shape[-1]
+        # Of 2 K candidates no more than K end, one a beam: K go on.
+        best, index = jax.lax.top_k((scores[..., None] + log_probs).reshape(rows, -1), min(2 * count, count * ids))
+        parent, token = index // ids, index % ids
+        texts = jax.lax.dynamic_update_index_in_dim(_take(texts, parent), token, step, axis=2)
+        ends = token == eos
+        done = jnp.where(ends, best / length_penalty(step + 1, alpha), -jnp.inf), texts
+        both = [jnp.concatenate(pair, axis=1) for pair in zip(ended, done, strict=True)]
+        ended = _best(both[0], both[1], count)
+        scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), count)
+        live = scores, _take(texts, chosen)
+        cache = cache.select(_take(parent, chosen))
+        return step + 1, _take(token, chosen), open_rows(live, ended), live, ended, cache
+
+    last = jnp.broadcast_to(last[:, None], (rows, count))
+    live = scores, texts
+    carry = (jnp.zeros((), jnp.int32), last, open_rows(live, ended), live, ended, cache.repeat(count))
+    _, _, _, (scores, texts), ended, _ = jax.lax.while_loop(is_open, extend, carry)
+    (done_score, done_text), has_ended = (x[:, 0] for x in ended), ended[0][:, 0] > -jnp.inf
+    text = jnp.where(has_ended[:, None], done_text, texts[:, 0])
+    score = jnp.where(has_ended, done_score, scores[:, 0] / length_penalty(length, alpha))
+    return constrain(text, "batch", "length"), score
+
+
+def _take(x: Array, index: Int[Array, "B K"]) -> Array:
+    """Of each row of `x`, the entries of `index`."""
+    return jax.vmap(lambda row, at: row[at])(x, index)
+
+
+def _best(
+    scores: Float[Array, "B M"], texts: Int[Array, "B M T"], count: int
+) -> tuple[Float[Array, "B K"], Int[Array, "B K T"]]:
+    scores, index = jax.lax.top_k(scores, count)
+    return scores, _take(texts, index)

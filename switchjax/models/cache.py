@@ -1,0 +1,117 @@
+"""What a decoder keeps of the tokens it has read, so that the next one costs a step and not the whole text again.
+
+A cache mirrors the stack: a list of runs, each a list of its period's blocks, whose arrays are stacked over the run's
+repeats and scanned along with the parameters.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Int
+
+from switchjax.parallel.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values that attention attends to; with a first axis of layers where these are stacked."""
+
+    # Float[Array, "B L N A"]; JAX also builds trees of placeholders, hence no narrower types.
+    keys: Any
+    values: Any
+
+    @classmethod
+    def empty(cls, rows: int, length: int, heads: int, d_head: int, dtype: DTypeLike) -> "KeyValues":
+        """Room for `length` tokens a row."""
+        zeros = constrain(jnp.zeros((rows, length, heads, d_head), dtype), "batch", "length", "heads", "head")
+        return cls(zeros, zeros)
+
+    def write(self, new: "KeyValues", slots: Int[Array, "B T"]) -> "KeyValues":
+        """These, with those of T new tokens a row at `slots`; a slot of L is none."""
+
+        def put(old: Array, new: Array) -> Array:
+            written = jax.vmap(lambda row, tokens, at: row.at[at].set(tokens, mode="drop"))(old, new, slots)
+            return constrain(written, "batch", "length", "heads", "head")
+
+        return KeyValues(put(self.keys, new.keys), put(self.values, new.values))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LSTMState:
+    """What an LSTM layer knows of the tokens so far."""
+
+    hidden: Any
+    """`Float[Array, "B D"]`."""
+    cell: Any
+    """`Float[Array, "B cells"]`."""
+
+
+State = KeyValues | LSTMState | None
+"""What changes from token to token; None for a layer that remembers nothing."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """What a layer remembers, and what its cross-attention attends to: computed once, from the encoder's output."""
+
+    state: Any = None
+    """`State`."""
+    cross: Any = None
+    """`KeyValues`, in a decoder of an encoder's output."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The state of a decoder that has read `lengths` tokens of each row."""
+
+    lengths: Any
+    """`Int[Array, "B"]`."""
+    layers: list[list[LayerCache]]
+    """Run -> block of its period."""
+    encoded_segments: Any
+    """`Int[Array, "B M"]`, 0 for the encoder's padding; None without an encoder."""
+    max_length: int = field(metadata={"static": True})
+    """Tokens a row for which there is room. It is the caller's part not to read more."""
+
+    def positions(self, count: int) -> Int[Array, "B T"]:
+        """Those of the next `count` tokens of each row."""
+        positions = self.lengths[:, None] + jnp.arange(count)[None]
+        # Beyond the end there is only padding, but a table of positions would answer it with NaN.
+        return jnp.minimum(positions, self.max_length - 1)
+
+    def repeat(self, count: int) -> "Cache":
+        """Each row `count` times over, one after the other."""
+        return self._map_rows(self, lambda x, axis: jnp.repeat(x, count, axis=axis))
+
+    def select(self, beams: Int[Array, "B K"]) -> "Cache":
+        """Of each K rows in a row, those that `beams` numbers; cross-attention is the same for all of them."""
+
+        def take(x: Array, axis: int) -> Array:
+            grouped = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
+            rows = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), (axis, 0), axis)(grouped, beams)
+            return rows.reshape(x.shape)
+
+        layers = [[replace(layer, cross=None) for layer in run] for run in self.layers]
+        taken = self._map_rows(replace(self, layers=layers, encoded_segments=None), take)
+        return replace(
+            taken,
+            layers=[
+                [replace(new, cross=old.cross) for new, old in zip(*runs, strict=True)]
+                for runs in zip(taken.layers, self.layers, strict=True)
+            ],
+            encoded_segments=self.encoded_segments,
+        )
+
+    @staticmethod
+    def _map_rows(cache: "Cache", function: Any) -> "Cache":
+        """`function(array, axis of its rows)` of every array."""
+        rows_first = (cache.lengths, cache.encoded_segments)
+        lengths, segments = jax.tree.map(lambda x: function(x, 0), rows_first)
+        layers = jax.tree.map(lambda x: function(x, 1), cache.layers)
+        return Cache(lengths, layers, segments, cache.max_length)
