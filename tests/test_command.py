@@ -64,6 +64,7 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["evaluate.py"], "cannot read"),
         (["generate.py", "--prompt=x"], "cannot read"),
         (["compare.py", "--baseline=nowhere"], "cannot read"),
+        (["benchmark.py", "decode"], "cannot read"),
         (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
         (["benchmark.py", "families", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
     ],

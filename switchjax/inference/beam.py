@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from switchjax.config import DecodingConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.prefill import prefill
-from switchjax.inference.sampling import writable
+from switchjax.inference.sampling import top_k, writable
 from switchjax.models.cache import Cache
 from switchjax.models.families import TextModel
 from switchjax.models.model import Batch
@@ -61,14 +61,14 @@ def beam_search(
         log_probs = jax.nn.log_softmax(writable(logits[:, 0], num_ids), axis=-1).reshape(rows, count, -1)
         ids = log_probs.shape[-1]
         # Of 2 K candidates no more than K end, one a beam: K go on.
-        best, index = jax.lax.top_k((scores[..., None] + log_probs).reshape(rows, -1), min(2 * count, count * ids))
+        best, index = top_k((scores[..., None] + log_probs).reshape(rows, -1), min(2 * count, count * ids))
         parent, token = index // ids, index % ids
         texts = jax.lax.dynamic_update_index_in_dim(_take(texts, parent), token, step, axis=2)
         ends = token == eos
         done = jnp.where(ends, best / length_penalty(step + 1, alpha), -jnp.inf), texts
         both = [jnp.concatenate(pair, axis=1) for pair in zip(ended, done, strict=True)]
         ended = _best(both[0], both[1], count)
-        scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), count)
+        scores, chosen = top_k(jnp.where(ends, -jnp.inf, best), count)
         live = scores, _take(texts, chosen)
         cache = cache.select(_take(parent, chosen))
         return step + 1, _take(token, chosen), open_rows(live, ended), live, ended, cache
@@ -91,5 +91,5 @@ def _take(x: Array, index: Int[Array, "B K"]) -> Array:
 def _best(
     scores: Float[Array, "B M"], texts: Int[Array, "B M T"], count: int
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K T"]]:
-    scores, index = jax.lax.top_k(scores, count)
+    scores, index = top_k(scores, count)
     return scores, _take(texts, index)

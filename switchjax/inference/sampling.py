@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from switchjax.config import DecodingConfig
 from switchjax.data.vocabulary import PAD
+from switchjax.parallel.sharding import partition_spec
 
 
 def writable(logits: Float[Array, "*B V"], num_ids: int) -> Float[Array, "*B V"]:
@@ -30,9 +31,22 @@ def choose(logits: Float[Array, "B V"], decoding: DecodingConfig, key: PRNGKeyAr
     return jax.random.categorical(key, logits, axis=-1)
 
 
+def top_k(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`jax.lax.top_k` of each row; over a mesh in an island, as the partitioner would gather all rows for it."""
+
+    def own_rows(x: Array) -> tuple[Array, Array]:
+        values, index = jax.lax.top_k(x, k)
+        return values, index
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return own_rows(x)
+    batch = partition_spec("batch")
+    return jax.shard_map(own_rows, in_specs=batch, out_specs=(batch, batch))(x)
+
+
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     """-inf for all but the `k` highest logits, and what equals the last of them."""
-    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    least = top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 

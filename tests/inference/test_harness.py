@@ -52,8 +52,8 @@ def test_it_writes_until_a_stop_and_mixes_up_no_answers(harness: Any, decoder: P
     model = harness.HarnessModel(decoder, rows=2)
     contexts = ["abc", "de", "e", "abcdefghijklm"]
     few, many = DecodingConfig(max_new_tokens=4), DecodingConfig(max_new_tokens=6)
-    whole = [complete(decoder, [c[-8:]], few)[0] for c in contexts]
-    longer = complete(decoder, ["abc"], many)[0]
+    whole = complete(decoder, [context[-8:] for context in contexts], few)
+    (longer,) = complete(decoder, ["abc"], many)
     stop = whole[1][2]
     asked = [(context, {"until": [stop, ""], "max_gen_toks": 4}) for context in contexts]
     answers = model.generate_until(requests(asked[0], ("abc", {"max_gen_toks": 6, "until": None}), *asked[1:]))
