@@ -87,31 +87,25 @@ class Cache:
 
     def repeat(self, count: int) -> "Cache":
         """Each row `count` times over, one after the other."""
-        return self._map_rows(self, lambda x, axis: jnp.repeat(x, count, axis=axis))
+
+        def again(tree: Any, axis: int) -> Any:
+            return jax.tree.map(lambda x: jnp.repeat(x, count, axis=axis), tree)
+
+        lengths, segments = again((self.lengths, self.encoded_segments), axis=0)
+        return replace(self, lengths=lengths, layers=again(self.layers, axis=1), encoded_segments=segments)
 
     def select(self, beams: Int[Array, "B K"]) -> "Cache":
-        """Of each K rows in a row, those that `beams` numbers; cross-attention is the same for all of them."""
+        """Of each K rows in a row, those that `beams` numbers; what the encoder read is the same for all of them."""
 
-        def take(x: Array, axis: int) -> Array:
-            grouped = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
-            rows = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), (axis, 0), axis)(grouped, beams)
-            return rows.reshape(x.shape)
+        def take(tree: Any, axis: int) -> Any:
+            return jax.tree.map(lambda x: _take_rows(x, beams, axis), tree)
 
-        layers = [[replace(layer, cross=None) for layer in run] for run in self.layers]
-        taken = self._map_rows(replace(self, layers=layers, encoded_segments=None), take)
-        return replace(
-            taken,
-            layers=[
-                [replace(new, cross=old.cross) for new, old in zip(*runs, strict=True)]
-                for runs in zip(taken.layers, self.layers, strict=True)
-            ],
-            encoded_segments=self.encoded_segments,
-        )
+        layers = [[replace(layer, state=take(layer.state, axis=1)) for layer in run] for run in self.layers]
+        return replace(self, lengths=take(self.lengths, axis=0), layers=layers)
 
-    @staticmethod
-    def _map_rows(cache: "Cache", function: Any) -> "Cache":
-        """`function(array, axis of its rows)` of every array."""
-        rows_first = (cache.lengths, cache.encoded_segments)
-        lengths, segments = jax.tree.map(lambda x: function(x, 0), rows_first)
-        layers = jax.tree.map(lambda x: function(x, 1), cache.layers)
-        return Cache(lengths, layers, segments, cache.max_length)
+
+def _take_rows(x: Array, beams: Int[Array, "B K"], axis: int) -> Array:
+    """Rows lie over the mesh in whole groups of K, so nothing of another group is looked at."""
+    groups = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
+    taken = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), (axis, 0), axis)(groups, beams)
+    return taken.reshape(x.shape)

@@ -15,6 +15,7 @@ from switchjax.inference.pretrained import Pretrained
 from switchjax.inference.scoring import Question, Score, few_shot, multiple_choice, perplexity, score
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import parameter_shardings
 from tests.inference.letters import make_pretrained
 from tests.models import examples
 from tests.models.families import FAMILIES, forward
@@ -95,6 +96,16 @@ def test_perplexity_counts_every_token_once(decoder: Pretrained) -> None:
     assert results["target_tokens"] == 18
     assert results["neg_log_perplexity"] == pytest.approx(total / 18, rel=1e-4)
     assert results["bits_per_byte"] == pytest.approx(-total / np.log(2) / 18, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_scores_on_a_mesh_are_those_of_one_device(decoder: Pretrained) -> None:
+    expected = score(decoder, PAIRS)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    placed = replace(decoder, model=jax.device_put(decoder.model, parameter_shardings(decoder.model, mesh)))
+    with jax.set_mesh(mesh):
+        for found, wanted in zip(score(placed, PAIRS), expected, strict=True):
+            assert found == (pytest.approx(wanted.log_prob, rel=1e-4), *wanted[1:])
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused(decoder: Pretrained) -> None:
