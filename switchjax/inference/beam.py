@@ -11,7 +11,6 @@ from switchjax.inference.sampling import top_k, writable
 from switchjax.models.cache import Cache
 from switchjax.models.families import TextModel
 from switchjax.models.model import Batch
-from switchjax.parallel.sharding import constrain
 
 Beams = tuple[Float[Array, "B K"], Int[Array, "B K T"]]
 """Scores and tokens of K texts a row."""
@@ -22,13 +21,12 @@ def length_penalty(tokens: int | Int[Array, ""], alpha: float) -> Float[Array, "
     return ((5.0 + jnp.asarray(tokens, jnp.float32)) / 6.0) ** alpha
 
 
-def beam_search(
-    model: TextModel, batch: Batch, decoding: DecodingConfig, num_ids: int, eos: int
-) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """The best text found for each row, and its score: its log-probability (nats) over the length penalty.
+def beam_search(model: TextModel, batch: Batch, decoding: DecodingConfig, num_ids: int, eos: int) -> Beams:
+    """The K best texts found for each row, best first, and their scores: log-probability (nats) over length penalty.
 
     K texts are open at a time. What ends is put aside, the K best of it are kept, and the search of a row is over when
-    no open text can score better than the worst of these. Only where none has ended is an open one the answer.
+    no open text can score better than the worst of these. Fewer than K may have ended: the others have score -inf. Only
+    where none has are the open ones the answer.
 
     Args:
         model: as of `switchjax.inference.decoding.generate`, and so the other arguments.
@@ -77,10 +75,9 @@ def beam_search(
     live = scores, texts
     carry = (jnp.zeros((), jnp.int32), last, open_rows(live, ended), live, ended, cache.repeat(count))
     _, _, _, (scores, texts), ended, _ = jax.lax.while_loop(is_open, extend, carry)
-    (done_score, done_text), has_ended = (x[:, 0] for x in ended), ended[0][:, 0] > -jnp.inf
-    text = jnp.where(has_ended[:, None], done_text, texts[:, 0])
-    score = jnp.where(has_ended, done_score, scores[:, 0] / length_penalty(length, alpha))
-    return constrain(text, "batch", "length"), score
+    has_ended = ended[0][:, :1] > -jnp.inf
+    scores = jnp.where(has_ended, ended[0], scores / length_penalty(length, alpha))
+    return scores, jnp.where(has_ended[..., None], ended[1], texts)
 
 
 def _take(x: Array, index: Int[Array, "B K"]) -> Array:

@@ -61,7 +61,8 @@ def _generate(
     model = cast_kernels(model, model.config.dtype)
     batch = {name: constrain(rows, "batch", "length") for name, rows in batch.items()}
     if decoding.method == "beam":
-        return beam_search(model, batch, decoding, num_ids, eos)[0]
+        _, texts = beam_search(model, batch, decoding, num_ids, eos)
+        return constrain(texts[:, 0], "batch", "length")
     cache, last, empty = prefill(model, batch, decoding.max_new_tokens)
     output = jnp.full((last.shape[0], decoding.max_new_tokens), PAD, jnp.int32)
     Carry = tuple[Array, Array, Array, Array, Cache]

@@ -164,7 +164,9 @@ def log_probs_of(model: TextModel, prompt: Batch, texts: list[tuple[int, ...]], 
     return np.array([sum(log_probs[r, first + i, t] for i, t in enumerate(text)) for r, text in enumerate(texts)])
 
 
-def python_beam_search(score: dict[tuple[int, ...], float], decoding: DecodingConfig, num_ids: int) -> Any:
+def python_beam_search(
+    score: dict[tuple[int, ...], float], decoding: DecodingConfig, num_ids: int
+) -> list[tuple[float, tuple[int, ...]]]:
     """As `beam_search`, over log-probabilities of all prefixes."""
     beams, done = [()], []
     penalty = [((5 + n) / 6) ** decoding.length_penalty for n in range(decoding.max_new_tokens + 1)]
@@ -176,26 +178,30 @@ def python_beam_search(score: dict[tuple[int, ...], float], decoding: DecodingCo
         beams = [text for text in candidates if text[-1] != EOS][: decoding.num_beams]
         if len(done) == decoding.num_beams and score[beams[0]] / penalty[-1] <= done[-1][0]:
             break
-    return done[0] if done else (score[beams[0]] / penalty[-1], beams[0])
+    return done or [(score[beam] / penalty[-1], beam) for beam in beams]
 
 
 @pytest.mark.parametrize("config", [T5, pytest.param(MIXTRAL, marks=pytest.mark.slow)], ids=["t5", "mixtral"])
 def test_wide_beam_search_finds_the_best_of_all_texts_and_a_narrow_one_what_the_algorithm_finds(config: Config) -> None:
-    model, num_ids, length = make_model(config), 5, 3
-    prompts = {name: rows[:2] for name, rows in make_prompts(config).items()}
+    model, num_ids, length, rows = make_model(config), 5, 3, 3
+    prompts = {name: some[:-1] for name, some in make_prompts(config, rows=rows + 1).items()}
+    texts = sorted({text[:n] for text in all_texts(length, num_ids) for n in range(1, length + 1)})
     search = jax.jit(beam_search, static_argnums=(2, 3, 4))
-    for num_beams, alpha in ((40, 0.6), (2, 2.0)):
+    for num_beams, alpha in ((40, 0.6), (3, 2.0)):
         decoding = DecodingConfig("beam", length, num_beams=num_beams, length_penalty=alpha)
-        output, scores = search(model, prompts, decoding, num_ids, EOS)
-        for row in range(2):
-            prompt = {name: rows[row : row + 1] for name, rows in prompts.items()}
-            texts = sorted({text[:n] for text in all_texts(length, num_ids) for n in range(1, length + 1)})
+        scores, found = search(model, prompts, decoding, num_ids, EOS)
+        for row in range(rows):
+            prompt = {name: some[row : row + 1] for name, some in prompts.items()}
             score = dict(zip(texts, log_probs_of(model, prompt, texts, num_ids), strict=True))
             if num_beams == 40:
-                ended = [text for text in texts if text[-1] == EOS]
-                best = max(ended, key=lambda text: score[text] / float(length_penalty(len(text), alpha)))
-                expected = score[best] / float(length_penalty(len(best), alpha)), best
+                ended = [(score[t] / float(length_penalty(len(t), alpha)), t) for t in texts if t[-1] == EOS]
+                expected = sorted(ended, reverse=True)
+                assert len(expected) == 13
             else:
                 expected = python_beam_search(score, decoding, num_ids)
-            np.testing.assert_array_equal(output[row], [*expected[1], *[PAD] * (length - len(expected[1]))])
-            np.testing.assert_allclose(scores[row], expected[0], rtol=1e-4)  # float32 log-probabilities, summed
+            count = len(expected)
+            padded = [[*text, *[PAD] * (length - len(text))] for _, text in expected]
+            np.testing.assert_array_equal(found[row, :count], padded)
+            # float32 log-probabilities, summed.
+            np.testing.assert_allclose(scores[row, :count], [value for value, _ in expected], rtol=1e-4)
+            assert np.all(np.isneginf(scores[row, count:]))
