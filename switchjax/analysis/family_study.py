@@ -33,8 +33,8 @@ def study_families(load: Callable[[str], Config], workdir: Path, report: Callabl
     """
     lines = [
         "| family | parameters | active | of the dense twin | held-out loss | of the dense twin | gain | accuracy "
-        "| of the dense twin | dropped in evaluation | tokens/s | of the dense twin |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| of the dense twin | dropped in evaluation |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in PAIRS:
         sparse, dense = load(name), load(f"{name}-dense")
@@ -52,7 +52,6 @@ def _row(name: str, sparse: Config, dense: Config, ours: Mapping[str, Any], twin
     cells += [f"{loss:.3f}", f"{twin_loss:.3f}", f"{twin_loss - loss:+.3f}"]
     cells += [f"{100 * here['accuracy']:.1f} %", f"{100 * there['accuracy']:.1f} %"]
     cells += [f"{100 * here['fraction_tokens_dropped']:.1f} %"]
-    cells += [f"{run['tokens_per_second']:,.0f}" for run in (ours, twins)]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, GetAttrKey
 
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 
@@ -64,9 +66,13 @@ def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
 
 def named_leaves(tree: object) -> dict[str, Any]:
     """Leaves under names such as `decoder/norm/scale`: what optimisers, checkpoints and messages call them."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
     # A parameter is a node around one leaf, which adds nothing to the name.
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): jax.tree.leaves(node)[0] for path, node in nodes}
+    return {name: jax.tree.leaves(node)[0] for name, node in _named_nodes(tree).items()}
+
+
+def _named_nodes(tree: object) -> dict[str, Any]:
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in nodes}
 
 
 def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
@@ -85,24 +91,24 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
         model: the parameters it belongs to, arrays or their shapes.
         mesh: the device mesh.
     """
-    specs, parameters = named_leaves(parameter_specs(model)), named_leaves(model)
+    variables = _named_nodes(model)
 
     def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
-        spec = (
-            _without_missing_axis(specs[names[-1]], parameters[names[-1]].shape, leaf.shape)
-            if names
-            else PartitionSpec()
-        )
-        return NamedSharding(mesh, spec)
+        owners = [variables[key.key] for key in path if isinstance(key, DictKey) and key.key in variables]
+        fields = [key.name for key in path if isinstance(key, GetAttrKey)]
+        return NamedSharding(mesh, _statistic_spec(owners[-1], fields[-1], leaf.shape) if owners else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
-def _without_missing_axis(spec: PartitionSpec, shape: tuple[int, ...], reduced: tuple[int, ...]) -> PartitionSpec:
-    """`spec` for an array of `shape` that has lost one dimension; where equal sizes leave open which, what is sure."""
-    if reduced == shape:
-        return spec
-    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
-    candidates = [entries[:i] + entries[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == reduced]
-    return PartitionSpec(*(axes[0] if len(set(axes)) == 1 else None for axes in zip(*candidates, strict=True)))
+def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of what an optimiser keeps of a parameter, in Adafactor's state under the name `field`."""
+    axes, whole = list(variable.get_metadata("axes")), variable.shape
+    first = 1 if axes[0] == "layer" else 0
+    if field in ("v_row", "v_col") and len(whole) > first + 1:
+        # A row's mean is over the largest dimension, a column's over the second largest: of one layer, and by the
+        # function by which optax finds them, for where two are equal.
+        averaged = first + int(np.argsort(whole[first:])[-1 if field == "v_row" else -2])
+        axes, whole = axes[:averaged] + axes[averaged + 1 :], whole[:averaged] + whole[averaged + 1 :]
+    # Stand-ins of one number for what is not kept lie on every device.
+    return partition_spec(*axes) if shape == whole else PartitionSpec()

@@ -131,12 +131,13 @@ def _auxiliary_loss(config: Config, routing: Routing, tokens: dict[str, Int[Arra
 
 
 def _accumulate(contribution: Any, model: Model, batch: Batch, key: Array, count: int) -> tuple[Model, Metrics]:
-    """Gradient and sums over `count` micro-batches of consecutive rows."""
+    """Gradient and sums over `count` micro-batches of every `count`-th row: each shard divides the rows that it has."""
     gradient_of = jax.grad(contribution, has_aux=True)
     if count == 1:
         return gradient_of(model, batch, key)
     micro_batches = {
-        name: constrain(rows.reshape(count, -1, *rows.shape[1:]), None, "batch") for name, rows in batch.items()
+        name: constrain(rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), None, "batch")
+        for name, rows in batch.items()
     }
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:

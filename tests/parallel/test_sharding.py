@@ -125,9 +125,9 @@ def test_adafactor_statistics_lose_the_axis_that_was_averaged_away(shapes: Param
         ("v_col", "w_in"): ((512,), ("model",)),
         ("v_row", "experts"): ((2, 8, 256), (None, "expert", None)),
         ("v_col", "experts"): ((2, 8, 512), (None, "expert", "model")),
-        # Which of two equal dimensions is gone cannot be told from the shape.
+        # Of two equal dimensions a row's mean is over the last, a column's over the other.
         ("v_row", "square"): ((256,), (None,)),
-        ("v_col", "square"): ((256,), (None,)),
+        ("v_col", "square"): ((256,), ("model",)),
         # Not factored: whole in `v`.
         ("v", "norm"): ((256,), (None,)),
         ("v", "bias"): ((4, 32), ("model", None)),
