@@ -11,7 +11,7 @@ import pytest
 from switchjax.config import DecodingConfig, UserError
 from switchjax.inference.pretrained import Pretrained
 from switchjax.inference.scoring import log_likelihoods, score
-from switchjax.inference.text import complete
+from switchjax.inference.text import complete_tokens
 from tests.inference.letters import make_pretrained
 from tests.models import examples
 from tests.models.families import FAMILIES
@@ -52,8 +52,10 @@ def test_it_writes_until_a_stop_and_mixes_up_no_answers(harness: Any, decoder: P
     model = harness.HarnessModel(decoder, rows=2)
     contexts = ["abc", "de", "e", "abcdefghijklm"]
     few, many = DecodingConfig(max_new_tokens=4), DecodingConfig(max_new_tokens=6)
-    whole = complete(decoder, [context[-8:] for context in contexts], few)
-    (longer,) = complete(decoder, ["abc"], many)
+    # A row of 12 tokens has room for 8 of the context and 4 new ones.
+    ids = [decoder.vocabulary.encode(context)[-8:] for context in contexts]
+    whole = [text for half in (ids[:2], ids[2:]) for text in complete_tokens(decoder, half, 8, few)]
+    longer, _ = complete_tokens(decoder, ids[:2], 6, many)
     stop = whole[1][2]
     asked = [(context, {"until": [stop, ""], "max_gen_toks": 4}) for context in contexts]
     answers = model.generate_until(requests(asked[0], ("abc", {"max_gen_toks": 6, "until": None}), *asked[1:]))

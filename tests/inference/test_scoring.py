@@ -29,13 +29,12 @@ def decoder() -> Pretrained:
 
 
 def log_prob(pretrained: Pretrained, context: str, continuation: str) -> tuple[float, bool]:
-    """By hand, one text at a time, without padding."""
+    """By hand, one text at a time."""
     ids = pretrained.vocabulary.encode(context + continuation)
-    batch = {
-        "decoder_inputs": np.array([[PAD, *ids[:-1]]], np.int32),
-        "decoder_segments": np.ones((1, len(ids)), np.int32),
-    }
-    log_probs = np.asarray(jax.nn.log_softmax(forward(pretrained.model, batch, None)[0], axis=-1))
+    inputs, segments = np.zeros((2, 1, 16), np.int32)  # of one length, so that it is compiled once
+    inputs[0, : len(ids)], segments[0, : len(ids)] = [PAD, *ids[:-1]], 1
+    logits = forward(pretrained.model, {"decoder_inputs": inputs, "decoder_segments": segments}, None)[0]
+    log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     chosen = range(len(context), len(ids))
     return sum(log_probs[i, ids[i]] for i in chosen), all(log_probs[i].argmax() == ids[i] for i in chosen)
 
