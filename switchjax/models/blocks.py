@@ -100,6 +100,7 @@ class BaseBlock(nnx.Module):
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
         """Nothing: the layer looks at one token at a time."""
+        del rows, length, encoded
         return LayerCache()
 
     def __call__(
@@ -121,6 +122,7 @@ class LSTMBlock(nnx.Module):
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
         """The cache before the first token."""
+        del length, encoded
         return LayerCache(self.lstm.empty(rows, self.config.dtype))
 
     def __call__(
@@ -150,6 +152,7 @@ class BetweenBlock(nnx.Module):
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
         """Nothing: the layer looks at one token at a time."""
+        del rows, length, encoded
         return LayerCache()
 
     def __call__(
