@@ -52,14 +52,15 @@ _TEXT: dict[str, Any] = {
 _GPT = {
     "norm": "layer",
     "biases": True,
-    "positions": "learned",
-    "max_length": 128,
     "activation": "gelu",
 }
+# GPT's learned positions take longer to learn than these models are trained.
+_ROTARY_GPT = {**_GPT, "positions": "rotary"}
 _TOP_2 = {"router": "top_k", "num_selected_experts": 2}
 _IMAGES: dict[str, Any] = {
     "model": {
         **_GPT,
+        "positions": "learned",
         "family": "vision",
         "d_model": 64,
         "d_ff": 128,
@@ -94,35 +95,47 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
     # One expert beside a dense network in every other layer, twice as many experts in the second half.
     "pr-moe": (
         _TEXT,
-        _GPT,
+        _ROTARY_GPT,
         {"moe": {"num_shared_experts": 1, "experts_per_layer": (8, 16), "fill_order": "random"}},
         {"d_ff": 144},
     ),
     # An expert in the middle of 4 layers.
     "base": (
         _TEXT,
-        _GPT,
+        _ROTARY_GPT,
         {
             "model": {"pattern": ("dense", "dense", "base", "dense", "dense"), "num_decoder_layers": 5},
-            "moe": {"router": "base", "load_balance_loss_weight": 0.0},
+            # A token's best expert always has room, as in the paper's evaluation.
+            "moe": {"router": "base", "num_experts": 4, "eval_capacity_factor": 4.0, "load_balance_loss_weight": 0.0},
         },
         {"d_ff": 120},
     ),
+    # Four experts between two layers of cells, as costly as one of these. The router starts at zero, where Adafactor,
+    # which moves a parameter in proportion to its size, leaves it for good: hence AdamW.
     "lstm-moe": (
-        _TEXT,
-        {"family": "recurrent", "norm": "none", "positions": "none", "num_decoder_layers": 3, "dropout": 0.0},
+        _TEXT | {"optimizer": {**_TEXT["optimizer"], "name": "adamw", "learning_rate": 0.02, "warmup_steps": 100}},
+        {
+            "family": "recurrent",
+            "norm": "none",
+            "positions": "none",
+            "num_decoder_layers": 3,
+            "embedding_stddev": 0.3,
+            "scale_logits": False,
+        },
         {
             "model": {"pattern": ("lstm", "moe_only", "lstm")},
             "moe": {
                 "router": "noisy_top_k",
-                "num_selected_experts": 2,
+                "num_selected_experts": 4,
                 "num_experts": 16,
+                "train_capacity_factor": 2.0,
+                "eval_capacity_factor": 4.0,
                 "load_balance_loss_weight": 0.0,
                 "importance_loss_weight": 0.1,
                 "load_loss_weight": 0.1,
             },
         },
-        {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 192},
+        {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 384},
     ),
     # Two experts in every odd block.
     "v-moe": (
