@@ -61,6 +61,11 @@ class Vocabulary:
         self.size = len(self._model_ids) + num_sentinels
         self.fingerprint = hashlib.sha256(b"1" + model).hexdigest()[:16]
 
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether ids of pieces are those of the SentencePiece model itself."""
+        return bool(np.array_equal(self._model_ids, np.arange(len(self._model_ids))))
+
     @classmethod
     def load(cls, path: str | Path, num_sentinels: int) -> "Vocabulary":
         """Reads a SentencePiece model file.

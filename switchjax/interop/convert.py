@@ -1,0 +1,144 @@
+"""A folder of Hugging Face's as a workdir that evaluation and decoding read as one that was trained, and back."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike, Shaped
+
+from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.interop.config import read_config, write_config
+from switchjax.interop.families import FAMILIES, model_type_of
+from switchjax.interop.mapping import check_tensors, load, match
+from switchjax.interop.tensors import TensorFolder, write_tensors
+from switchjax.interop.tokenizer import export_tokenizer, import_tokenizer
+from switchjax.models.model import Model
+from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.parallel.sharding import named_leaves, with_leaves
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.state import TrainState, plan_state
+from switchjax.training.workdir import open_workdir, record_run
+
+_log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 5_000_000_000
+"""Size above which weights are written as several files."""
+
+
+def config_of(folder: Path) -> Config:
+    """The config of a model in a folder of Hugging Face's.
+
+    Raises:
+        UserError: naming what cannot be read, is not supported, or is not known.
+    """
+    return read_config(folder, TensorFolder(folder))
+
+
+def load_pretrained(folder: Path, config: Config, mesh: Mesh) -> Model:
+    """The model in a folder of Hugging Face's, laid over a mesh, read parameter by parameter.
+
+    On the host there is never more than one parameter of it; those of a run of layers are one, and each device is only
+    given its own part.
+
+    Raises:
+        UserError: naming tensors that are missing, in excess, or of other shapes than the config asks for.
+    """
+    source, plan = TensorFolder(folder), plan_state(config, mesh)
+    shapes, shardings = named_leaves(plan.shapes.model), named_leaves(plan.shardings.model)
+    table = FAMILIES[model_type_of(config)].table(config.model)
+    entries = match(config, table, shapes)
+    check_tensors(entries, table, source)
+    leaves = {name: load(entry, source, shapes[name].dtype, shardings[name]) for name, entry in entries.items()}
+    return with_leaves(plan.shapes.model, leaves)
+
+
+def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
+    """Writes a model of Hugging Face's as the only checkpoint, of step 0, of a new workdir.
+
+    A checkpoint of parameters alone: training starts from it in another workdir, with `init_from.workdir`.
+
+    Args:
+        folder: with config.json, safetensors and, where there is one, a tokenizer.
+        workdir: that does not exist yet or is empty.
+        config: that of the folder, perhaps with another mesh, type or data.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    _check_new(workdir)
+    mesh = make_mesh(config.mesh)
+    check_fit(config, mesh)
+    with jax.set_mesh(mesh):
+        model = load_pretrained(folder, config, mesh)
+        open_workdir(workdir, config)
+        record_run(workdir, config, import_tokenizer(folder, workdir))
+        with closing(Checkpoints(workdir, keep=1)) as checkpoints:
+            state = TrainState(jnp.zeros((), jnp.int32), model, ())
+            checkpoints.save(state, {"iterator": {}, "fingerprint": ""}, config)
+    return sum(leaf.size for leaf in named_leaves(model).values())
+
+
+def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: int = MAX_FILE_BYTES) -> int:
+    """Writes a workdir's checkpoint as transformers' `save_pretrained` would, with the tokenizer if there is one.
+
+    Tensors have the type `model.param_dtype`; a router's, float32 here whatever that is, keeps float32 unless it loses
+    nothing.
+
+    Args:
+        workdir: of a run, or imported.
+        folder: that does not exist yet or is empty.
+        step: of the checkpoint; -1: the latest.
+        max_file_bytes: size above which there are several files.
+
+    Returns:
+        The step.
+
+    Raises:
+        UserError: naming what transformers' model cannot do or has no place for.
+    """
+    config = load_workdir_config(workdir)
+    description = write_config(config)
+    _check_new(folder)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
+        step, model = checkpoints.load_model(plan_state(config, mesh), step)
+        tensors = pretrained_tensors(model, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder, tensors, max_file_bytes)
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    export_tokenizer(workdir, folder, config)
+    return step
+
+
+def pretrained_tensors(model: Model, config: Config) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """Name and content of all tensors of Hugging Face's, parameter by parameter.
+
+    Raises:
+        UserError: naming the parameters that transformers' model has no place for.
+    """
+    leaves = named_leaves(model)
+    entries = match(config, FAMILIES[model_type_of(config)].table(config.model), leaves)
+    dtype = jnp.dtype(config.model.param_dtype)
+    return (
+        (name, _narrow(tensor, dtype)) for key, entry in entries.items() for name, tensor in entry.split(leaves[key])
+    )
+
+
+def _narrow(tensor: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
+    """In `dtype`, if that changes no value."""
+    narrow = tensor.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(tensor.dtype), tensor) else tensor
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: choose another folder, or an empty one")

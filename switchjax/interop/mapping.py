@@ -1,0 +1,130 @@
+"""Parameters from and to the tensors of a table, one at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from switchjax.config import Config, UserError
+from switchjax.interop.family import Table
+from switchjax.interop.layouts import Layout, axis_sizes
+from switchjax.interop.places import Place, place_of
+
+_LISTED = 5
+"""Names of one kind that a message lists."""
+
+
+class Tensors(Protocol):
+    """Where tensors are read from."""
+
+    @property
+    def names(self) -> set[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter, stacked over layers and experts, and the tensors that hold its parts."""
+
+    place: Place
+    theirs: str
+    layout: Layout
+    shape: tuple[int, ...]
+
+    def tensors(self) -> dict[tuple[int, ...], str]:
+        """Position along the leading axes -> tensor."""
+        return {index: self.theirs.format(**self.place.numbers(index)) for index in self.place.indices()}
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of one layer's, or expert's."""
+        return self.shape[len(self.place.leading) :]
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Of each tensor."""
+        return self.layout.their_shape(self.part_shape)
+
+    def gather(self, source: Tensors, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
+        count = len(self.place.leading)
+        ranges = [range(size)[part] for size, part in zip(self.place.leading, index[:count], strict=True)]
+        sizes = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
+        names, out = self.tensors(), np.empty(sizes, dtype)
+        for place in np.ndindex(*sizes[:count]):
+            name = names[tuple(numbers[i] for numbers, i in zip(ranges, place, strict=True))]
+            out[place] = self.layout.to_ours(source.read(name))[index[count:]].astype(dtype)
+        return out
+
+    def split(self, leaf: jax.Array) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+        """Name and content of each tensor."""
+        for index, name in self.tensors().items():
+            yield name, self.layout.to_theirs(np.asarray(leaf[index]))
+
+
+def match(config: Config, table: Table, shapes: Mapping[str, Any]) -> dict[str, Entry]:
+    """Parameter -> what holds it.
+
+    Args:
+        config: of the model.
+        table: the family's.
+        shapes: of the model's parameters, by name.
+
+    Raises:
+        UserError: naming the parameters that the table has no place for.
+    """
+    rules, sizes = {rule.ours: rule for rule in table.rules}, axis_sizes(config.model)
+    places = {name: place_of(config, name) for name in shapes}
+    if unknown := [name for name in shapes if places[name].name not in rules]:
+        raise UserError(f"Hugging Face's model has no place for {_some(unknown)}")
+    return {
+        name: Entry(place, rules[place.name].theirs, Layout(rules[place.name].layout, sizes), shapes[name].shape)
+        for name, place in places.items()
+    }
+
+
+def check_tensors(entries: Mapping[str, Entry], table: Table, source: Tensors) -> None:
+    """Refuses tensors that are not exactly the model's.
+
+    Raises:
+        UserError: naming those that are missing, of another shape, in excess, or not equal to what they are copies of.
+    """
+    wanted = {name: entry.their_shape for entry in entries.values() for name in entry.tensors().values()}
+    there, copies = source.names, {name: of for name, of in table.copies.items() if name in source.names}
+    shapes = {name: source.shape(name) for name in wanted if name in there}
+    problems = {
+        "missing": [name for name in wanted if name not in there],
+        "of another shape": [
+            f"{name} {shape} for {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]
+        ],
+        "unknown": sorted(there - set(wanted) - set(copies) - set(table.unused)),
+    }
+    if not problems["missing"]:
+        unequal = [name for name, of in copies.items() if not np.array_equal(source.read(name), source.read(of))]
+        problems["not the copies that they should be"] = unequal
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"the tensors do not fit config.json: {'; '.join(found)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def load(entry: Entry, source: Tensors, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A parameter, each device given its own part; on the host there is never more than that parameter."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "it is for arrays without a shape"
+        key = str(index)  # several devices may hold the same part
+        if key not in parts:
+            parts[key] = entry.gather(source, index, dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(entry.shape, sharding, part)
