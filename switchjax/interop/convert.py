@@ -125,11 +125,17 @@ def pretrained_tensors(model: Model, config: Config) -> Iterator[tuple[str, Shap
     Raises:
         UserError: naming the parameters that transformers' model has no place for.
     """
-    leaves = named_leaves(model)
-    entries = match(config, FAMILIES[model_type_of(config)].table(config.model), leaves)
-    dtype = jnp.dtype(config.model.param_dtype)
+    leaves, dtype = named_leaves(model), jnp.dtype(config.model.param_dtype)
+    table = FAMILIES[model_type_of(config)].table(config.model)
+    entries = match(config, table, leaves)
+    copies: dict[str, list[str]] = {}
+    for copy in table.written:
+        copies.setdefault(table.copies[copy], []).append(copy)
     return (
-        (name, _narrow(tensor, dtype)) for key, entry in entries.items() for name, tensor in entry.split(leaves[key])
+        (name, _narrow(tensor, dtype))
+        for key, entry in entries.items()
+        for original, tensor in entry.split(leaves[key])
+        for name in (original, *copies.get(original, ()))
     )
 
 

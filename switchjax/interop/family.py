@@ -42,11 +42,13 @@ class Table:
     Attributes:
         rules: what is converted.
         copies: tensors that a file may hold besides, equal to another one.
+        written: those of them that are written all the same, since without them transformers would draw new ones.
         unused: tensors that a file may hold besides, which their model does not read either.
     """
 
     rules: tuple[Rule, ...]
     copies: Mapping[str, str] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,18 +12,10 @@ from switchjax.config import Config, UserError
 from switchjax.interop.family import Table
 from switchjax.interop.layouts import Layout, axis_sizes
 from switchjax.interop.places import Place, place_of
+from switchjax.interop.tensors import TensorFolder
 
 _LISTED = 5
 """Names of one kind that a message lists."""
-
-
-class Tensors(Protocol):
-    """Where tensors are read from."""
-
-    @property
-    def names(self) -> set[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Entry:
         """Of each tensor."""
         return self.layout.their_shape(self.part_shape)
 
-    def gather(self, source: Tensors, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+    def gather(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
         """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
         count = len(self.place.leading)
         ranges = [range(size)[part] for size, part in zip(self.place.leading, index[:count], strict=True)]
@@ -87,7 +79,7 @@ def match(config: Config, table: Table, shapes: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def check_tensors(entries: Mapping[str, Entry], table: Table, source: Tensors) -> None:
+def check_tensors(entries: Mapping[str, Entry], table: Table, source: TensorFolder) -> None:
     """Refuses tensors that are not exactly the model's.
 
     Raises:
@@ -116,7 +108,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def load(entry: Entry, source: Tensors, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """A parameter, each device given its own part; on the host there is never more than that parameter."""
     parts: dict[str, np.ndarray] = {}
 

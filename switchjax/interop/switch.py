@@ -14,6 +14,7 @@
 - Layers with experts follow from `encoder_sparse_step`, or else from the layers over `num_sparse_encoder_layers`.
 - The router computes in `router_dtype`, float32 as here, but picks the expert by probabilities rounded to the model's
   dtype. Its jitter, in a float32 model, changes the experts' input too.
+- With `tie_word_embeddings=False` each stack has vectors of its own there, which must be equal here.
 - Decoding with a cache routes one token at a time, and so never drops one.
 """
 

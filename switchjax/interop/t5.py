@@ -58,7 +58,10 @@ def t5_table(model: ModelConfig) -> Table:
         copies["lm_head.weight"] = "shared.weight"
     else:
         rules.append(Rule("logits", "lm_head.weight", MATRIX))
-    return Table(tuple(rules), copies, ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",))
+    # Untied, transformers' Switch has a table of vectors for each stack; T5 ties those whatever its config says.
+    written = () if model.tie_embeddings or not model.has_experts else tuple(copies)
+    unused = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+    return Table(tuple(rules), copies, written, unused)
 
 
 def _stack(model: ModelConfig, stack: str, ff_layer: int) -> list[Rule]:

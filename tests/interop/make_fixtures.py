@@ -110,6 +110,9 @@ def make_model(family: str, settings: dict[str, Any]) -> torch.nn.Module:
             # Weights of a router are larger, so that no two of its logits are close.
             deviation = 1.0 if "router" in name or ".gate.weight" in name else 0.3
             parameter.normal_(mean, deviation)
+        for name, parameter in model.named_parameters():
+            if name.endswith("embed_tokens.weight") and hasattr(model, "shared"):
+                parameter.copy_(model.shared.weight)  # untied, Switch has three
     return model.eval()
 
 
@@ -157,9 +160,11 @@ def loss_and_gradients(model: torch.nn.Module, arrays: dict[str, torch.Tensor]) 
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss = loss + model.config.router_aux_loss_coef * balance
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    fused = transformers.core_model_loading.revert_weight_conversion
-    gradients, weights = fused(model, gradients), fused(model, dict(model.named_parameters()))
+    # An expert that no token chose has no gradient.
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    revert = transformers.core_model_loading.revert_weight_conversion
+    gradients = revert(model, gradients)
+    weights = revert(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
     products = {name: [float(g.norm()), float((g * weights[name]).sum())] for name, g in gradients.items()}
     return {"loss": float(loss.detach()), "gradients": products}
 
@@ -190,6 +195,8 @@ def main() -> None:
         shapes[name] = {"config": config, "dtype": dtype, "tensors": {key: list(t.shape) for key, t in tensors.items()}}
         shutil.rmtree(folder)
     (FOLDER / "shapes.json").write_text(json.dumps(shapes, indent=None, sort_keys=True) + "\n")
+    for path in FOLDER.rglob("*.safetensors"):
+        path.chmod(0o644)
     print(f"made with transformers {transformers.__version__}, torch {torch.__version__}")
 
 

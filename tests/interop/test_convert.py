@@ -3,15 +3,17 @@
 import dataclasses
 import tracemalloc
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
+from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError, load_workdir_config
 from switchjax.data.text import TextData
 from switchjax.inference.decoding import fill_in
 from switchjax.inference.evaluation import evaluate_workdir, load_model
@@ -23,12 +25,14 @@ from switchjax.interop.convert import (
     to_huggingface,
 )
 from switchjax.interop.tensors import TensorFolder, write_tensors
+from switchjax.models.families import build
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.state import plan_state
+from switchjax.training.state import TrainState
 from switchjax.training.workdir import load_vocabulary, record_run
 from tests.interop.examples import FIXTURES, MODELS, SHAPES, assert_same_bytes, one_device, random_folder
+from tests.parameters import random_parameters
 from tests.tiny import changed
 
 
@@ -59,8 +63,7 @@ def test_through_a_workdir_on_a_mesh_and_files_in_parts(tmp_path: Path) -> None:
     parts.mkdir()
     write_tensors(parts, tensors.items(), 1500)
     (parts / "config.json").write_bytes((tmp_path / "one/config.json").read_bytes())
-    model = dataclasses.replace(config_of(parts).model, num_heads=3)
-    config = dataclasses.replace(config_of(parts), model=model, mesh=MeshConfig(2, 4, 1))
+    config = dataclasses.replace(config_of(parts), mesh=MeshConfig(2, 4, 1))
     workdir, back = tmp_path / "workdir", tmp_path / "back"
     assert from_huggingface(parts, workdir, config) == sum(tensor.size for tensor in tensors.values())
     assert load_workdir_config(workdir) == config
@@ -83,17 +86,19 @@ def test_each_device_is_given_its_own_part(tmp_path: Path) -> None:
 
 
 def test_the_host_holds_little_more_than_the_largest_parameter(tmp_path: Path) -> None:
-    random_folder("switch_step_4", tmp_path)
-    config = config_of(tmp_path)
-    load_pretrained(tmp_path, config, one_device())  # what is made once and kept
+    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 8192, "num_heads": 2, "d_head": 8, "pattern": ("dense",)}
+    layers = {"num_encoder_layers": 4, "num_decoder_layers": 4}
+    config = Config(ModelConfig(**sizes, **layers), data=DataConfig(vocabulary_size=64, num_sentinels=0))
+    write_tensors(
+        tmp_path, pretrained_tensors(random_parameters(lambda: build(config, jax.random.key(0))), config), 10**9
+    )
     tracemalloc.start()
     model = load_pretrained(tmp_path, config, one_device())
-    peak = tracemalloc.get_traced_memory()[1]
+    kept, peak = tracemalloc.get_traced_memory()  # on the CPU a parameter may lie in the host's own array
     tracemalloc.stop()
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(model)]
-    # Names, shapes and shardings of a hundred parameters are of that size here too, hence half a megabyte.
-    assert peak < 2 * max(sizes) + 500_000
-    assert sum(sizes) > 100_000
+    nbytes = [leaf.nbytes for leaf in jax.tree.leaves(model)]
+    # A tensor of one of four layers beside the parameter, and a megabyte or two of names and shapes.
+    assert peak - kept < 1.5 * max(nbytes) + 2_000_000 < sum(nbytes) / 2
 
 
 def edited(tmp_path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
@@ -157,12 +162,10 @@ def trained(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     workdir.mkdir()
     data = TextData.prepare(config.data)
     record_run(workdir, config, data.vocabulary)
-    checkpoints = Checkpoints(workdir, keep=1)
-    state = plan_state(config, make_mesh(config.mesh)).create()
-    checkpoints.save(
-        dataclasses.replace(state, opt_state=()), {"iterator": {}, "fingerprint": data.fingerprint}, config
-    )
-    checkpoints.close()
+    model = random_parameters(lambda: build(config, jax.random.key(0)))
+    with closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        state = TrainState(jnp.zeros((), jnp.int32), model, ())
+        checkpoints.save(state, {"iterator": {}, "fingerprint": data.fingerprint}, config)
     return workdir, config
 
 
@@ -184,7 +187,7 @@ def test_evaluation_reads_an_imported_model_as_one_that_was_trained(
     trained: tuple[Path, Config], imported: tuple[Path, Config]
 ) -> None:
     (_, before), (_, after) = (
-        evaluate_workdir(config, workdir, make_mesh(config.mesh)) for workdir, config in (trained, imported)
+        evaluate_workdir(config, workdir, one_device()) for workdir, config in (trained, imported)
     )
     assert after == pytest.approx(before, rel=1e-6)
 
@@ -195,7 +198,6 @@ def test_decoding_reads_an_imported_model(imported: tuple[Path, Config]) -> None
     config = changed(config, data={"decoder_length": 3})
     (answer,) = fill_in(model, load_vocabulary(workdir, config), config, ["the keeper <extra_id_0> every ship"])
     assert answer.startswith("the keeper [")
-    assert isinstance(named_leaves(model), dict)
 
 
 def test_a_router_keeps_what_bfloat16_would_lose(trained: tuple[Path, Config]) -> None:

@@ -44,7 +44,7 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
     logits, routing = jax.jit(lambda model, batch: model(batch, None))(model, batch)
     wanted = inputs["logits"].reshape(logits.shape)
     real = np.ones((len(wanted), 1), bool) if "images" in batch else batch["decoder_segments"] > 0
-    assert np.abs(wanted[real]).max() > 1
+    assert np.abs(wanted[real]).max() > 0.5
     assert "images" in batch or not real.all()
     # Sums in float32 in another order: 1e-6 of logits of some units, through a few layers.
     np.testing.assert_allclose(np.asarray(logits)[real], wanted[real], atol=1e-4, rtol=0)
