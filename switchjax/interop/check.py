@@ -79,6 +79,8 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise UserError(f"check runs transformers' own models ({error}): pip install torch transformers") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 

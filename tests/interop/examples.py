@@ -34,11 +34,11 @@ def expected(name: str) -> dict[str, np.ndarray]:
     return load_file(FIXTURES / name / "expected.safetensors")
 
 
-def random_folder(name: str, folder: Path, seed: int = 0) -> dict[str, np.ndarray]:
+def random_folder(name: str, folder: Path, deviation: float = 1.0) -> dict[str, np.ndarray]:
     """Writes config.json and random tensors under the names and shapes of one of `SHAPES`; returns the tensors."""
-    rng, description = np.random.default_rng(seed), SHAPES[name]
+    rng, description = np.random.default_rng(0), SHAPES[name]
     dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[description["dtype"]]
-    tensors = {key: rng.normal(size=shape).astype(dtype) for key, shape in description["tensors"].items()}
+    tensors = {key: (deviation * rng.normal(size=shape)).astype(dtype) for key, shape in description["tensors"].items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(description["config"]))

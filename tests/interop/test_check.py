@@ -1,14 +1,18 @@
 """The comparison with transformers: live where it is installed, and what it says where it is not."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from switchjax.config import UserError
 from switchjax.interop.check import Comparison, compare, import_transformers, random_inputs, their_inputs
-from switchjax.interop.convert import config_of
-from tests.interop.examples import FIXTURES, MODELS
+from switchjax.interop.config import write_config
+from switchjax.interop.convert import config_of, load_pretrained, pretrained_tensors
+from switchjax.interop.tensors import write_tensors
+from tests.interop.examples import FIXTURES, MODELS, SHAPES, one_device, random_folder
 
 
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +28,25 @@ def test_live(name: str) -> None:
     found = compare(FIXTURES / name)
     assert all(comparison.equal for comparison in found), found
     assert len(found) == (2 if "switch" in name else 1)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *SHAPES])
+def test_live_after_the_way_there_and_back(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    source = FIXTURES / name
+    if name in SHAPES:
+        source = tmp_path / "source"
+        random_folder(name, source, deviation=0.3)
+    config, target = config_of(source), tmp_path / "target"
+    target.mkdir()
+    write_tensors(target, pretrained_tensors(load_pretrained(source, config, one_device()), config), 10**9)
+    (target / "config.json").write_text(json.dumps(write_config(config)))
+    found = compare(target)
+    assert all(comparison.equal for comparison in found), found
+    model = getattr(transformers, write_config(config)["architectures"][0])
+    _, loaded = model.from_pretrained(target, output_loading_info=True)
+    assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loaded
 
 
 def test_equal_means_within_the_tolerance_of_the_largest_logit() -> None:
