@@ -1,15 +1,18 @@
-"""Exchanges weights with Hugging Face: T5, Switch Transformers, Mixtral, ViT, as safetensors in a local folder.
+"""Exchanges weights with Hugging Face (T5, Switch Transformers, Mixtral, ViT), and makes models of other models.
 
 python scripts/convert.py from-hf models/switch-base-8 runs/switch_base_8 [--config.mesh.expert=8 ...]
 python scripts/convert.py to-hf runs/quickstart/switch models/quickstart [--step=700]
 python scripts/convert.py check models/switch-base-8
+python scripts/convert.py upcycle runs/quickstart/dense runs/upcycled --config.model.pattern="('dense', 'moe')"
+python scripts/convert.py prune runs/quickstart/switch runs/pruned --experts=4
 
-from-hf writes a workdir that evaluate.py and generate.py read; train.py starts from it in another workdir, with
---config.init_from.workdir. check compares logits with transformers' own, and needs it and torch.
+Models of Hugging Face's are folders with config.json and safetensors. Workdirs that are written here are read by
+evaluate.py and generate.py; train.py starts from them in another workdir, with --config.init_from.workdir. check
+compares logits with transformers' own, and needs it and torch.
 """
 
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from switchjax import command
@@ -19,21 +22,27 @@ from switchjax.config import UserError, load_workdir_config
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     tasks = parser.add_subparsers(required=True, metavar="TASK")
-    from_hf = tasks.add_parser("from-hf", help="a folder of Hugging Face's -> a workdir")
-    from_hf.add_argument("source", type=Path, help="with config.json and model.safetensors")
-    from_hf.add_argument("target", type=Path, help="the new workdir")
-    from_hf.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value, such as mesh or data")
-    from_hf.set_defaults(task=_from_hf)
-    to_hf = tasks.add_parser("to-hf", help="a workdir -> a folder of Hugging Face's")
-    to_hf.add_argument("source", type=Path, help="a run's workdir")
-    to_hf.add_argument("target", type=Path, help="the new folder")
+
+    def add(name: str, task: Callable[[Namespace], None], summary: str, target: bool = True) -> ArgumentParser:
+        added = tasks.add_parser(name, help=summary)
+        added.add_argument("source", type=Path, help="what is read")
+        if target:
+            added.add_argument("target", type=Path, help="the new folder")
+        added.set_defaults(task=task)
+        return added
+
+    from_hf = add("from-hf", _from_hf, "a folder of Hugging Face's -> a workdir")
+    to_hf = add("to-hf", _to_hf, "a workdir -> a folder of Hugging Face's")
     to_hf.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
-    to_hf.set_defaults(task=_to_hf)
-    check = tasks.add_parser("check", help="compares logits with transformers' own")
-    check.add_argument("source", type=Path, help="with config.json and model.safetensors")
-    check.set_defaults(task=_check)
+    add("check", _check, "compares logits with transformers' own", target=False)
+    upcycled = add("upcycle", _upcycle, "a dense run -> a model whose experts are copies of its networks")
+    upcycled.add_argument("--noise", type=float, default=0.0, help="on experts, over their weights' deviation")
+    pruned = add("prune", _prune, "a run -> a model of the experts that it uses most on held-out data")
+    pruned.add_argument("--experts", type=int, required=True, help="how many of each layer are kept")
+    for overridable in (from_hf, upcycled):
+        overridable.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
     flags, rest = parser.parse_known_args(arguments)
-    if rest and flags.task is not _from_hf:
+    if rest and flags.task not in (_from_hf, _upcycle):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     flags.overrides = rest
     flags.task(flags)
@@ -57,6 +66,28 @@ def _to_hf(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     print(f"checkpoint of step {to_huggingface(flags.source, flags.target, flags.step)} in {flags.target}")
+
+
+def _upcycle(flags: Namespace) -> None:
+    config = command.override(load_workdir_config(flags.source), flags.overrides)
+
+    from switchjax.interop.workdirs import upcycle_workdir
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    upcycle_workdir(flags.source, flags.target, config, flags.noise)
+    print(f"{config.moe.num_experts} experts a layer in {flags.target}")
+
+
+def _prune(flags: Namespace) -> None:
+    config = load_workdir_config(flags.source)
+
+    from switchjax.interop.workdirs import prune_workdir
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    prune_workdir(flags.source, flags.target, flags.experts)
+    print(f"{flags.experts} of {config.moe.num_experts} experts a layer in {flags.target}")
 
 
 def _check(flags: Namespace) -> None:

@@ -1,7 +1,6 @@
 """A folder of Hugging Face's as a workdir that evaluation and decoding read as one that was trained, and back."""
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,20 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike, Shaped
 
-from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.config import Config, load_workdir_config
 from switchjax.interop.config import read_config, write_config
 from switchjax.interop.families import FAMILIES, model_type_of
 from switchjax.interop.mapping import check_tensors, load, match
 from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.interop.tokenizer import export_tokenizer, import_tokenizer
+from switchjax.interop.workdirs import check_new, write_workdir
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.state import TrainState, plan_state
-from switchjax.training.workdir import open_workdir, record_run
-
-_log = logging.getLogger(__name__)
+from switchjax.training.state import plan_state
 
 MAX_FILE_BYTES = 5_000_000_000
 """Size above which weights are written as several files."""
@@ -43,8 +40,8 @@ def config_of(folder: Path) -> Config:
 def load_pretrained(folder: Path, config: Config, mesh: Mesh) -> Model:
     """The model in a folder of Hugging Face's, laid over a mesh, read parameter by parameter.
 
-    On the host there is never more than one parameter of it; those of a run of layers are one, and each device is only
-    given its own part.
+    The host holds one parameter, or two while one is handed over, where those of a run of layers are one; a device is
+    only given its own part.
 
     Raises:
         UserError: naming tensors that are missing, in excess, or of other shapes than the config asks for.
@@ -59,9 +56,7 @@ def load_pretrained(folder: Path, config: Config, mesh: Mesh) -> Model:
 
 
 def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
-    """Writes a model of Hugging Face's as the only checkpoint, of step 0, of a new workdir.
-
-    A checkpoint of parameters alone: training starts from it in another workdir, with `init_from.workdir`.
+    """Writes a model of Hugging Face's as the only checkpoint of a new workdir (`write_workdir`).
 
     Args:
         folder: with config.json, safetensors and, where there is one, a tokenizer.
@@ -74,16 +69,12 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
     Raises:
         UserError: naming what does not fit.
     """
-    _check_new(workdir)
+    check_new(workdir)
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     with jax.set_mesh(mesh):
         model = load_pretrained(folder, config, mesh)
-        open_workdir(workdir, config)
-        record_run(workdir, config, import_tokenizer(folder, workdir))
-        with closing(Checkpoints(workdir, keep=1)) as checkpoints:
-            state = TrainState(jnp.zeros((), jnp.int32), model, ())
-            checkpoints.save(state, {"iterator": {}, "fingerprint": ""}, config)
+        write_workdir(workdir, model, config, import_tokenizer(folder, workdir))
     return sum(leaf.size for leaf in named_leaves(model).values())
 
 
@@ -107,7 +98,7 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
     """
     config = load_workdir_config(workdir)
     description = write_config(config)
-    _check_new(folder)
+    check_new(folder)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
@@ -143,8 +134,3 @@ def _narrow(tensor: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.nd
     """In `dtype`, if that changes no value."""
     narrow = tensor.astype(dtype)
     return narrow if np.array_equal(narrow.astype(tensor.dtype), tensor) else tensor
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: choose another folder, or an empty one")

@@ -49,7 +49,7 @@ class Entry:
         names, out = self.tensors(), np.empty(sizes, dtype)
         for place in np.ndindex(*sizes[:count]):
             name = names[tuple(numbers[i] for numbers, i in zip(ranges, place, strict=True))]
-            out[place] = self.layout.to_ours(source.read(name))[index[count:]].astype(dtype)
+            out[place] = self.layout.to_ours(source.read(name))[index[count:]]
         return out
 
     def split(self, leaf: jax.Array) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
@@ -109,7 +109,7 @@ def _some(names: list[str]) -> str:
 
 
 def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A parameter, each device given its own part; on the host there is never more than that parameter."""
+    """A parameter, each device given its own part; the host holds that parameter, and not the model."""
     parts: dict[str, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -119,4 +119,5 @@ def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.
             parts[key] = entry.gather(source, index, dtype)
         return parts[key]
 
-    return jax.make_array_from_callback(entry.shape, sharding, part)
+    # Waited for: a transfer under way would keep the host's copy while the next parameter is read.
+    return jax.block_until_ready(jax.make_array_from_callback(entry.shape, sharding, part))

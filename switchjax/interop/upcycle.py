@@ -100,28 +100,34 @@ def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usag
     return {stack: np.sum([np.concatenate(total[stack]) for total in totals], axis=0) for stack in config.model.stacks}
 
 
-def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> tuple[Config, Model]:
-    """The model with the `num_experts` most used experts of each layer alone, and its config.
-
-    A token whose expert is gone goes to the best of those that are left.
-
-    Args:
-        model: with experts and routers of one logit an expert.
-        config: its config.
-        usage: as `expert_usage` counts it.
-        num_experts: of each layer.
+def pruned_config(config: Config, num_experts: int) -> Config:
+    """The config with so many experts in every layer.
 
     Raises:
-        UserError: if there are not so many, or fewer than a token selects.
+        UserError: if there are not so many, fewer than a token selects, or the router knows experts by their numbers.
     """
     if config.moe.experts_per_layer or num_experts > config.moe.num_experts:
         raise UserError(f"cannot keep {num_experts} of the experts of every layer: there are {config.moe.num_experts}")
     if config.moe.router in ("hash", "hierarchical"):
         raise UserError(f"moe.router={config.moe.router} knows experts by their numbers: they cannot be pruned")
-    pruned = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
-    kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items() if counts.size}
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+
+
+def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model:
+    """The model with the most used experts of each layer alone, that of `pruned_config`.
+
+    A token whose expert is gone goes to the best of those that are left.
+
+    Args:
+        model: with experts.
+        config: its config.
+        usage: as `expert_usage` counts it.
+        num_experts: of each layer.
+    """
+    pruned = pruned_config(config, num_experts)
+    kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items()}
     leaves = {name: _select(place_of(config, name), leaf, kept) for name, leaf in named_leaves(model).items()}
-    return pruned, with_leaves(jax.eval_shape(lambda: build(pruned, jax.random.key(0))), leaves)
+    return with_leaves(jax.eval_shape(lambda: build(pruned, jax.random.key(0))), leaves)
 
 
 def _kept_experts(

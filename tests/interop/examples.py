@@ -11,9 +11,13 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from switchjax.config import Config, MeshConfig
+from switchjax.data.text import TextData
 from switchjax.interop.convert import config_of, load_pretrained
+from switchjax.interop.workdirs import write_workdir
+from switchjax.models.families import build
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
+from tests.parameters import random_parameters
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
@@ -43,6 +47,13 @@ def random_folder(name: str, folder: Path, deviation: float = 1.0) -> dict[str, 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(description["config"]))
     return tensors
+
+
+def random_workdir(config: Config, workdir: Path) -> None:
+    """A run's workdir, with its vocabulary and a checkpoint of random parameters."""
+    workdir.mkdir()
+    vocabulary = TextData.prepare(config.data).vocabulary
+    write_workdir(workdir, random_parameters(lambda: build(config, jax.random.key(0))), config, vocabulary)
 
 
 def assert_same_bytes(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:

@@ -3,18 +3,15 @@
 import dataclasses
 import tracemalloc
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError, load_workdir_config
-from switchjax.data.text import TextData
 from switchjax.inference.decoding import fill_in
 from switchjax.inference.evaluation import evaluate_workdir, load_model
 from switchjax.interop.convert import (
@@ -28,10 +25,16 @@ from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.models.families import build
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
-from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.state import TrainState
-from switchjax.training.workdir import load_vocabulary, record_run
-from tests.interop.examples import FIXTURES, MODELS, SHAPES, assert_same_bytes, one_device, random_folder
+from switchjax.training.workdir import load_vocabulary
+from tests.interop.examples import (
+    FIXTURES,
+    MODELS,
+    SHAPES,
+    assert_same_bytes,
+    one_device,
+    random_folder,
+    random_workdir,
+)
 from tests.parameters import random_parameters
 from tests.tiny import changed
 
@@ -85,9 +88,9 @@ def test_each_device_is_given_its_own_part(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole[name]), err_msg=name)
 
 
-def test_the_host_holds_little_more_than_the_largest_parameter(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 8192, "num_heads": 2, "d_head": 8, "pattern": ("dense",)}
-    layers = {"num_encoder_layers": 4, "num_decoder_layers": 4}
+def test_the_host_holds_a_parameter_or_two_and_not_the_model(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 8192, "num_heads": 2, "d_head": 8, "activation": "geglu"}
+    layers = {"num_encoder_layers": 4, "num_decoder_layers": 4, "pattern": ("dense",)}
     config = Config(ModelConfig(**sizes, **layers), data=DataConfig(vocabulary_size=64, num_sentinels=0))
     write_tensors(
         tmp_path, pretrained_tensors(random_parameters(lambda: build(config, jax.random.key(0))), config), 10**9
@@ -97,8 +100,8 @@ def test_the_host_holds_little_more_than_the_largest_parameter(tmp_path: Path) -
     kept, peak = tracemalloc.get_traced_memory()  # on the CPU a parameter may lie in the host's own array
     tracemalloc.stop()
     nbytes = [leaf.nbytes for leaf in jax.tree.leaves(model)]
-    # A tensor of one of four layers beside the parameter, and a megabyte or two of names and shapes.
-    assert peak - kept < 1.5 * max(nbytes) + 2_000_000 < sum(nbytes) / 2
+    # Two while one is handed over, a tensor of one of four layers, and a megabyte of names and shapes.
+    assert peak - kept < 2.5 * max(nbytes) + 2_000_000 < sum(nbytes) / 2
 
 
 def edited(tmp_path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
@@ -159,13 +162,7 @@ def trained(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A run's workdir, with room for all tokens: capacity is counted otherwise there."""
     config = changed(tiny, moe={"eval_capacity_factor": 4.0})
     workdir = tmp_path_factory.mktemp("runs") / "trained"
-    workdir.mkdir()
-    data = TextData.prepare(config.data)
-    record_run(workdir, config, data.vocabulary)
-    model = random_parameters(lambda: build(config, jax.random.key(0)))
-    with closing(Checkpoints(workdir, keep=1)) as checkpoints:
-        state = TrainState(jnp.zeros((), jnp.int32), model, ())
-        checkpoints.save(state, {"iterator": {}, "fingerprint": data.fingerprint}, config)
+    random_workdir(config, workdir)
     return workdir, config
 
 
