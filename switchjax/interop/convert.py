@@ -9,14 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import DTypeLike, Shaped
+from jaxtyping import DTypeLike, Int, Shaped
 
 from switchjax.config import Config, load_workdir_config
 from switchjax.interop.config import read_config, write_config
 from switchjax.interop.families import FAMILIES, model_type_of
 from switchjax.interop.mapping import check_tensors, load, match
 from switchjax.interop.tensors import TensorFolder, write_tensors
-from switchjax.interop.tokenizer import export_tokenizer, import_tokenizer
+from switchjax.interop.tokenizer import (
+    export_tokenizer,
+    keep_tokenizer,
+    own_vocabulary,
+    read_vocabulary,
+    renumbering,
+    special_tokens,
+)
 from switchjax.interop.workdirs import check_new, write_workdir
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import check_fit, make_mesh
@@ -37,11 +44,17 @@ def config_of(folder: Path) -> Config:
     return read_config(folder, TensorFolder(folder))
 
 
-def load_pretrained(folder: Path, config: Config, mesh: Mesh) -> Model:
+def load_pretrained(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarray, "V"] | None = None) -> Model:
     """The model in a folder of Hugging Face's, laid over a mesh, read parameter by parameter.
 
     The host holds one parameter, or two while one is handed over, where those of a run of layers are one; a device is
     only given its own part.
+
+    Args:
+        folder: with safetensors.
+        config: of the model.
+        mesh: of devices.
+        ids: their id of each of ours (`renumbering`); None: the same.
 
     Raises:
         UserError: naming tensors that are missing, in excess, or of other shapes than the config asks for.
@@ -49,7 +62,7 @@ def load_pretrained(folder: Path, config: Config, mesh: Mesh) -> Model:
     source, plan = TensorFolder(folder), plan_state(config, mesh)
     shapes, shardings = named_leaves(plan.shapes.model), named_leaves(plan.shardings.model)
     table = FAMILIES[model_type_of(config)].table(config.model)
-    entries = match(config, table, shapes)
+    entries = match(config, table, shapes, ids)
     check_tensors(entries, table, source)
     leaves = {name: load(entry, source, shapes[name].dtype, shardings[name]) for name, entry in entries.items()}
     return with_leaves(plan.shapes.model, leaves)
@@ -70,11 +83,12 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
         UserError: naming what does not fit.
     """
     check_new(workdir)
-    mesh = make_mesh(config.mesh)
+    mesh, vocabulary = make_mesh(config.mesh), read_vocabulary(folder)
     check_fit(config, mesh)
     with jax.set_mesh(mesh):
-        model = load_pretrained(folder, config, mesh)
-        write_workdir(workdir, model, config, import_tokenizer(folder, workdir))
+        model = load_pretrained(folder, config, mesh, renumbering(vocabulary, config.model.vocab_size))
+        write_workdir(workdir, model, config, vocabulary)
+    keep_tokenizer(folder, workdir)
     return sum(leaf.size for leaf in named_leaves(model).values())
 
 
@@ -97,28 +111,35 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
         UserError: naming what transformers' model cannot do or has no place for.
     """
     config = load_workdir_config(workdir)
-    description = write_config(config)
+    mesh, vocabulary = make_mesh(config.mesh), own_vocabulary(workdir, config)
+    description = write_config(config) | special_tokens(vocabulary, config)
     check_new(folder)
-    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
-        tensors = pretrained_tensors(model, config)
+        tensors = pretrained_tensors(model, config, renumbering(vocabulary, config.model.vocab_size))
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder, tensors, max_file_bytes)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    export_tokenizer(workdir, folder, config)
+    export_tokenizer(workdir, folder, vocabulary)
     return step
 
 
-def pretrained_tensors(model: Model, config: Config) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+def pretrained_tensors(
+    model: Model, config: Config, ids: Int[np.ndarray, "V"] | None = None
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """Name and content of all tensors of Hugging Face's, parameter by parameter.
+
+    Args:
+        model: any of those families.
+        config: its config.
+        ids: their id of each of ours (`renumbering`); None: the same.
 
     Raises:
         UserError: naming the parameters that transformers' model has no place for.
     """
     leaves, dtype = named_leaves(model), jnp.dtype(config.model.param_dtype)
     table = FAMILIES[model_type_of(config)].table(config.model)
-    entries = match(config, table, leaves)
+    entries = match(config, table, leaves, ids)
     copies: dict[str, list[str]] = {}
     for copy in table.written:
         copies.setdefault(table.copies[copy], []).append(copy)

@@ -15,6 +15,7 @@ Values = dict[str, Any]
 """Keys of config.json, or `section.key` of ours, and their values."""
 
 MATRIX, SAME = "i o -> o i", "o -> o"
+VECTORS, LOGITS = "v d -> v d", "d v -> v d"
 ATTENTION = {
     "query": "d h a -> (h a) d",
     "key": "d h a -> (h a) d",

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 from switchjax.config import Config, UserError
-from switchjax.interop.family import Table
+from switchjax.interop.family import LOGITS, VECTORS, Table
 from switchjax.interop.layouts import Layout, axis_sizes
 from switchjax.interop.places import Place, place_of
 from switchjax.interop.tensors import TensorFolder
@@ -20,12 +20,21 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter, stacked over layers and experts, and the tensors that hold its parts."""
+    """A parameter, stacked over layers and experts, and the tensors that hold its parts.
+
+    Attributes:
+        place: where it stands in the model.
+        theirs: name of the tensors.
+        layout: of each.
+        shape: of the parameter.
+        ids: where the tensors' first axis is the vocabulary, their id of each of ours; None: the same.
+    """
 
     place: Place
     theirs: str
     layout: Layout
     shape: tuple[int, ...]
+    ids: Int[np.ndarray, "V"] | None
 
     def tensors(self) -> dict[tuple[int, ...], str]:
         """Position along the leading axes -> tensor."""
@@ -49,22 +58,30 @@ class Entry:
         names, out = self.tensors(), np.empty(sizes, dtype)
         for place in np.ndindex(*sizes[:count]):
             name = names[tuple(numbers[i] for numbers, i in zip(ranges, place, strict=True))]
-            out[place] = self.layout.to_ours(source.read(name))[index[count:]]
+            tensor = source.read(name) if self.ids is None else source.read(name)[self.ids]
+            out[place] = self.layout.to_ours(tensor)[index[count:]]
         return out
 
     def split(self, leaf: jax.Array) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
         """Name and content of each tensor."""
         for index, name in self.tensors().items():
-            yield name, self.layout.to_theirs(np.asarray(leaf[index]))
+            tensor = self.layout.to_theirs(np.asarray(leaf[index]))
+            if self.ids is not None:
+                ours, tensor = tensor, np.empty_like(tensor)
+                tensor[self.ids] = ours
+            yield name, tensor
 
 
-def match(config: Config, table: Table, shapes: Mapping[str, Any]) -> dict[str, Entry]:
+def match(
+    config: Config, table: Table, shapes: Mapping[str, Any], ids: Int[np.ndarray, "V"] | None = None
+) -> dict[str, Entry]:
     """Parameter -> what holds it.
 
     Args:
         config: of the model.
         table: the family's.
         shapes: of the model's parameters, by name.
+        ids: their id of each of ours; None: the same.
 
     Raises:
         UserError: naming the parameters that the table has no place for.
@@ -73,10 +90,13 @@ def match(config: Config, table: Table, shapes: Mapping[str, Any]) -> dict[str, 
     places = {name: place_of(config, name) for name in shapes}
     if unknown := [name for name in shapes if places[name].name not in rules]:
         raise UserError(f"Hugging Face's model has no place for {_some(unknown)}")
-    return {
-        name: Entry(place, rules[place.name].theirs, Layout(rules[place.name].layout, sizes), shapes[name].shape)
-        for name, place in places.items()
-    }
+
+    def entry(name: str, place: Place) -> Entry:
+        rule = rules[place.name]
+        of_vocabulary = rule.layout in (VECTORS, LOGITS)
+        return Entry(place, rule.theirs, Layout(rule.layout, sizes), shapes[name].shape, ids if of_vocabulary else None)
+
+    return {name: entry(name, place) for name, place in places.items()}
 
 
 def check_tensors(entries: Mapping[str, Entry], table: Table, source: TensorFolder) -> None:

@@ -11,7 +11,19 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from switchjax.config import Config, ModelConfig, UserError
-from switchjax.interop.family import MATRIX, NO_Z_LOSS, SAME, Family, Key, Rule, Table, Values, attention_rules
+from switchjax.interop.family import (
+    LOGITS,
+    MATRIX,
+    NO_Z_LOSS,
+    SAME,
+    VECTORS,
+    Family,
+    Key,
+    Rule,
+    Table,
+    Values,
+    attention_rules,
+)
 
 _CONTEXT = 1024
 """Length of rows that the config of an imported model has, where the model allows as much."""
@@ -22,7 +34,7 @@ def mixtral_table(model: ModelConfig) -> Table:
     ours, theirs = "decoder/{layer}", "model.layers.{layer}"
     experts = f"{theirs}.block_sparse_moe.experts.{{expert}}"
     rules = (
-        Rule("embedding/vectors", "model.embed_tokens.weight", "v d -> v d"),
+        Rule("embedding/vectors", "model.embed_tokens.weight", VECTORS),
         Rule(f"{ours}/self_norm/scale", f"{theirs}.input_layernorm.weight", SAME),
         *attention_rules(f"{ours}/self_attention", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
         Rule(f"{ours}/ff_norm/scale", f"{theirs}.post_attention_layernorm.weight", SAME),
@@ -34,7 +46,7 @@ def mixtral_table(model: ModelConfig) -> Table:
     )
     if model.tie_embeddings:
         return Table(rules, {"lm_head.weight": "model.embed_tokens.weight"})
-    return Table((*rules, Rule("logits", "lm_head.weight", MATRIX)))
+    return Table((*rules, Rule("logits", "lm_head.weight", LOGITS)))
 
 
 def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:

@@ -12,9 +12,11 @@ from switchjax.config import Config, ModelConfig
 from switchjax.config.model import GATED
 from switchjax.interop.family import (
     ACTIVATIONS,
+    LOGITS,
     MATRIX,
     NO_Z_LOSS,
     SAME,
+    VECTORS,
     Family,
     Key,
     Rule,
@@ -48,7 +50,7 @@ _ACTIVATIONS = ACTIVATIONS | {"gated-gelu": "geglu", "gated-gelu_new": "geglu", 
 def t5_table(model: ModelConfig) -> Table:
     """The tensors of T5, and of Switch Transformers where layers have experts."""
     rules = [
-        Rule("embedding/vectors", "shared.weight", "v d -> v d"),
+        Rule("embedding/vectors", "shared.weight", VECTORS),
         *_stack(model, "encoder", ff_layer=1),
         *_stack(model, "decoder", ff_layer=2),
         *_attention("decoder/{layer}/cross", "decoder.block.{layer}.layer.1", "EncDecAttention"),
@@ -57,7 +59,7 @@ def t5_table(model: ModelConfig) -> Table:
     if model.tie_embeddings:
         copies["lm_head.weight"] = "shared.weight"
     else:
-        rules.append(Rule("logits", "lm_head.weight", MATRIX))
+        rules.append(Rule("logits", "lm_head.weight", LOGITS))
     # Untied, transformers' Switch has a table of vectors for each stack; T5 ties those whatever its config says.
     written = () if model.tie_embeddings or not model.has_experts else tuple(copies)
     unused = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)

@@ -14,13 +14,14 @@ from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.inference.evaluation import load_model
+from switchjax.interop.tokenizer import own_vocabulary
 from switchjax.interop.upcycle import expert_usage, prune, pruned_config, upcycle
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
-from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path
+from switchjax.training.workdir import open_workdir, record_run, vocabulary_path
 
 
 def check_new(folder: Path) -> None:
@@ -66,7 +67,7 @@ def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 
             return upcycle(dense, dense_config, config, jax.random.key(config.train.seed), noise)
 
         model = jax.jit(start, out_shardings=plan_state(config, mesh).shardings.model)(dense)
-        write_workdir(workdir, model, config, _vocabulary(source, dense_config))
+        write_workdir(workdir, model, config, own_vocabulary(source, dense_config))
 
 
 def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
@@ -84,7 +85,7 @@ def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
     config = load_workdir_config(source)
     smaller, mesh = pruned_config(config, num_experts), make_mesh(config.mesh)
     check_fit(smaller, mesh)
-    vocabulary = _vocabulary(source, config)
+    vocabulary = own_vocabulary(source, config)
     path = "" if vocabulary is None else str(vocabulary_path(source))
     data = prepare_data(dataclasses.replace(config.data, vocabulary=path))
     with jax.set_mesh(mesh):
@@ -100,7 +101,3 @@ def _held_out(config: Config, data: Data, mesh: Mesh) -> Iterator[Batch]:
     for corpus in data.corpora:
         for batch in data.evaluation_batches(corpus, config.evaluate.split, config.evaluate.batches):
             yield place_batch(batch, mesh)
-
-
-def _vocabulary(workdir: Path, config: Config) -> Vocabulary | None:
-    return load_vocabulary(workdir, config) if vocabulary_path(workdir).exists() else None
