@@ -94,7 +94,8 @@ def keep_tokenizer(folder: Path, workdir: Path) -> None:
 def export_tokenizer(workdir: Path, folder: Path, vocabulary: Vocabulary | None) -> None:
     """Writes the tokenizer that a workdir was imported with, or else its own vocabulary.
 
-    That is T5's tokenizer, or LLaMA's for pieces without pad, as Mixtral's are. T5's own reads a line break as a space.
+    That is T5's tokenizer, which reads a line break as a space, or LLaMA's for a model without pad, such as Mixtral's;
+    LLaMA's pieces are of byte-pair encoding.
     """
     if (workdir / _FOLDER).is_dir():
         for file in sorted((workdir / _FOLDER).iterdir()):
