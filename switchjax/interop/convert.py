@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike, Int, Shaped
 
 from switchjax.config import Config, load_workdir_config
-from switchjax.interop.config import read_config, write_config
+from switchjax.interop.config import read_config, read_json, write_config
 from switchjax.interop.families import FAMILIES, model_type_of
+from switchjax.interop.family import Values
 from switchjax.interop.mapping import check_tensors, load, match
 from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.interop.tokenizer import (
+    FOLDER,
     export_tokenizer,
-    keep_tokenizer,
+    keep_files,
     own_vocabulary,
     read_vocabulary,
     renumbering,
@@ -88,7 +90,7 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
     with jax.set_mesh(mesh):
         model = load_pretrained(folder, config, mesh, renumbering(vocabulary, config.model.vocab_size))
         write_workdir(workdir, model, config, vocabulary)
-    keep_tokenizer(folder, workdir)
+    keep_files(folder, workdir)
     return sum(leaf.size for leaf in named_leaves(model).values())
 
 
@@ -112,7 +114,7 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
     """
     config = load_workdir_config(workdir)
     mesh, vocabulary = make_mesh(config.mesh), own_vocabulary(workdir, config)
-    description = write_config(config) | special_tokens(vocabulary, config)
+    description = _with_kept(workdir, write_config(config) | special_tokens(vocabulary, config))
     check_new(folder)
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
@@ -122,6 +124,16 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     export_tokenizer(workdir, folder, vocabulary)
     return step
+
+
+def _with_kept(workdir: Path, description: Values) -> Values:
+    """With what else config.json said of a model that was imported, such as the names of its classes."""
+    path = workdir / FOLDER / "config.json"
+    if not path.exists():
+        return description
+    kept = read_json(path)
+    labels = ("id2label", "label2id") if len(kept.get("id2label", ())) == len(description.get("id2label", ())) else ()
+    return kept | {key: value for key, value in description.items() if key not in labels}
 
 
 def pretrained_tensors(

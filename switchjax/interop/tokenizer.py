@@ -15,8 +15,10 @@ from switchjax.training.workdir import load_vocabulary, vocabulary_path
 
 _log = logging.getLogger(__name__)
 
-_FOLDER = "tokenizer"
+FOLDER = "huggingface"
+"""Of a workdir: the files that it was imported with, but for the weights."""
 _FILES = (
+    "config.json",
     "spiece.model",
     "tokenizer.model",
     "tokenizer.json",
@@ -82,13 +84,11 @@ def special_tokens(vocabulary: Vocabulary | None, config: Config) -> Values:
     return {"bos_token_id": first, "eos_token_id": eos}
 
 
-def keep_tokenizer(folder: Path, workdir: Path) -> None:
-    """Keeps the files of a folder's tokenizer in the workdir, for the way back."""
-    files = [folder / name for name in _FILES if (folder / name).is_file()]
-    if files:
-        (workdir / _FOLDER).mkdir(exist_ok=True)
-    for file in files:
-        shutil.copy(file, workdir / _FOLDER / file.name)
+def keep_files(folder: Path, workdir: Path) -> None:
+    """Keeps the tokenizer and config.json of a folder in the workdir, for the way back."""
+    (workdir / FOLDER).mkdir()
+    for file in (folder / name for name in _FILES if (folder / name).is_file()):
+        shutil.copy(file, workdir / FOLDER / file.name)
 
 
 def export_tokenizer(workdir: Path, folder: Path, vocabulary: Vocabulary | None) -> None:
@@ -97,9 +97,10 @@ def export_tokenizer(workdir: Path, folder: Path, vocabulary: Vocabulary | None)
     That is T5's tokenizer, which reads a line break as a space, or LLaMA's for a model without pad, such as Mixtral's;
     LLaMA's pieces are of byte-pair encoding.
     """
-    if (workdir / _FOLDER).is_dir():
-        for file in sorted((workdir / _FOLDER).iterdir()):
-            shutil.copy(file, folder / file.name)
+    if (workdir / FOLDER).is_dir():
+        for file in (workdir / FOLDER).iterdir():
+            if file.name != "config.json":
+                shutil.copy(file, folder / file.name)
         return
     if vocabulary is None:
         return

@@ -1,6 +1,7 @@
 """From a folder of Hugging Face's to a workdir and back: the same bytes, on any mesh; what does not fit is named."""
 
 import dataclasses
+import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_copies_and_tensors_that_no_model_reads_are_let_through(tmp_path: Path) 
 def test_types_mixed_in_a_file_become_the_wider(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda t: t.update({_WO: t[_WO].astype(ml_dtypes.bfloat16)}))
     assert config_of(folder).model.param_dtype == "float32"
+
+
+def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
+    random_folder("vit_deep", tmp_path / "source")
+    path = tmp_path / "source/config.json"
+    names = {"0": "cat", "1": "dog", "2": "emu", "3": "fox", "4": "gnu"}
+    changes = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}, "surprise": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = dataclasses.replace(config_of(tmp_path / "source"), mesh=MeshConfig(data=8))
+    from_huggingface(tmp_path / "source", tmp_path / "workdir", config)
+    to_huggingface(tmp_path / "workdir", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(path.read_text())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from switchjax.inference.evaluation import load_model
 from switchjax.interop.convert import config_of, from_huggingface, to_huggingface
 from switchjax.interop.tokenizer import (
     export_tokenizer,
-    keep_tokenizer,
+    keep_files,
     own_vocabulary,
     read_vocabulary,
     renumbering,
@@ -64,7 +64,7 @@ def test_files_are_kept_as_they_are(tmp_path: Path) -> None:
     for name, content in files.items():
         (source / name).write_bytes(content)
     assert read_vocabulary(source) is None
-    keep_tokenizer(source, workdir)
+    keep_files(source, workdir)
     export_tokenizer(workdir, back, None)
     assert {path.name: path.read_bytes() for path in back.iterdir()} == dict(list(files.items())[:2])
 
