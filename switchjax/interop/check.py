@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from switchjax.config import Config, MeshConfig, UserError
 from switchjax.interop.config import read_json
-from switchjax.interop.convert import config_of, load_pretrained
+from switchjax.interop.convert import config_of, load_huggingface
 from switchjax.interop.families import family_of
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
@@ -120,7 +120,7 @@ def real_targets(batch: Arrays) -> Bool[np.ndarray, "B T"]:
 def _compare(folder: Path, config: Config, name: str, module: ModuleType) -> Comparison:
     batch = random_inputs(config)
     theirs = _their_logits(folder, config, their_inputs(batch), module)
-    ours, dropped = our_logits(load_pretrained(folder, config, make_mesh(MeshConfig(), jax.devices()[:1])), batch)
+    ours, dropped = our_logits(load_huggingface(folder, config, make_mesh(MeshConfig(), jax.devices()[:1])), batch)
     real = real_targets(batch)
     difference, largest = np.abs(ours - theirs)[real], np.abs(theirs)[real]
     return Comparison(name, float(difference.max()), float(largest.max()), dropped)

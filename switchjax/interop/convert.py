@@ -46,7 +46,7 @@ def config_of(folder: Path) -> Config:
     return read_config(folder, TensorFolder(folder))
 
 
-def load_pretrained(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarray, "V"] | None = None) -> Model:
+def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarray, "V"] | None = None) -> Model:
     """The model in a folder of Hugging Face's, laid over a mesh, read parameter by parameter.
 
     The host holds one parameter, or two while one is handed over, where those of a run of layers are one; a device is
@@ -88,7 +88,7 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
     mesh, vocabulary = make_mesh(config.mesh), read_vocabulary(folder)
     check_fit(config, mesh)
     with jax.set_mesh(mesh):
-        model = load_pretrained(folder, config, mesh, renumbering(vocabulary, config.model.vocab_size))
+        model = load_huggingface(folder, config, mesh, renumbering(vocabulary, config.model.vocab_size))
         write_workdir(workdir, model, config, vocabulary)
     keep_files(folder, workdir)
     return sum(leaf.size for leaf in named_leaves(model).values())
@@ -118,7 +118,7 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
     check_new(folder)
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
-        tensors = pretrained_tensors(model, config, renumbering(vocabulary, config.model.vocab_size))
+        tensors = huggingface_tensors(model, config, renumbering(vocabulary, config.model.vocab_size))
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder, tensors, max_file_bytes)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -136,7 +136,7 @@ def _with_kept(workdir: Path, description: Values) -> Values:
     return kept | {key: value for key, value in description.items() if key not in labels}
 
 
-def pretrained_tensors(
+def huggingface_tensors(
     model: Model, config: Config, ids: Int[np.ndarray, "V"] | None = None
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """Name and content of all tensors of Hugging Face's, parameter by parameter.

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from switchjax.config import Config, MeshConfig
 from switchjax.data.text import TextData
-from switchjax.interop.convert import config_of, load_pretrained
+from switchjax.interop.convert import config_of, load_huggingface
 from switchjax.interop.workdirs import write_workdir
 from switchjax.models.families import build
 from switchjax.models.model import Model
@@ -31,7 +31,7 @@ def one_device() -> jax.sharding.Mesh:
 @cache
 def load_fixture(name: str) -> tuple[Config, Model]:
     config = config_of(FIXTURES / name)
-    return config, load_pretrained(FIXTURES / name, config, one_device())
+    return config, load_huggingface(FIXTURES / name, config, one_device())
 
 
 def expected(name: str) -> dict[str, np.ndarray]:

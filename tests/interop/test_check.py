@@ -10,7 +10,7 @@ import pytest
 from switchjax.config import UserError
 from switchjax.interop.check import Comparison, compare, import_transformers, random_inputs, their_inputs
 from switchjax.interop.config import write_config
-from switchjax.interop.convert import config_of, load_pretrained, pretrained_tensors
+from switchjax.interop.convert import config_of, huggingface_tensors, load_huggingface
 from switchjax.interop.tensors import write_tensors
 from tests.interop.examples import FIXTURES, MODELS, SHAPES, one_device, random_folder
 
@@ -40,7 +40,7 @@ def test_live_after_the_way_there_and_back(name: str, tmp_path: Path) -> None:
         random_folder(name, source, deviation=0.3)
     config, target = config_of(source), tmp_path / "target"
     target.mkdir()
-    write_tensors(target, pretrained_tensors(load_pretrained(source, config, one_device()), config), 10**9)
+    write_tensors(target, huggingface_tensors(load_huggingface(source, config, one_device()), config), 10**9)
     (target / "config.json").write_text(json.dumps(write_config(config)))
     found = compare(target)
     assert all(comparison.equal for comparison in found), found

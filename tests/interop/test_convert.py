@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +15,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError, load_workdir_config
-from switchjax.inference.decoding import fill_in
 from switchjax.inference.evaluation import evaluate_workdir, load_model
 from switchjax.interop.convert import (
     config_of,
     from_huggingface,
-    load_pretrained,
-    pretrained_tensors,
+    huggingface_tensors,
+    load_huggingface,
     to_huggingface,
 )
 from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.models.families import build
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
-from switchjax.training.workdir import load_vocabulary
 from tests.interop.examples import (
     FIXTURES,
     MODELS,
@@ -50,15 +50,15 @@ def test_weights_come_back_as_the_same_bytes(name: str, tmp_path: Path) -> None:
     tensors = random_folder(name, tmp_path)
     config = config_of(tmp_path)
     assert config.model.param_dtype == SHAPES[name]["dtype"]
-    model = load_pretrained(tmp_path, config, one_device())
-    assert_same_bytes(dict(pretrained_tensors(model, config)), tensors)
+    model = load_huggingface(tmp_path, config, one_device())
+    assert_same_bytes(dict(huggingface_tensors(model, config)), tensors)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_transformers_saved_comes_back_as_the_same_bytes(name: str) -> None:
     config = config_of(FIXTURES / name)
-    model = load_pretrained(FIXTURES / name, config, one_device())
-    assert_same_bytes(dict(pretrained_tensors(model, config)), load_file(FIXTURES / name / "model.safetensors"))
+    model = load_huggingface(FIXTURES / name, config, one_device())
+    assert_same_bytes(dict(huggingface_tensors(model, config)), load_file(FIXTURES / name / "model.safetensors"))
 
 
 def test_through_a_workdir_on_a_mesh_and_files_in_parts(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_each_device_is_given_its_own_part(tmp_path: Path) -> None:
     random_folder("mixtral_tied", tmp_path)
     config = config_of(tmp_path)
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    whole = named_leaves(load_pretrained(tmp_path, config, one_device()))
-    divided = named_leaves(load_pretrained(tmp_path, config, mesh))
+    whole = named_leaves(load_huggingface(tmp_path, config, one_device()))
+    divided = named_leaves(load_huggingface(tmp_path, config, mesh))
     experts = divided["decoder/runs/0/blocks/0/ff/experts/w_in"]
     assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 2, 16, 12)}
     for name, leaf in divided.items():
@@ -94,10 +94,10 @@ def test_the_host_holds_a_parameter_or_two_and_not_the_model(tmp_path: Path) -> 
     layers = {"num_encoder_layers": 4, "num_decoder_layers": 4, "pattern": ("dense",)}
     config = Config(ModelConfig(**sizes, **layers), data=DataConfig(vocabulary_size=64, num_sentinels=0))
     write_tensors(
-        tmp_path, pretrained_tensors(random_parameters(lambda: build(config, jax.random.key(0))), config), 10**9
+        tmp_path, huggingface_tensors(random_parameters(lambda: build(config, jax.random.key(0))), config), 10**9
     )
     tracemalloc.start()
-    model = load_pretrained(tmp_path, config, one_device())
+    model = load_huggingface(tmp_path, config, one_device())
     kept, peak = tracemalloc.get_traced_memory()  # on the CPU a parameter may lie in the host's own array
     tracemalloc.stop()
     nbytes = [leaf.nbytes for leaf in jax.tree.leaves(model)]
@@ -130,7 +130,7 @@ def test_tensors_that_do_not_fit_are_named(
 ) -> None:
     folder = edited(tmp_path, edit)
     with pytest.raises(UserError, match=message):
-        load_pretrained(folder, config_of(folder), one_device())
+        load_huggingface(folder, config_of(folder), one_device())
 
 
 def test_copies_and_tensors_that_no_model_reads_are_let_through(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_copies_and_tensors_that_no_model_reads_are_let_through(tmp_path: Path) 
         tmp_path,
         lambda t: t.update(dict.fromkeys(names, t["shared.weight"]) | {unused: np.ones((8, 3), np.float32)}),
     )
-    load_pretrained(folder, config_of(folder), one_device())
+    load_huggingface(folder, config_of(folder), one_device())
 
 
 def test_types_mixed_in_a_file_become_the_wider(tmp_path: Path) -> None:
@@ -202,19 +202,25 @@ def test_evaluation_reads_an_imported_model_as_one_that_was_trained(
     assert after == pytest.approx(before, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_decoding_reads_an_imported_model(imported: tuple[Path, Config]) -> None:
     workdir, config = imported
-    _, model = load_model(config, workdir, one_device())
-    config = changed(config, data={"decoder_length": 3})
-    (answer,) = fill_in(model, load_vocabulary(workdir, config), config, ["the keeper <extra_id_0> every ship"])
-    assert answer.startswith("the keeper [")
+    short = changed(config, data={"decoder_length": 3}, mesh={"data": -1, "expert": 1})
+    (workdir / "config.json").write_text(short.to_json())
+    command = [sys.executable, "scripts/generate.py", f"--workdir={workdir}", "--prompt=the keeper <extra_id_0> ships"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=False
+    )
+    (workdir / "config.json").write_text(config.to_json())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the keeper [")
 
 
 def test_a_router_keeps_what_bfloat16_would_lose(trained: tuple[Path, Config]) -> None:
     workdir, config = trained
     config = changed(config, model={"param_dtype": "bfloat16"})
     _, model = load_model(config, workdir, one_device())
-    dtypes = {str(tensor.dtype) for name, tensor in pretrained_tensors(model, config) if "router" in name}
+    dtypes = {str(tensor.dtype) for name, tensor in huggingface_tensors(model, config) if "router" in name}
     assert dtypes == {"float32"}
-    others = {str(tensor.dtype) for name, tensor in pretrained_tensors(model, config) if "router" not in name}
+    others = {str(tensor.dtype) for name, tensor in huggingface_tensors(model, config) if "router" not in name}
     assert others == {"bfloat16"}

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from switchjax.config import Config
-from switchjax.interop.convert import pretrained_tensors
+from switchjax.interop.convert import huggingface_tensors
 from switchjax.models.model import Batch, Model
 from switchjax.moe.losses import summarize
 from switchjax.training.step import token_losses
@@ -79,7 +79,7 @@ def test_loss_and_gradients_equal_those_of_transformers(name: str) -> None:
     wanted: dict[str, Any] = json.loads((FIXTURES / name / "expected.json").read_text())
     np.testing.assert_allclose(loss, wanted["loss"], rtol=1e-5)
     weights = load_file(FIXTURES / name / "model.safetensors")
-    gradients = dict(pretrained_tensors(gradient, config))
+    gradients = dict(huggingface_tensors(gradient, config))
     assert gradients.keys() == wanted["gradients"].keys()
     for key, (norm, product) in wanted["gradients"].items():
         # Sums in float32 in another order.
