@@ -88,6 +88,7 @@ def read_config(folder: Path, source: TensorFolder) -> Config:
     Raises:
         UserError: naming what cannot be read, is not supported, or is not known.
     """
+    _check_processor(folder / "preprocessor_config.json")
     theirs = _Watched(read_json(folder / "config.json"))
     family = family_of(theirs)
     for key, wanted in family.theirs.items():
@@ -135,6 +136,16 @@ def read_json(path: Path) -> Values:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")
     return values
+
+
+def _check_processor(path: Path) -> None:
+    """Refuses images that are scaled otherwise than here."""
+    settings = read_json(path) if path.exists() else {}
+    for key in ("image_mean", "image_std"):
+        if any(value != 0.5 for value in settings.get(key) or ()):
+            raise UserError(
+                f"{path.name}: {key}={settings[key]} is not supported: images are scaled to [-1, 1] here, 0.5"
+            )
 
 
 def _common_dtype(source: TensorFolder) -> str:

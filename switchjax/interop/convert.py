@@ -131,7 +131,7 @@ def _with_kept(workdir: Path, description: Values) -> Values:
     path = workdir / FOLDER / "config.json"
     if not path.exists():
         return description
-    kept = read_json(path)
+    kept = {key: value for key, value in read_json(path).items() if key != "torch_dtype"}  # dtype says it now
     labels = ("id2label", "label2id") if len(kept.get("id2label", ())) == len(description.get("id2label", ())) else ()
     return kept | {key: value for key, value in description.items() if key not in labels}
 

@@ -86,6 +86,16 @@ def test_what_the_models_here_lack_is_refused_by_name(
         changed(name, tmp_path, **changes)
 
 
+def test_images_that_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
+    changed("vit_deep", tmp_path)
+    processor = tmp_path / "preprocessor_config.json"
+    processor.write_text(json.dumps({"image_mean": [0.5, 0.5], "image_std": [0.5, 0.5], "do_resize": True}))
+    config_of(tmp_path)
+    processor.write_text(json.dumps({"image_mean": [0.485, 0.456]}))
+    with pytest.raises(UserError, match=r"image_mean=\[0.485, 0.456\] is not supported: images are scaled"):
+        config_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("family", "message"),
     [
