@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  numpy then knows bfloat16
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
