@@ -95,7 +95,10 @@ def read_config(folder: Path, source: TensorFolder) -> Config:
         if theirs.get(key, wanted) != wanted:
             raise UserError(f"config.json: {key}={theirs[key]!r} is not supported, only {wanted!r}")
     values = {key.ours: theirs.get(key.theirs, key.default) for key in family.keys}
-    values = {**family.ours, **values, **family.read(theirs, source.names)}
+    try:
+        values = {**family.ours, **values, **family.read(theirs, source.names)}
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: a value has the wrong type, or is 0: {error}") from None
     if ignored := sorted(set(theirs) - theirs.seen - _FREE):
         _log.warning("config.json: these keys are not known here and ignored: %s", ", ".join(ignored))
     dtype = _common_dtype(source)
