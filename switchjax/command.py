@@ -80,21 +80,45 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     path = Path(name.partition(":")[0])
     if not path.is_file():
         raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
+    values = flags.FlagValues()
+    arguments = ["", f"--config={name}", *_checked(overrides)]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not the process's own
+    try:
+        _parse(values, arguments)
+    except UserError:
+        raise
+    except Exception as error:  # A config file is code, and anything may go wrong in it.
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    return Config.from_dict(config.value)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with values replaced by `--config.section.key=value`.
+
+    Raises:
+        UserError: for an unknown key or a value that does not fit.
+    """
+    values = flags.FlagValues()
+    arguments = ["", *_checked(overrides)]
+    changed = config_flags.DEFINE_config_dict("config", config.to_config_dict(), flag_values=values, sys_argv=arguments)
+    _parse(values, arguments)
+    return Config.from_dict(changed.value)
+
+
+def _checked(overrides: Sequence[str]) -> Sequence[str]:
     for argument in overrides:
         if argument.startswith("--config."):
             check_key(argument.removeprefix("--config.").partition("=")[0])
-    values = flags.FlagValues()
-    arguments = ["", f"--config={name}", *overrides]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not the process's own
+    return overrides
+
+
+def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     try:
         rest = values(arguments)
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
-    except Exception as error:  # A config file is code, and anything may go wrong in it.
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}")
-    return Config.from_dict(config.value)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ pytest_plugins = ("tests.stories", "tests.tiny")
 
 # Before anything imports these packages or starts JAX.
 install_import_hook(
-    [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference")], "beartype.beartype"
+    [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference", "interop")],
+    "beartype.beartype",
 )
 jax.config.update("jax_platforms", "cpu")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the scripts that tests start: libtpu complains where no TPU is

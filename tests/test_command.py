@@ -32,7 +32,7 @@ def test_help_lists_the_configs_and_their_sizes() -> None:
         assert f"configs/{path.name}: " in shown
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare", "benchmark"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare", "benchmark", "convert"])
 def test_help_starts_no_jax(script: str) -> None:
     done = run("-X", "importtime", f"scripts/{script}.py", "--help")
     assert done.returncode == 0
@@ -77,6 +77,29 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: TASK"),
+        (["from-hf", "nowhere", "run"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
+        (["to-hf", "nowhere", "folder"], "cannot read nowhere/config.json"),
+        (["to-hf", "nowhere", "folder", "--surprise"], "unrecognized arguments: --surprise"),
+        (["check", "nowhere"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
+        (["check", "tests/interop/fixtures/vit"], "pip install torch transformers"),
+        (
+            ["from-hf", "tests/interop/fixtures/vit", "nowhere", "--config.model.d_modle=8"],
+            "unknown config key 'model.d_modle' (did you mean 'd_model'?)",
+        ),
+    ],
+)
+def test_conversion_refuses_bad_input_in_one_line(arguments: list[str], message: str) -> None:
+    done = run("scripts/convert.py", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ INFINITE, NAN = float("inf"), float("nan")
         ("model", "relative_buckets", 31),
         ("model", "relative_max_distance", 16),
         ("moe", "num_experts", 0),
-        ("moe", "group_size", 0),
+        ("moe", "group_size", -1),
+        ("moe", "expert_capacity", -1),
         ("moe", "train_capacity_factor", 0.0),
         ("moe", "eval_capacity_factor", -1.0),
         ("moe", "eval_capacity_factor", INFINITE),
@@ -224,6 +225,7 @@ def test_the_defaults_are_switch_base() -> None:
         (512, 7, 114, 114),  # no more than one divides 7
         (512, 2, 114, 228),  # all rows there are
         (128, 8, 512, 128),  # a part of a row
+        (0, 8, 114, 114),  # each row by itself
     ],
 )
 def test_a_group_is_whole_rows_or_an_even_part_of_one(group_size: int, rows: int, length: int, size: int) -> None:

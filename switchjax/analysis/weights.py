@@ -10,7 +10,7 @@ from math import isqrt, prod
 
 from switchjax.config import Config, Layer, ModelConfig
 from switchjax.config.model import GATED
-from switchjax.moe.slots import expert_capacity
+from switchjax.moe.slots import capacity_of
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,10 @@ def slots_per_sequence(config: Config, num_experts: int, length: int) -> int:
     if moe.dispatch == "ragged":
         return length * moe.num_selected_experts
     group = moe.tokens_per_group(config.data.batch_size // config.train.accumulation_steps, length)
-    capacity = expert_capacity(
-        group, num_experts, moe.num_selected_experts, moe.train_capacity_factor, moe.min_expert_capacity
-    )
-    if moe.router == "base":
+    capacity = capacity_of(moe, num_experts, group, training=True)
+    if moe.router == "base" and not moe.dropless:
         capacity = -(-group // num_experts)
-    return num_experts * (group if moe.dropless else capacity) * length // group
+    return num_experts * capacity * length // group
 
 
 def _ends(config: Config) -> Iterator[Weight]:

@@ -38,11 +38,13 @@ class ModelConfig:
     values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a recurrent
     model: lstm, dense_only and moe_only (a feed-forward network between two others)."""
     activation: str = "relu"
-    """Of the feed-forward networks: relu, gelu, or with a gate geglu, swiglu."""
+    """Of the feed-forward networks: relu, gelu (by tanh), gelu_exact (by erf), or with a gate geglu, swiglu."""
     expert_activation: str = ""
     """Of the experts; empty: as `activation`."""
     norm: str = "rms"
     """Before each layer: rms (no mean, no bias), layer (LayerNorm) or none."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance, or mean square, that a norm divides by."""
     biases: bool = False
     """Of projections and feed-forward networks."""
     positions: str = "relative"
@@ -113,7 +115,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("model.family", self.family, KINDS)
-        sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base"]
+        sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base", "norm_epsilon"]
         sizes += ["embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes"]
         check_positive("model", {name: getattr(self, name) for name in sizes})
         check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
@@ -182,6 +184,6 @@ class ModelConfig:
         )
 
 
-ACTIVATIONS = ("relu", "gelu", "geglu", "swiglu")
+ACTIVATIONS = ("relu", "gelu", "gelu_exact", "geglu", "swiglu")
 GATED = frozenset({"geglu", "swiglu"})
 """Activations with a gate, and so with a third matrix."""

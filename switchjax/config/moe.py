@@ -17,10 +17,13 @@ class MoEConfig:
     num_selected_experts: int = 1
     """K; a hierarchical router selects K / num_selected_groups in each group of experts that it selects."""
     group_size: int = 512
-    """Most tokens that compete for the same buffers (whole rows, or an even part of one); the mesh plays no part."""
+    """Most tokens that compete for the same buffers (whole rows, or an even part of one); the mesh plays no part. 0:
+    those of a row, however long."""
     train_capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     min_expert_capacity: int = 4
+    expert_capacity: int = 0
+    """Slots of an expert for each group whatever its size, as in Hugging Face's Switch; 0: by the factors above."""
     dropless: bool = False
     """Every expert has room for every token; the capacity factors then mean nothing."""
     dispatch: str = "gather"
@@ -77,7 +80,6 @@ class MoEConfig:
         sizes = (
             "num_experts",
             "num_selected_experts",
-            "group_size",
             "train_capacity_factor",
             "eval_capacity_factor",
             "min_expert_capacity",
@@ -123,18 +125,22 @@ class MoEConfig:
             "policy_entropy_loss_weight",
             "no_token_left_behind",
             "num_shared_experts",
+            "group_size",
+            "expert_capacity",
         ):
             require(getattr(self, name) >= 0, f"moe.{name} must not be negative, got {getattr(self, name)}")
 
     def tokens_per_group(self, rows: int, length: int) -> int:
         """S, the tokens of a group when `rows` x `length` tokens are divided into groups of at most `group_size`.
 
-        Rows shorter than that are grouped whole, as many as fit and divide `rows`; a longer row is divided evenly. The
-        mesh plays no part, so a model computes the same on every mesh.
+        Rows shorter than that are grouped whole, as many as fit and divide `rows`; a longer row is divided evenly; for
+        0, each row is a group. The mesh plays no part, so a model computes the same on every mesh.
 
         Raises:
             UserError: if `group_size` does not divide a longer row.
         """
+        if self.group_size == 0:
+            return length
         if self.group_size >= length:
             return length * max(n for n in range(1, self.group_size // length + 1) if rows % n == 0)
         require(

@@ -25,7 +25,8 @@ class Vocabulary:
 
     Ids are pad = 0, eos = 1, unk = 2, then the other SentencePiece pieces in their order, and at the
     top the sentinels of span corruption: `<extra_id_k>` is `size - 1 - k`. A model that numbers its
-    special pieces otherwise is renumbered; one that has no pad gets one.
+    special pieces otherwise is renumbered. One that has no pad lends its bos, with which text begins there as it does
+    here with pad; one that has neither gets one.
 
     Attributes:
         size: number of ids, sentinels included.
@@ -49,7 +50,9 @@ class Vocabulary:
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         except Exception as error:
             raise UserError(f"not a SentencePiece model: {str(error).splitlines()[0]}") from None
-        special = [self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()]
+        bos_is_pad = self._processor.pad_id() < 0 <= self._processor.bos_id()
+        pad = self._processor.bos_id() if bos_is_pad else self._processor.pad_id()
+        special = [pad, self._processor.eos_id(), self._processor.unk_id()]
         if min(special[1:]) < 0:
             raise UserError("the SentencePiece model has no eos or no unk piece, which span corruption needs")
         others = [i for i in range(self._processor.vocab_size()) if i not in special]
@@ -59,7 +62,12 @@ class Vocabulary:
         self.model = model
         self.num_sentinels = num_sentinels
         self.size = len(self._model_ids) + num_sentinels
-        self.fingerprint = hashlib.sha256(b"1" + model).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256((b"2" if bos_is_pad else b"1") + model).hexdigest()[:16]
+
+    @property
+    def model_ids(self) -> Integer[np.ndarray, "pieces"]:
+        """The SentencePiece model's own id of each piece; -1 for a pad that it has not."""
+        return self._model_ids
 
     @classmethod
     def load(cls, path: str | Path, num_sentinels: int) -> "Vocabulary":

@@ -1,6 +1,7 @@
 """Norms, embedding, feed-forward network, dropout and the initialisers they share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -78,26 +79,29 @@ def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray] | list
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale`, in float32, without mean or bias (T5)."""
 
-    def __init__(self, d_model: int, dtype: DTypeLike):
+    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(d_model, dtype), axes=("embed",))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (normed * over_last_axes(self.scale[...].astype(jnp.float32), normed)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """`(x - mean) / deviation * scale + shift`, in float32 (Ba et al. 2016)."""
 
-    def __init__(self, d_model: int, dtype: DTypeLike):
+    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(d_model, dtype), axes=("embed",))
         self.shift = nnx.Param(jnp.zeros(d_model, dtype), axes=("embed",))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
         scale, shift = (over_last_axes(weight[...].astype(jnp.float32), wide) for weight in (self.scale, self.shift))
         return (normed * scale + shift).astype(x.dtype)
 
@@ -105,20 +109,20 @@ class LayerNorm(nnx.Module):
 class NoNorm(nnx.Module):
     """`x`."""
 
-    def __init__(self, d_model: int, dtype: DTypeLike):
-        del d_model, dtype
+    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
+        del d_model, dtype, epsilon
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return x
 
 
 Norm = RMSNorm | LayerNorm | NoNorm
-NORMS: dict[str, Callable[[int, DTypeLike], Norm]] = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
+NORMS: dict[str, Callable[[int, DTypeLike, float], Norm]] = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
 
 
 def make_norm(config: ModelConfig) -> Norm:
     """The norm that `model.norm` names."""
-    return NORMS[config.norm](config.d_model, config.param_dtype)
+    return NORMS[config.norm](config.d_model, config.param_dtype, config.norm_epsilon)
 
 
 class Embedding(nnx.Module):
@@ -194,6 +198,7 @@ class FeedForward(nnx.Module):
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "geglu": jax.nn.gelu,
     "swiglu": jax.nn.silu,
 }

@@ -22,7 +22,7 @@ from switchjax.moe.exchange import apply_experts, apply_experts_over_mesh, are_s
 from switchjax.moe.ragged import apply_ragged
 from switchjax.moe.routers import ROUTERS
 from switchjax.moe.routing import RouterSizes, Routing, Tokens, jitter
-from switchjax.moe.slots import expert_capacity
+from switchjax.moe.slots import capacity_of
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack
@@ -177,11 +177,8 @@ class MoELayer(nnx.Module):
         keys: Key[Array, "G"] | None,
     ) -> Routing:
         config = self.config
-        factor = config.eval_capacity_factor if keys is None else config.train_capacity_factor
-        capacity = expert_capacity(
-            x.shape[1], config.num_experts, config.num_selected_experts, factor, config.min_expert_capacity
-        )
-        tokens = Tokens(x.astype(jnp.float32), mask, x.shape[1] if config.dropless else capacity, ids, keys)
+        capacity = capacity_of(config, config.num_experts, x.shape[1], training=keys is not None)
+        tokens = Tokens(x.astype(jnp.float32), mask, capacity, ids, keys)
         weights = {name: weight[...] for name, weight in self.router.items()}
         return ROUTERS[config.router].route(weights, explore(tokens, config), config)
 

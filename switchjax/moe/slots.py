@@ -4,7 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from switchjax.config import UserError
+from switchjax.config import MoEConfig, UserError
+
+
+def capacity_of(config: MoEConfig, num_experts: int, group_size: int, training: bool) -> int:
+    """C, slots that each of `num_experts` experts has for a group of `group_size` tokens.
+
+    All of them if dropless; `moe.expert_capacity` where that is set; else by the capacity factor.
+    """
+    if config.dropless:
+        return group_size
+    if config.expert_capacity:
+        return min(config.expert_capacity, group_size)
+    factor = config.train_capacity_factor if training else config.eval_capacity_factor
+    return expert_capacity(group_size, num_experts, config.num_selected_experts, factor, config.min_expert_capacity)
 
 
 def expert_capacity(

@@ -97,11 +97,21 @@ def foreign_model(tmp_path: Path, **ids: int) -> Path:
     return tmp_path / "foreign.model"
 
 
-@pytest.mark.parametrize(("pad", "size"), [(-1, 61), (3, 60)])
-def test_a_model_with_other_special_ids_is_renumbered(tmp_path: Path, pad: int, size: int) -> None:
-    path = foreign_model(tmp_path, unk_id=0, bos_id=1, eos_id=2, pad_id=pad)
+@pytest.mark.parametrize(
+    ("bos", "pad", "size", "first"),
+    [
+        (1, -1, 60, [1, 2, 0, 3]),  # LLaMA's: bos is what text begins with, and there is no pad
+        (-1, -1, 61, [-1, 2, 0, 1]),
+        (1, 3, 60, [3, 2, 0, 1]),
+    ],
+)
+def test_a_model_with_other_special_ids_is_renumbered(
+    tmp_path: Path, bos: int, pad: int, size: int, first: list[int]
+) -> None:
+    path = foreign_model(tmp_path, unk_id=0, bos_id=bos, eos_id=2, pad_id=pad)
     vocabulary = Vocabulary.load(path, num_sentinels=5)
     assert vocabulary.size == size + 5
+    assert vocabulary.model_ids[:4].tolist() == first
     ids = vocabulary.encode("the keeper <extra_id_0> Ж")
     assert UNK in ids
     assert not {PAD, EOS} & set(ids)

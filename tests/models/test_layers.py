@@ -1,5 +1,6 @@
 """Norm, embedding, feed-forward layer, dropout and initialisers."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from switchjax.config import ModelConfig
 from switchjax.models.layers import (
+    ACTIVATIONS,
     Embedding,
     FeedForward,
     LayerNorm,
@@ -17,6 +19,7 @@ from switchjax.models.layers import (
     cast_kernels,
     dropout,
     kernel,
+    make_norm,
     split_key,
 )
 from tests.parameters import random_parameters
@@ -117,6 +120,23 @@ def test_layer_norm_has_mean_0_and_deviation_1_before_its_scale_and_shift() -> N
     deviation = np.sqrt(3)  # of the second row, whose mean is 1
     expected = [[-1, 2 + 1, -3, -1 + 5], [-1 / deviation, -2 / deviation + 1, -3 / deviation, -3 / deviation + 5]]
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_a_norm_divides_by_the_variance_and_epsilon() -> None:
+    config = replace(CONFIG, d_model=4, norm_epsilon=2.0)
+    x = jnp.asarray([[1.0, 3.0, 1.0, 3.0]])
+    root = np.sqrt(5 + 2), np.sqrt(1 + 2)  # of the mean square, and of the variance
+    np.testing.assert_allclose(make_norm(config)(x), x / root[0], rtol=1e-6)
+    np.testing.assert_allclose(make_norm(replace(config, norm="layer"))(x), (x - 2) / root[1], rtol=1e-6)
+
+
+def test_gelu_is_by_tanh_and_gelu_exact_by_erf() -> None:
+    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    by_erf = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    by_tanh = x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(ACTIVATIONS["gelu_exact"](x), by_erf, atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x), by_tanh, atol=1e-6)
+    assert np.abs(by_erf - by_tanh).max() > 1e-4
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -155,6 +155,14 @@ def test_only_tokens_of_the_same_group_can_crowd_a_token_out() -> None:
     np.testing.assert_array_equal(run(layer, other, mask, None)[0][:2], y[:2])
 
 
+def test_slots_may_be_a_number_for_each_row() -> None:
+    x, mask = make_inputs()
+    by_number = run(make_layer(group_size=0, expert_capacity=3), x, mask, None)
+    by_factor = run(make_layer(group_size=LENGTH, eval_capacity_factor=0.1, min_expert_capacity=3), x, mask, None)
+    np.testing.assert_array_equal(by_number[0], by_factor[0])
+    assert summarize(by_number[1])["fraction_tokens_dropped"] > 0
+
+
 def test_a_group_size_that_cuts_rows_unevenly_is_refused() -> None:
     x, mask = make_inputs()
     with pytest.raises(UserError, match=r"group_size=3 neither divides a row of 8 tokens"):

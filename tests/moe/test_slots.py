@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchjax.config import UserError
-from switchjax.moe.slots import expert_capacity, fill_slots
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.slots import capacity_of, expert_capacity, fill_slots
 from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_choices
 
 # One compilation a case; hypothesis then varies the values only.
@@ -41,6 +41,21 @@ def fill(choices: Choices, case: Case) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_expert_capacity_is_the_papers_formula(arguments: tuple[int, int, int, float, int], capacity: int) -> None:
     assert expert_capacity(*arguments) == capacity
+
+
+@pytest.mark.parametrize(
+    ("fields", "training", "capacity"),
+    [
+        ({}, True, 80),
+        ({}, False, 128),
+        ({"expert_capacity": 7}, True, 7),  # whatever the factors say
+        ({"expert_capacity": 7}, False, 7),
+        ({"expert_capacity": 600}, True, 512),  # no more than the group
+        ({"expert_capacity": 7, "dropless": True}, True, 512),
+    ],
+)
+def test_capacity_is_of_the_factor_a_number_or_the_group(fields: dict, training: bool, capacity: int) -> None:
+    assert capacity_of(MoEConfig(**fields), 8, 512, training) == capacity
 
 
 @pytest.mark.parametrize(("factor", "minimum"), [(0.0, 4), (-1.0, 4), (1.25, 0)])

@@ -1,0 +1,173 @@
+"""Hugging Face's config.json and ours: what must be so, what is called otherwise, and the few things that are computed.
+
+What transformers has and the models here lack is refused by name, and so is the reverse.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from switchjax.config import Config, UserError
+from switchjax.interop.families import FAMILIES, family_of, model_type_of
+from switchjax.interop.family import Values
+from switchjax.interop.tensors import DTYPES, TensorFolder
+from switchjax.interop.tokenizer import vocabulary_sizes
+
+_log = logging.getLogger(__name__)
+
+_FREE = frozenset(
+    {
+        "_name_or_path",
+        "add_cross_attention",
+        "add_router_probs",
+        "architectures",
+        "bos_token_id",
+        "classifier_dropout",
+        "decoder_start_token_id",
+        "dense_act_fn",
+        "dtype",
+        "encoder_stride",
+        "eos_token_id",
+        "feed_forward_proj",
+        "initializer_factor",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_gated_act",
+        "label2id",
+        "model_type",
+        "n_positions",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "output_router_logits",
+        "pad_token_id",
+        "pooler_act",
+        "pooler_output_size",
+        "problem_type",
+        "return_dict",
+        "router_ignore_padding_tokens",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys of config.json that change nothing of what a model computes from its inputs, or that follow from others."""
+
+
+class _Watched(Mapping[str, Any]):
+    """Values that remember which of them were looked at."""
+
+    def __init__(self, values: Values):
+        self._values = values
+        self.seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def read_config(folder: Path, source: TensorFolder) -> Config:
+    """The config of a model in a folder with config.json.
+
+    Besides the model, it says what the files say of data: the vocabulary's size; the rest is the defaults.
+
+    Args:
+        folder: with config.json and, where there is one, the tokenizer.
+        source: the tensors there, whose names and types belong to the description.
+
+    Raises:
+        UserError: naming what cannot be read, is not supported, or is not known.
+    """
+    _check_processor(folder / "preprocessor_config.json")
+    theirs = _Watched(read_json(folder / "config.json"))
+    family = family_of(theirs)
+    for key, wanted in family.theirs.items():
+        if theirs.get(key, wanted) != wanted:
+            raise UserError(f"config.json: {key}={theirs[key]!r} is not supported, only {wanted!r}")
+    values = {key.ours: theirs.get(key.theirs, key.default) for key in family.keys}
+    try:
+        values = {**family.ours, **values, **family.read(theirs, source.names)}
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: a value has the wrong type, or is 0: {error}") from None
+    if ignored := sorted(set(theirs) - theirs.seen - _FREE):
+        _log.warning("config.json: these keys are not known here and ignored: %s", ", ".join(ignored))
+    dtype = _common_dtype(source)
+    values |= {"model.dtype": dtype, "model.param_dtype": dtype}
+    if "model.vocab_size" in values:
+        values |= vocabulary_sizes(folder, values["model.vocab_size"])
+    return _config(values)
+
+
+def write_config(config: Config) -> Values:
+    """What config.json says of a model.
+
+    Raises:
+        UserError: naming what transformers' model cannot do.
+    """
+    kind = model_type_of(config)
+    family = FAMILIES[kind]
+    for key, wanted in family.ours.items():
+        if (value := _get(config, key)) != wanted:
+            raise UserError(f"{family.architecture} has no {key}={value!r}, only {wanted!r}")
+    same = {key.theirs: _get(config, key.ours) for key in family.keys}
+    about = {"architectures": [family.architecture], "model_type": kind, "dtype": config.model.param_dtype}
+    return {**about, **family.theirs, **same, **family.write(config)}
+
+
+def read_json(path: Path) -> Values:
+    """A JSON object.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return values
+
+
+def _check_processor(path: Path) -> None:
+    """Refuses images that are scaled otherwise than here."""
+    settings = read_json(path) if path.exists() else {}
+    for key in ("image_mean", "image_std"):
+        if any(value != 0.5 for value in settings.get(key) or ()):
+            raise UserError(
+                f"{path.name}: {key}={settings[key]} is not supported: images are scaled to [-1, 1] here, 0.5"
+            )
+
+
+def _common_dtype(source: TensorFolder) -> str:
+    """bfloat16 if all tensors are, else float32, in which both are exact."""
+    dtypes = {source.dtype(name): name for name in sorted(source.names)}
+    if other := set(dtypes) - set(DTYPES):
+        dtype = min(other)
+        raise UserError(f"tensor {dtypes[dtype]} is {dtype}; only {' and '.join(DTYPES)} are read")
+    return DTYPES["BF16" if set(dtypes) == {"BF16"} else "F32"]
+
+
+def _config(values: Values) -> Config:
+    sections: dict[str, Values] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return Config.from_dict(sections)
+
+
+def _get(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,143 @@
+"""Parameters from and to the tensors of a table, one at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from switchjax.config import Config, UserError
+from switchjax.interop.family import LOGITS, VECTORS, Table
+from switchjax.interop.layouts import Layout, axis_sizes
+from switchjax.interop.places import Place, place_of
+from switchjax.interop.tensors import TensorFolder
+
+_LISTED = 5
+"""Names of one kind that a message lists."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter, stacked over layers and experts, and the tensors that hold its parts.
+
+    Attributes:
+        place: where it stands in the model.
+        theirs: name of the tensors.
+        layout: of each.
+        shape: of the parameter.
+        ids: where the tensors' first axis is the vocabulary, their id of each of ours; None: the same.
+    """
+
+    place: Place
+    theirs: str
+    layout: Layout
+    shape: tuple[int, ...]
+    ids: Int[np.ndarray, "V"] | None
+
+    def tensors(self) -> dict[tuple[int, ...], str]:
+        """Position along the leading axes -> tensor."""
+        return {index: self.theirs.format(**self.place.numbers(index)) for index in self.place.indices()}
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of one layer's, or expert's."""
+        return self.shape[len(self.place.leading) :]
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Of each tensor."""
+        return self.layout.their_shape(self.part_shape)
+
+    def gather(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
+        count = len(self.place.leading)
+        ranges = [range(size)[part] for size, part in zip(self.place.leading, index[:count], strict=True)]
+        sizes = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
+        names, out = self.tensors(), np.empty(sizes, dtype)
+        for place in np.ndindex(*sizes[:count]):
+            name = names[tuple(numbers[i] for numbers, i in zip(ranges, place, strict=True))]
+            tensor = source.read(name) if self.ids is None else source.read(name)[self.ids]
+            out[place] = self.layout.to_ours(tensor)[index[count:]]
+        return out
+
+    def split(self, leaf: jax.Array) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+        """Name and content of each tensor."""
+        for index, name in self.tensors().items():
+            tensor = self.layout.to_theirs(np.asarray(leaf[index]))
+            if self.ids is not None:
+                ours, tensor = tensor, np.empty_like(tensor)
+                tensor[self.ids] = ours
+            yield name, tensor
+
+
+def match(
+    config: Config, table: Table, shapes: Mapping[str, Any], ids: Int[np.ndarray, "V"] | None = None
+) -> dict[str, Entry]:
+    """Parameter -> what holds it.
+
+    Args:
+        config: of the model.
+        table: the family's.
+        shapes: of the model's parameters, by name.
+        ids: their id of each of ours; None: the same.
+
+    Raises:
+        UserError: naming the parameters that the table has no place for.
+    """
+    rules, sizes = {rule.ours: rule for rule in table.rules}, axis_sizes(config.model)
+    places = {name: place_of(config, name) for name in shapes}
+    if unknown := [name for name in shapes if places[name].name not in rules]:
+        raise UserError(f"Hugging Face's model has no place for {_some(unknown)}")
+
+    def entry(name: str, place: Place) -> Entry:
+        rule = rules[place.name]
+        of_vocabulary = rule.layout in (VECTORS, LOGITS)
+        return Entry(place, rule.theirs, Layout(rule.layout, sizes), shapes[name].shape, ids if of_vocabulary else None)
+
+    return {name: entry(name, place) for name, place in places.items()}
+
+
+def check_tensors(entries: Mapping[str, Entry], table: Table, source: TensorFolder) -> None:
+    """Refuses tensors that are not exactly the model's.
+
+    Raises:
+        UserError: naming those that are missing, of another shape, in excess, or not equal to what they are copies of.
+    """
+    wanted = {name: entry.their_shape for entry in entries.values() for name in entry.tensors().values()}
+    there, copies = source.names, {name: of for name, of in table.copies.items() if name in source.names}
+    shapes = {name: source.shape(name) for name in wanted if name in there}
+    problems = {
+        "missing": [name for name in wanted if name not in there],
+        "of another shape": [
+            f"{name} {shape} for {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]
+        ],
+        "unknown": sorted(there - set(wanted) - set(copies) - set(table.unused)),
+    }
+    if not problems["missing"]:
+        unequal = [name for name, of in copies.items() if not np.array_equal(source.read(name), source.read(of))]
+        problems["not the copies that they should be"] = unequal
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"the tensors do not fit config.json: {'; '.join(found)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A parameter, each device given its own part; the host holds that parameter, and not the model."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "it is for arrays without a shape"
+        key = str(index)  # several devices may hold the same part
+        if key not in parts:
+            parts[key] = entry.gather(source, index, dtype)
+        return parts[key]
+
+    # Waited for: a transfer under way would keep the host's copy while the next parameter is read.
+    return jax.block_until_ready(jax.make_array_from_callback(entry.shape, sharding, part))

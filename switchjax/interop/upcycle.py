@@ -1,0 +1,148 @@
+"""Dense models as the start of models with experts, and models with experts cut down to the most used."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from switchjax.config import Config, UserError
+from switchjax.interop.places import Place, place_of
+from switchjax.models.families import build
+from switchjax.models.model import Batch, Model
+from switchjax.parallel.sharding import named_leaves, with_leaves
+
+Usage = Mapping[str, Float[np.ndarray, "layers E"]]
+"""Stack -> choices of each expert in each of its layers with experts."""
+
+
+def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArray, noise: float = 0.0) -> Model:
+    """A model with experts, each of which is the feed-forward network that its layer had (Komatsuzaki et al. 2022).
+
+    All else is the dense model's, but for new routers. Where no token is dropped and a token's gates sum to 1 (router
+    top_k with normalised gates, K > 1), it computes what the dense model does, until training tells the experts apart.
+
+    Args:
+        dense: the model to start from.
+        dense_config: its config.
+        config: with layers of kind moe; all else as `dense_config` has it.
+        key: for routers and noise.
+        noise: standard deviation of noise on the experts' weights, over that of the weights of a matrix.
+
+    Raises:
+        UserError: naming the first parameter that the dense model has not, or in another shape.
+    """
+    if config.model.experts_activation != dense_config.model.activation:
+        raise UserError(
+            f"experts of activation {config.model.experts_activation} cannot be copies of networks of "
+            f"model.activation={dense_config.model.activation}"
+        )
+    fresh = named_leaves(build(config, key))  # compiled, all of it but the routers is dropped
+    parts = _by_layer(dense, dense_config)
+    leaves = {}
+    for number, (name, leaf) in enumerate(fresh.items()):
+        place = place_of(config, name)
+        if "router" in place.name.split("/"):
+            leaves[name] = leaf
+            continue
+        copied = _copy(place, parts, leaf)
+        leaves[name] = _disturb(copied, noise, jax.random.fold_in(key, number)) if place.num_experts else copied
+    return with_leaves(jax.eval_shape(lambda: build(config, key)), leaves)
+
+
+def _by_layer(model: Model, config: Config) -> dict[str, Array]:
+    """The parameters of each layer under names such as `encoder/3/ff/w_in`."""
+    parts = {}
+    for name, leaf in named_leaves(model).items():
+        place = place_of(config, name)
+        if not place.layers:
+            parts[name] = leaf
+        for i, layer in enumerate(place.layers):
+            parts[place.name.format(layer=layer)] = leaf[i]
+    return parts
+
+
+def _copy(place: Place, parts: Mapping[str, Array], like: Array) -> Array:
+    """What stands there in the dense model, once for each layer and expert."""
+    name = place.name.replace("/ff/experts/", "/ff/")
+    sources = [name.format(layer=layer) for layer in place.layers] or [name]
+    if missing := next((source for source in sources if source not in parts), None):
+        raise UserError(f"the dense model has no {missing}")
+    shape = like.shape[len(place.leading) :]
+    if other := next((source for source in sources if parts[source].shape != shape), None):
+        raise UserError(f"{other} is {parts[other].shape} in the dense model and {shape} here")
+    if not place.layers:
+        return parts[name].astype(like.dtype)
+    stacked = jnp.stack([parts[source] for source in sources]).astype(like.dtype)
+    return jnp.broadcast_to(stacked[:, None], like.shape) if place.num_experts else stacked
+
+
+def _disturb(experts: Array, noise: float, key: PRNGKeyArray) -> Array:
+    if not noise:
+        return experts
+    deviation = jnp.std(experts, axis=tuple(range(2, experts.ndim)), keepdims=True)
+    return experts + jnp.asarray(noise, experts.dtype) * deviation * jax.random.normal(
+        key, experts.shape, experts.dtype
+    )
+
+
+def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usage:
+    """How many choices fall on each expert over some batches, before capacity."""
+
+    @jax.jit
+    def loads(model: Model, batch: Batch) -> dict[str, list[Array]]:
+        _, routing = model(batch, None)
+        return {stack: [sums["expert_load"] for sums in runs] for stack, runs in routing.items()}
+
+    totals = [jax.device_get(loads(model, batch)) for batch in batches]
+    return {stack: np.sum([np.concatenate(total[stack]) for total in totals], axis=0) for stack in config.model.stacks}
+
+
+def pruned_config(config: Config, num_experts: int) -> Config:
+    """The config with so many experts in every layer.
+
+    Raises:
+        UserError: if there are not so many, fewer than a token selects, or the router knows experts by their numbers.
+    """
+    if config.moe.experts_per_layer or num_experts > config.moe.num_experts:
+        raise UserError(f"cannot keep {num_experts} of the experts of every layer: there are {config.moe.num_experts}")
+    if config.moe.router in ("hash", "hierarchical"):
+        raise UserError(f"moe.router={config.moe.router} knows experts by their numbers: they cannot be pruned")
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+
+
+def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model:
+    """The model with the most used experts of each layer alone, that of `pruned_config`.
+
+    A token whose expert is gone goes to the best of those that are left.
+
+    Args:
+        model: with experts.
+        config: its config.
+        usage: as `expert_usage` counts it.
+        num_experts: of each layer.
+    """
+    pruned = pruned_config(config, num_experts)
+    kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items()}
+    leaves = {name: _select(place_of(config, name), leaf, kept) for name, leaf in named_leaves(model).items()}
+    return with_leaves(jax.eval_shape(lambda: build(pruned, jax.random.key(0))), leaves)
+
+
+def _kept_experts(
+    config: Config, stack: str, counts: Float[np.ndarray, "layers E"], num_experts: int
+) -> dict[int, Int[np.ndarray, "_"]]:
+    """Layer of the stack -> its most used experts, in their order; the first of equals."""
+    best = np.sort(np.argsort(-counts, axis=-1, kind="stable")[:, :num_experts], axis=-1)
+    routed = [number for number, layer in enumerate(config.layers(stack)) if layer.num_experts]
+    return dict(zip(routed, best, strict=True))
+
+
+def _select(place: Place, leaf: Array, kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]) -> Array:
+    stack, *rest = place.name.split("/")
+    if "experts" not in rest and "router" not in rest:
+        return leaf
+    axis = 1 if "experts" in rest else -1  # a router's logits are its last axis
+    chosen = jnp.stack([jnp.asarray(kept[stack][layer]) for layer in place.layers])
+    return jax.vmap(lambda part, experts: jnp.take(part, experts, axis=axis - 1 if axis > 0 else axis))(leaf, chosen)

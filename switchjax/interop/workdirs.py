@@ -1,0 +1,103 @@
+"""Workdirs with the weights of others: imported, upcycled or pruned."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.data.data import Data
+from switchjax.data.prepare import prepare_data
+from switchjax.data.vocabulary import Vocabulary
+from switchjax.inference.evaluation import load_model
+from switchjax.interop.tokenizer import own_vocabulary
+from switchjax.interop.upcycle import expert_usage, prune, pruned_config, upcycle
+from switchjax.models.model import Batch, Model
+from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.loop import place_batch
+from switchjax.training.state import TrainState, plan_state
+from switchjax.training.workdir import open_workdir, record_run, vocabulary_path
+
+
+def check_new(folder: Path) -> None:
+    """Raises a `UserError` if there is anything in the folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: choose another folder, or an empty one")
+
+
+def write_workdir(workdir: Path, model: Model, config: Config, vocabulary: Vocabulary | None) -> None:
+    """Writes a model as the only checkpoint, of step 0, of a new workdir.
+
+    It has parameters alone, for evaluation and decoding; training starts from it in another workdir, with
+    `init_from.workdir`.
+    """
+    open_workdir(workdir, config)
+    record_run(workdir, config, vocabulary)
+    with closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        state = TrainState(jnp.zeros((), jnp.int32), model, ())
+        checkpoints.save(state, {"iterator": {}, "fingerprint": ""}, config)
+
+
+def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 0.0) -> None:
+    """Writes a new workdir with the model with experts that `upcycle` makes of a dense run's latest checkpoint.
+
+    Args:
+        source: workdir of the dense model.
+        workdir: that does not exist yet or is empty.
+        config: that of the dense model with layers of kind moe.
+        noise: as in `upcycle`.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    check_new(workdir)
+    if not config.model.has_experts:
+        raise UserError("model.pattern names no layer with experts")
+    dense_config, mesh = load_workdir_config(source), make_mesh(config.mesh)
+    check_fit(config, mesh)
+    with jax.set_mesh(mesh):
+        _, dense = load_model(dense_config, source, mesh)
+
+        def start(dense: Model) -> Model:
+            return upcycle(dense, dense_config, config, jax.random.key(config.train.seed), noise)
+
+        model = jax.jit(start, out_shardings=plan_state(config, mesh).shardings.model)(dense)
+        write_workdir(workdir, model, config, own_vocabulary(source, dense_config))
+
+
+def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
+    """Writes a new workdir with the experts alone that the run's latest checkpoint uses most on held-out data.
+
+    Args:
+        source: workdir of the run, whose split and batches of evaluation count.
+        workdir: that does not exist yet or is empty.
+        num_experts: how many of each layer are kept.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    check_new(workdir)
+    config = load_workdir_config(source)
+    smaller, mesh = pruned_config(config, num_experts), make_mesh(config.mesh)
+    check_fit(smaller, mesh)
+    vocabulary = own_vocabulary(source, config)
+    path = "" if vocabulary is None else str(vocabulary_path(source))
+    data = prepare_data(dataclasses.replace(config.data, vocabulary=path))
+    with jax.set_mesh(mesh):
+        _, model = load_model(config, source, mesh)
+        usage = expert_usage(model, config, _held_out(config, data, mesh))
+        shardings = plan_state(smaller, mesh).shardings.model
+        model = jax.jit(lambda model: prune(model, config, usage, num_experts), out_shardings=shardings)(model)
+        write_workdir(workdir, model, smaller, vocabulary)
+
+
+def _held_out(config: Config, data: Data, mesh: Mesh) -> Iterator[Batch]:
+    """The batches that evaluation sees."""
+    for corpus in data.corpora:
+        for batch in data.evaluation_batches(corpus, config.evaluate.split, config.evaluate.batches):
+            yield place_batch(batch, mesh)

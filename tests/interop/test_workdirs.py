@@ -1,0 +1,66 @@
+"""Upcycling and pruning a run: what evaluation says of it before and after."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
+from switchjax.inference.evaluation import evaluate_workdir, load_model
+from switchjax.interop.workdirs import prune_workdir, upcycle_workdir
+from switchjax.parallel.sharding import named_leaves
+from tests.interop.examples import one_device, random_workdir
+from tests.tiny import changed
+
+TOP_2 = {"router": "top_k", "num_selected_experts": 2, "dropless": True}
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Config) -> Config:
+    """Of two layers, dense and with experts, on a mesh."""
+    return changed(tiny, moe=TOP_2, mesh={"data": 2, "expert": 4})
+
+
+@pytest.fixture(scope="module")
+def dense(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "dense"
+    random_workdir(changed(config, model={"pattern": ("dense",)}), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def upcycled(config: Config, dense: Path) -> Path:
+    workdir = dense.with_name("upcycled")
+    upcycle_workdir(dense, workdir, config)
+    return workdir
+
+
+def test_an_upcycled_run_is_as_good_as_the_dense_one(config: Config, dense: Path, upcycled: Path) -> None:
+    assert load_workdir_config(upcycled) == config
+    (_, before), (_, after) = (
+        evaluate_workdir(load_workdir_config(workdir), workdir, one_device()) for workdir in (dense, upcycled)
+    )
+    assert after["fraction_tokens_dropped"] == 0
+    # Gates sum to 1 but for rounding.
+    assert after["neg_log_perplexity"] == pytest.approx(before["neg_log_perplexity"], rel=1e-5)
+
+
+def test_a_pruned_run_has_fewer_experts(upcycled: Path) -> None:
+    workdir = upcycled.with_name("pruned")
+    config = dataclasses.replace(load_workdir_config(upcycled), mesh=MeshConfig(4, 2, 1))
+    (upcycled / "config.json").write_text(config.to_json())
+    prune_workdir(upcycled, workdir, 2)
+    pruned = load_workdir_config(workdir)
+    assert pruned == changed(config, moe={"num_experts": 2})
+    _, model = load_model(pruned, workdir, one_device())
+    assert named_leaves(model)["encoder/runs/0/blocks/1/ff/experts/w_in"].shape == (1, 2, 16, 32)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(config: Config, dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"names no layer with experts"):
+        upcycle_workdir(dense, tmp_path / "new", changed(config, model={"pattern": ("dense",)}))
+    with pytest.raises(UserError, match=r"dense is there already"):
+        upcycle_workdir(dense, dense, config)
+    with pytest.raises(UserError, match=r"the dense model has no logits"):
+        upcycle_workdir(dense, tmp_path / "new", changed(config, model={"tie_embeddings": False}))
+    assert not (tmp_path / "new").exists()
