@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     configs = ["configs/families.py:glam-dense", "configs/families.py:glam", "configs/quickstart.py:switch"]
     decode.add_argument("--config", nargs="+", default=configs, metavar="CONFIG", help="of fresh models")
     decode.add_argument("--workdir", type=Path, help="a run, whose latest checkpoint is taken in their place")
+    folders = "models of Hugging Face's in their place, beside transformers' generate"
+    decode.add_argument("--huggingface", nargs="+", type=Path, metavar="FOLDER", help=folders)
     decode.add_argument("--new_tokens", type=int, default=256, help="tokens that each row is continued by")
     decode.add_argument("--repeats", type=int, default=3, help="runs of each program")
     decode.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
@@ -81,6 +83,12 @@ def _families(flags: Namespace) -> None:
 
 
 def _decode(flags: Namespace) -> None:
+    report = partial(print, flush=True)
+    if flags.huggingface:
+        from switchjax.interop.decode_benchmark import benchmark_beside_transformers
+
+        table = benchmark_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats, report)
+        return _show(flags, "decode --huggingface", table)
     if flags.workdir:
         load_workdir_config(flags.workdir)  # a missing run is refused before JAX is started
     configs = {} if flags.workdir else {name: command.load_config(name) for name in flags.config}
@@ -89,9 +97,7 @@ def _decode(flags: Namespace) -> None:
 
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
-    _show(
-        flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report=partial(print, flush=True))
-    )
+    _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report))
 
 
 def _plan(flags: Namespace) -> None:

@@ -37,7 +37,7 @@ class DecodingSpeed:
 def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> DecodingSpeed:
     """Greedy decoding both ways, in turn; no row stops before it has all its tokens."""
     num_ids = model.config.vocab_size
-    batch = _prompts(isinstance(model, EncoderDecoder), rows, num_ids)
+    batch = make_prompts(isinstance(model, EncoderDecoder), rows, num_ids)
     decoding = DecodingConfig(max_new_tokens=new_tokens)
     programs = {
         "cached": lambda: generate(model, batch, decoding, num_ids, eos=-1),
@@ -47,7 +47,8 @@ def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) ->
     return DecodingSpeed(**{name: 1000 * rows * new_tokens / ms for name, ms in times.items()})
 
 
-def _prompts(encoded: bool, rows: int, num_ids: int) -> Batch:
+def make_prompts(encoded: bool, rows: int, num_ids: int) -> Batch:
+    """Random texts of `PROMPT_TOKENS` tokens: for an encoder, or else for a decoder to continue."""
     tokens = jax.random.randint(jax.random.key(0), (rows, PROMPT_TOKENS), 3, num_ids)
     if not encoded:
         return {"decoder_inputs": tokens.at[:, 0].set(PAD), "decoder_segments": jnp.ones_like(tokens)}

@@ -78,7 +78,7 @@ def import_transformers() -> ModuleType:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise UserError(f"check runs transformers' own models ({error}): pip install torch transformers") from None
+        raise UserError(f"this runs transformers' own models ({error}): pip install torch transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -139,8 +139,19 @@ def our_logits(model: Model, batch: Arrays) -> tuple[Float[np.ndarray, "B T V"],
 def _their_logits(folder: Path, config: Config, inputs: Arrays, module: ModuleType) -> Float[np.ndarray, "B T V"]:
     import torch
 
-    theirs = read_json(folder / "config.json")
     changes: dict[str, Any] = {"expert_capacity": config.moe.expert_capacity} if config.moe.expert_capacity else {}
+    model = load_transformers(folder, module, changes)
+    tensors = {key: torch.from_numpy(values) for key, values in inputs.items()}
+    with torch.no_grad():
+        logits = model(**{k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}).logits
+    return logits.numpy().reshape(len(logits), -1, logits.shape[-1])
+
+
+def load_transformers(folder: Path, module: ModuleType, changes: dict[str, Any]) -> Any:
+    """transformers' own model of a folder, in float32, with `changes` to its config.json."""
+    import torch
+
+    theirs = read_json(folder / "config.json")
     model_class = getattr(module, family_of(theirs).architecture)
     with tempfile.TemporaryDirectory() as scratch:
         # A folder of links with a config of its own, since transformers' classes differ in what they let override.
@@ -148,8 +159,4 @@ def _their_logits(folder: Path, config: Config, inputs: Arrays, module: ModuleTy
             (Path(scratch) / path.name).symlink_to(path.absolute())
         (Path(scratch) / "config.json").unlink()
         (Path(scratch) / "config.json").write_text(json.dumps(theirs | changes))
-        model = model_class.from_pretrained(scratch, dtype=torch.float32, local_files_only=True).eval()
-    tensors = {key: torch.from_numpy(values) for key, values in inputs.items()}
-    with torch.no_grad():
-        logits = model(**{k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}).logits
-    return logits.numpy().reshape(len(logits), -1, logits.shape[-1])
+        return model_class.from_pretrained(scratch, dtype=torch.float32, local_files_only=True).eval()

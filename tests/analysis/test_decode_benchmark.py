@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from switchjax.analysis import decode_benchmark
-from switchjax.analysis.decode_benchmark import _prompts, benchmark_decoding, decode_uncached
+from switchjax.analysis.decode_benchmark import benchmark_decoding, decode_uncached, make_prompts
 from switchjax.config import Config, DecodingConfig
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless
@@ -19,7 +19,7 @@ def test_what_is_timed_is_the_same_text(config: Config, monkeypatch: pytest.Monk
     monkeypatch.setattr(decode_benchmark, "PROMPT_TOKENS", 5)
     monkeypatch.setattr(decode_benchmark, "ROWS", (2,))
     model = make_model(dropless(config))
-    prompts = _prompts(config.model.family == "encoder_decoder", 2, 48)
+    prompts = make_prompts(config.model.family == "encoder_decoder", 2, 48)
     cached = generate(model, prompts, DecodingConfig(max_new_tokens=4), 48, eos=-1)
     np.testing.assert_array_equal(cached, decode_uncached(model, prompts, 4, 48))
     reported: list[str] = []
