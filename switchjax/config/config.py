@@ -92,6 +92,15 @@ class Config:
             lengths["encoder"] = self.model.num_patches + 1
         return {stack: lengths[stack] for stack in self.model.stacks}
 
+    @property
+    def rows_per_group(self) -> int:
+        """Rows of a batch that go together into micro-batches and onto shards, so that no routing group is divided."""
+        if not self.model.has_experts:
+            return 1
+        rows = self.data.batch_size // self.train.accumulation_steps
+        tokens = ((self.moe.tokens_per_group(rows, length), length) for length in self.stack_lengths.values())
+        return math.lcm(*(max(1, size // length) for size, length in tokens))
+
     def layers(self, stack: str) -> tuple[Layer, ...]:
         """The layers of a stack, first to last."""
         kinds = self.model.pattern * (self.model.stacks[stack] // len(self.model.pattern))

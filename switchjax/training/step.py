@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from switchjax.config import Config
 from switchjax.models.families import FAMILIES
@@ -77,7 +77,7 @@ def train_step(
         total = loss + config.train.z_loss_weight * z_loss + _auxiliary_loss(config, routing, routed)
         return total, {"loss": loss, "z_loss": z_loss, "total_loss": total, "routing": routing}
 
-    gradient, sums = _accumulate(contribution, state.model, batch, step_key, config.train.accumulation_steps)
+    gradient, sums = _accumulate(contribution, state.model, batch, step_key, config)
     gradients, parameters = named_leaves(gradient), named_leaves(state.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
     parameters = optax.apply_updates(parameters, updates)
@@ -130,15 +130,12 @@ def _auxiliary_loss(config: Config, routing: Routing, tokens: dict[str, Int[Arra
     return total
 
 
-def _accumulate(contribution: Any, model: Model, batch: Batch, key: Array, count: int) -> tuple[Model, Metrics]:
-    """Gradient and sums over `count` micro-batches of every `count`-th row: each shard divides the rows that it has."""
-    gradient_of = jax.grad(contribution, has_aux=True)
+def _accumulate(contribution: Any, model: Model, batch: Batch, key: Array, config: Config) -> tuple[Model, Metrics]:
+    """Gradient and sums over the micro-batches."""
+    gradient_of, count = jax.grad(contribution, has_aux=True), config.train.accumulation_steps
     if count == 1:
         return gradient_of(model, batch, key)
-    micro_batches = {
-        name: constrain(rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), None, "batch")
-        for name, rows in batch.items()
-    }
+    micro_batches = {name: _deal(rows, count, config.rows_per_group) for name, rows in batch.items()}
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient_of(model, *inputs)), None
@@ -147,6 +144,12 @@ def _accumulate(contribution: Any, model: Model, batch: Batch, key: Array, count
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient_of, model, first, key))
     total, _ = jax.lax.scan(add, zeros, (micro_batches, jax.random.split(key, count)))
     return total
+
+
+def _deal(rows: Shaped[Array, "B ..."], count: int, together: int) -> Shaped[Array, "count rows ..."]:
+    """`count` micro-batches of every `count`-th `together` rows: each shard divides the rows that it has, no group."""
+    dealt = rows.reshape(-1, count, together, *rows.shape[1:]).swapaxes(0, 1)
+    return constrain(dealt.reshape(count, -1, *rows.shape[1:]), None, "batch")
 
 
 def routing_metrics(runs: list[RoutingSums]) -> Metrics:
