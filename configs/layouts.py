@@ -1,4 +1,4 @@
-"""One small Switch Transformer on 8 devices in each layout of the paper's section 5, and fully sharded: docs/layouts.md.
+"""A small Switch Transformer on 8 devices in each layout of the paper's section 5, and fully sharded: docs/layouts.md.
 
 python scripts/train.py --config=configs/layouts.py:fsdp --workdir=runs/layouts/fsdp
 python scripts/benchmark.py layouts --write docs/layouts.md --picture docs/layouts.svg

@@ -6,16 +6,16 @@ A layout is the section `mesh` of a config; `configs/layouts.py` has the paper's
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-
 from switchjax.analysis.hardware import show_bytes
 from switchjax.analysis.hlo import Program, parse_compiled
-from switchjax.analysis.hlo_collectives import Traffic, axes_between, collectives, traffic
+from switchjax.analysis.hlo_collectives import Collective, Traffic, axes_between, collectives, traffic
 from switchjax.config import Config
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 
+LAYOUTS = ("data", "model", "model-data", "expert-data", "expert-model-data", "fsdp")
+"""Arguments of configs/layouts.py."""
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
@@ -37,7 +37,7 @@ def communication(program: Program, mesh: Mapping[str, int], least: int = 0) -> 
         mesh: sizes of the axes.
         least: collectives of fewer bytes are left out: sums of losses, metrics and norms.
     """
-    routes: dict[Route, list] = {}
+    routes: dict[Route, list[Collective]] = {}
     for found in collectives(program):
         axes = axes_between(found.group, mesh)
         if axes and found.bytes >= least:
@@ -52,8 +52,15 @@ def _phase(source: str) -> str:
     return FORWARD if "jvp(" in source else UPDATE
 
 
-def count_layout(config: Config) -> tuple[Mesh, dict[Route, Traffic]]:
-    """The mesh of a config and what its train step communicates there, sums of less than a token's size left out.
+class Counted(NamedTuple):
+    """A layout's mesh and what a train step communicates on it."""
+
+    mesh: Mapping[str, int]
+    routes: Mapping[Route, Traffic]
+
+
+def count_layout(config: Config) -> Counted:
+    """Compiles the train step of a config; sums of less than a token's size are left out.
 
     Raises:
         UserError: if the config does not fit its mesh.
@@ -61,20 +68,15 @@ def count_layout(config: Config) -> tuple[Mesh, dict[Route, Traffic]]:
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     program = parse_compiled(lower_train_step(config, plan_state(config, mesh), mesh).compile())
-    return mesh, communication(program, mesh.shape, least=4 * config.model.d_model)
+    return Counted(mesh.shape, communication(program, mesh.shape, least=4 * config.model.d_model))
 
 
-def tabulate_layouts(layouts: Mapping[str, Config]) -> str:
-    """The table of what each layout communicates in a step, as Markdown.
-
-    Raises:
-        UserError: as `count_layout`.
-    """
+def tabulate_layouts(layouts: Mapping[str, Counted]) -> str:
+    """What each layout communicates in a step, as a table in Markdown."""
     lines = ["| layout | data x expert x model | forward | backward | update |", "|---|---|---|---|---|"]
-    for name, config in layouts.items():
-        mesh, routes = count_layout(config)
+    for name, (mesh, routes) in layouts.items():
         phases = [_cell(routes, phase) for phase in (FORWARD, BACKWARD, UPDATE)]
-        lines.append(f"| {name} | {' x '.join(map(str, mesh.shape.values()))} | {' | '.join(phases)} |")
+        lines.append(f"| {name} | {' x '.join(map(str, mesh.values()))} | {' | '.join(phases)} |")
     return "\n".join(lines)
 
 

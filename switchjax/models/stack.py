@@ -25,9 +25,11 @@ from switchjax.parallel.sharding import gather
 from switchjax.parallel.stacking import stack
 
 
-
 def _all_but_gathered(primitive: jex.core.Primitive, *_: object, **__: object) -> bool:
-    """Keeps what a constraint was applied to and not its result, which of a sharded parameter is the whole one."""
+    """Keeps of a sharded parameter what the device has of it, not the whole.
+
+    That is what a constraint was applied to and not its result, nor what an island makes of that at its border.
+    """
     return primitive.name not in ("sharding_constraint", "pvary")
 
 

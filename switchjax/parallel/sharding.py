@@ -120,8 +120,8 @@ def gather(model: Tree) -> Tree:
 def _from_to(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
     """`x` laid out one way, then another.
 
-    Both are said, lest the partitioner gather all layers before their loop, or compute a sum by columns, for which every
-    device would need all tokens. The derivative goes the other way: an all-gather's is a sum, then a division of it.
+    Both are said, lest the partitioner gather all layers before their loop, or compute a gradient by columns, for which
+    every device would need all tokens. The derivative goes the other way: of an all-gather a sum, then its division.
     """
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
 

@@ -15,7 +15,7 @@ from switchjax.models.layers import cast_kernels
 from switchjax.models.model import Batch, Model, Routing
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
-from switchjax.parallel.sharding import constrain, gather, leaves_for_update, named_leaves, partition_spec, with_leaves
+from switchjax.parallel.sharding import constrain, gather, leaves_for_update, partition_spec, with_leaves
 from switchjax.training.optimizer import GRADIENT, make_schedule, update_rules
 from switchjax.training.reinforce import with_policy_losses
 from switchjax.training.state import StatePlan, TrainState
