@@ -35,7 +35,7 @@ STEPS = 3
 def _in_eighths(config: Config, heads: int, kv_heads: int) -> Config:
     """Sizes that 8 devices divide, and an optimiser whose first moment is the gradient."""
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "d_head": 32 // heads}
-    optimizer = OptimizerConfig(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=1)
+    optimizer = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=1)
     return dataclasses.replace(changed(config, model=sizes, moe={"num_experts": 8}), optimizer=optimizer)
 
 
@@ -89,10 +89,13 @@ def in_layout(layout: str, model: str) -> Run:
 
 
 def assert_close(actual: object, expected: object) -> None:
-    """float32 sums in another order: 1e-5 of the largest number of each array."""
+    """float32 sums in another order: 1e-5 of the largest number of each array.
+
+    1e-8 where that is less: a bias of keys has no gradient but rounding.
+    """
     wanted = named_leaves(expected)
     for name, leaf in named_leaves(actual).items():
-        scale = max(float(np.abs(wanted[name]).max()), 1e-12)
+        scale = max(float(np.abs(wanted[name]).max()), 1e-3)
         np.testing.assert_allclose(leaf, wanted[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
