@@ -4,6 +4,7 @@ python scripts/benchmark.py layer      # the MoE layer beside the dense network 
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
 python scripts/benchmark.py decode     # tokens a second with a cache of keys and values, and without
+python scripts/benchmark.py layouts    # what each layout over a mesh communicates, and its picture, for docs/layouts.md
 python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
 
 The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import Config, load_workdir_config
+from switchjax.config import Config, UserError, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,6 +47,13 @@ def main(arguments: Sequence[str]) -> None:
     decode.add_argument("--repeats", type=int, default=3, help="runs of each program")
     decode.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     decode.set_defaults(table=_decode)
+    layouts = tables.add_parser("layouts", help="collectives of each layout over 8 devices, and what lies where")
+    layouts.add_argument("--config", default="configs/layouts.py", help="file of the layouts")
+    layouts.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draws each device's weights and tokens there, as SVG"
+    )
+    layouts.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    layouts.set_defaults(table=_layouts)
     plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
@@ -98,6 +106,24 @@ def _decode(flags: Namespace) -> None:
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
     _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report))
+
+
+def _layouts(flags: Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the devices are emulated
+
+    from switchjax.analysis.layout_picture import draw_layouts
+    from switchjax.analysis.layouts import LAYOUTS, count_layout, tabulate_layouts
+    from switchjax.parallel.mesh import emulate_devices
+
+    layouts = {name: command.load_config(f"{flags.config}:{name}") for name in LAYOUTS}
+    emulate_devices(layouts[LAYOUTS[0]].mesh)
+    if flags.picture:
+        try:
+            flags.picture.write_text(draw_layouts(layouts))
+        except OSError as error:
+            raise UserError(f"--picture: cannot write {flags.picture} ({error.strerror})") from None
+    counted = {name: count_layout(config) for name, config in layouts.items()}
+    _show(flags, "layouts", tabulate_layouts(counted))
 
 
 def _plan(flags: Namespace) -> None:

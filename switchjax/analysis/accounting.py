@@ -15,7 +15,7 @@ from switchjax.config import Config, Layer
 from switchjax.config.model import GATED, ROUTED
 from switchjax.models.runs import find_runs
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
-from switchjax.parallel.sharding import AXIS_RULES
+from switchjax.parallel.sharding import AXIS_RULES, partition_spec, sharded_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FACTORED_FROM = 128
@@ -41,7 +41,7 @@ class Communication:
     all_to_all: int
     """Slots on their way to experts and back, forward and backward, and BASE's shuffle."""
     gradient_all_reduce: int
-    """Gradients of weights that devices share, whole: nothing is divided over `data`."""
+    """Gradients of weights that devices share, whole; where these are sharded, it is a reduce-scatter of as much."""
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,22 @@ def _score_flops(config: Config) -> int:
     )
 
 
-def _divided(axes: Mapping[str, int], mesh: Mapping[str, int]) -> list[int]:
-    """The dimensions of a device's part of a weight."""
-    return [-(-size // mesh.get(str(AXIS_RULES.get(axis)), 1)) for axis, size in axes.items()]
+def _divided(axes: Mapping[str, int], mesh: Mapping[str, int], sharded: bool = False) -> list[int]:
+    """The dimensions of a device's part of a weight; where it is `sharded`, of the part that the device keeps."""
+    names = [axis if axis in AXIS_RULES else None for axis in axes]
+    spec = sharded_spec(*names) if sharded else partition_spec(*names)
+    parts = [prod(mesh[axis] for axis in ((used,) if isinstance(used, str) else used or ())) for used in spec]
+    return [-(-size // count) for size, count in zip(axes.values(), parts, strict=True)]
 
 
 def _memory(config: Config, weights: list[Weight], mesh: Mapping[str, int]) -> DeviceBytes:
     adamw = config.optimizer.name == "adamw"
     parameters = optimizer = 0
     for weight in weights:
-        shape = _divided(weight.axes, mesh)
+        kept = _divided(weight.axes, mesh, config.mesh.sharded == "parameters")
+        shape = _divided(weight.axes, mesh, config.mesh.sharded != "none")
         width = _BYTES[weight.dtype or config.model.param_dtype]
-        parameters += prod(shape) * width
+        parameters += prod(kept) * width
         optimizer += (2 * prod(shape) if adamw else _adafactor_numbers(list(weight.axes.values()), shape)) * width
     return DeviceBytes(parameters, parameters, optimizer, _activation_bytes(config, mesh))
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +29,19 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All that run; of an asynchronous pair the start."""
-    found = []
+    """All that run; of an asynchronous pair the start.
+
+    The TPU compiler may do one in steps, each fused with other work: these have one channel, and count as one.
+    """
+    found, chains = [], set()
     for computation, instruction, times in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
+            chain = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+            if chain and "chain_id=" in instruction.attributes:
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             group = replica_group(instruction.attributes)
             size = sum(computation[name].bytes for name in instruction.operands if name in computation)
             if kind == "all-gather":
@@ -44,6 +53,12 @@ def collectives(program: Program) -> list[Collective]:
                 )
             found.append(Collective(kind, size, times, group, instruction.source))
     return found
+
+
+def axes_between(group: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of a mesh of these sizes along which the devices of a group differ; none for a device by itself."""
+    places = np.unravel_index(group or range(math.prod(mesh.values())), tuple(mesh.values()))
+    return tuple(axis for axis, place in zip(mesh, places, strict=True) if np.ptp(place))
 
 
 @dataclass(frozen=True)

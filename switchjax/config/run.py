@@ -12,12 +12,16 @@ class MeshConfig:
     data: int = -1
     expert: int = 1
     model: int = 1
+    sharded: str = "none"
+    """What the devices that divide the batch (data x expert) divide among themselves: none; optimizer, its state (ZeRO
+    stage 1); parameters, these with their gradients and the optimiser's state (ZeRO stage 3, FSDP)."""
     emulated_devices: int = 0
     """Where the CPU is the only device: how many to emulate (0: leave as it is)."""
 
     def __post_init__(self) -> None:
         check_positive("mesh", {"expert": self.expert, "model": self.model})
         require(self.data == -1 or self.data > 0, f"mesh.data must be positive or -1, got {self.data}")
+        check_choice("mesh.sharded", self.sharded, ["none", "optimizer", "parameters"])
         require(self.emulated_devices >= 0, "mesh.emulated_devices must not be negative")
 
 

@@ -16,6 +16,7 @@ from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
+from switchjax.parallel.sharding import gather
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.state import plan_state
@@ -84,7 +85,7 @@ def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tup
 
 
 def _sums(model: Model, batch: Batch) -> Metrics:
-    logits, routing = model(batch, None)
+    logits, routing = gather(model)(batch, None)
     routed = [sums for runs in routing.values() for sums in runs if "routed" in sums]
     targets, segments = model.targets(batch)
     mask = segments > 0

@@ -50,6 +50,8 @@ def load_pretrained(workdir: Path, mesh: Mesh, step: int = -1) -> Pretrained:
         UserError: if there is no such checkpoint, it does not fit the mesh, or it is of no use for text (`dropless`).
     """
     config = dropless(load_workdir_config(workdir))
+    # Every token is decoded by all weights: gathering them for each would take longer than all the rest.
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sharded="none"))
     check_parameters(config, mesh)
     _, model = load_model(config, workdir, mesh, step)
     assert isinstance(model, TextModel), "dropless refuses the others"

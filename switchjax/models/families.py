@@ -7,6 +7,7 @@ from switchjax.models.encoder_decoder import EncoderDecoder
 from switchjax.models.language_model import LanguageModel
 from switchjax.models.model import Model
 from switchjax.models.vision import VisionTransformer
+from switchjax.parallel.sharding import mark_sharded
 
 FAMILIES: dict[str, type[Model]] = {
     "encoder_decoder": EncoderDecoder,
@@ -21,4 +22,4 @@ TextModel = EncoderDecoder | LanguageModel
 
 def build(config: Config, key: PRNGKeyArray) -> Model:
     """The model that `config.model.family` names, freshly initialised."""
-    return FAMILIES[config.model.family](config, key)
+    return mark_sharded(FAMILIES[config.model.family](config, key), config.mesh.sharded)

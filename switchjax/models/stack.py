@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -20,9 +21,20 @@ from switchjax.models.runs import find_runs
 from switchjax.moe.exchange import EXCHANGE
 from switchjax.moe.layer import RoutingSums, noncausal_because
 from switchjax.moe.routers import ROUTERS
+from switchjax.parallel.sharding import gather
 from switchjax.parallel.stacking import stack
 
+
+def _all_but_gathered(primitive: jex.core.Primitive, *_: object, **__: object) -> bool:
+    """Keeps of a sharded parameter what the device has of it, not the whole.
+
+    That is what a constraint was applied to and not its result, nor what an island makes of that at its border.
+    """
+    return primitive.name not in ("sharding_constraint", "pvary")
+
+
 REMAT_POLICIES: dict[str, Callable] = {
+    "none": _all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGE),
@@ -89,7 +101,7 @@ class Stack(nnx.Module):
     def __init__(self, config: Config, layers: tuple[Layer, ...], causal: bool, cross: bool, key: PRNGKeyArray):
         if causal:
             check_causal(config)
-        self.config, self.causal = config.model, causal
+        self.config, self.causal, self.sharded = config.model, causal, config.mesh.sharded == "parameters"
         bias_key, period_key = jax.random.split(key)
         relative = config.model.positions == "relative"
         self.bias = RelativePositionBias(config.model, not causal, bias_key) if relative else None
@@ -212,10 +224,10 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], RoutingSums | None, list[State]]:
         def body(x: Array, period: tuple[Any, ...]) -> tuple[Array, tuple[RoutingSums | None, list[State]]]:
             module, key, caches = period
-            x, sums, states = module(x, inputs, key, caches)
+            x, sums, states = gather(module)(x, inputs, key, caches)
             return x, (sums, states)
 
-        if self.config.remat != "none":
+        if self.config.remat != "none" or self.sharded:
             body = jax.checkpoint(
                 body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers
             )

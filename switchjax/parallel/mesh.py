@@ -129,6 +129,13 @@ def check_parameters(config: Config, mesh: Mesh) -> None:
             f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
             f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
         )
+    shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+    if config.mesh.sharded != "none" and model.d_model % shards:
+        raise UserError(
+            f"model.d_model={model.d_model} does not divide over the {shards} shards of data x expert, as "
+            f"mesh.sharded={config.mesh.sharded} has it: the nearest multiples are "
+            f"{_nearest_multiples(model.d_model, shards)}"
+        )
     if not model.has_experts:
         return
     if moe.dispatch == "ragged" and mesh.shape[EXPERT] > 1:

@@ -2,6 +2,9 @@
 
 A parameter carries the names of its axes as metadata (`nnx.Param(value, axes=("embed", "mlp"))`). A module that
 `lax.scan` or `vmap` has sliced keeps the names of the whole, so names are matched to dimensions from the right.
+
+The table says how a parameter lies while it is used. Where `mesh.sharded` says so, it or its optimiser state is kept in
+smaller parts (`sharded_spec`), and `gather` brings the parts together before each use.
 """
 
 from collections.abc import Mapping
@@ -37,6 +40,20 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
 
 
+def sharded_spec(*axes: str | None) -> PartitionSpec:
+    """Mesh axes of a parameter with these logical axes where devices that divide the batch divide it too (ZeRO, FSDP).
+
+    Of a matrix, they divide the dimension `embed`, in which every matrix has the same size: over those of data and
+    expert that no other dimension lies over, so that each expert stays with its column. Vectors stay as they are: to
+    gather one would take longer than it saves memory.
+    """
+    spec = partition_spec(*axes)
+    if sum(axis != "layer" for axis in axes) < 2:
+        return spec
+    free = tuple(axis for axis in (DATA, EXPERT) if axis not in spec)
+    return PartitionSpec(*(free if axis == "embed" else used for axis, used in zip(axes, spec, strict=True)))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays `x` over the mesh in context as its logical axes say; without a mesh, `x` itself."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -49,19 +66,64 @@ def is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """Of the dimensions that are left."""
+    axes = variable.get_metadata("axes")
+    return axes[len(axes) - len(variable.shape) :]
+
+
+def mark_sharded(model: Tree, sharded: str) -> Tree:
+    """`model` with `MeshConfig.sharded` in the metadata of its parameters, where all below finds it."""
+    for variable in jax.tree.leaves(model, is_leaf=is_variable) if sharded != "none" else ():
+        variable.set_metadata(sharded=sharded)
+    return model
+
+
+def _sharded(variable: nnx.Variable) -> str:
+    return variable.get_metadata("sharded", "none")
+
+
 def parameter_specs(model: Tree) -> Tree:
-    """The tree of `model` with each parameter replaced by the `PartitionSpec` of its axes."""
-
-    def spec(variable: nnx.Variable) -> PartitionSpec:
-        axes = variable.get_metadata("axes")
-        return partition_spec(*axes[len(axes) - len(variable.shape) :])
-
-    return jax.tree.map(spec, model, is_leaf=is_variable)
+    """The tree of `model` with each parameter replaced by the `PartitionSpec` under which it is used."""
+    return jax.tree.map(lambda variable: partition_spec(*_axes(variable)), model, is_leaf=is_variable)
 
 
 def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
-    """Like `parameter_specs`, with a `NamedSharding` on `mesh` in place of each parameter."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model))
+    """The tree of `model` with each parameter replaced by the sharding on `mesh` under which it is kept."""
+
+    def sharding(variable: nnx.Variable) -> NamedSharding:
+        spec = sharded_spec if _sharded(variable) == "parameters" else partition_spec
+        return NamedSharding(mesh, spec(*_axes(variable)))
+
+    return jax.tree.map(sharding, model, is_leaf=is_variable)
+
+
+def gather(model: Tree) -> Tree:
+    """`model` as it is used: its sharded parameters brought together by an all-gather, their gradients added up and
+    divided again by a reduce-scatter.
+
+    Stacks of layers stay as they are: their loop gathers a layer at a time, by this function too. Without a mesh in
+    context, `model` itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return model
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        axes = _axes(variable)
+        if _sharded(variable) != "parameters" or axes[:1] == ("layer",):
+            return variable
+        return variable.replace(_from_to(variable[...], sharded_spec(*axes), partition_spec(*axes)))
+
+    return jax.tree.map(whole, model, is_leaf=is_variable)
+
+
+def _from_to(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
+    """`x` laid out one way, then another.
+
+    Both are said, lest the partitioner gather all layers before their loop, or compute a gradient by columns, for which
+    every device would need all tokens. The derivative goes the other way: of an all-gather a sum, then its division.
+    """
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
 
 
 def named_leaves(tree: object) -> dict[str, Any]:
@@ -75,6 +137,21 @@ def _named_nodes(tree: object) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in nodes}
 
 
+def leaves_for_update(model: nnx.Module) -> dict[str, jax.Array]:
+    """`named_leaves` of a model or its gradient, each laid over the mesh in context as its optimiser state is."""
+
+    def place(variable: nnx.Variable) -> jax.Array:
+        if _sharded(variable) != "optimizer" or jax.sharding.get_abstract_mesh().empty:
+            return variable[...]  # it lies there
+        return _from_to(variable[...], partition_spec(*_axes(variable)), _update_spec(variable))
+
+    return {name: place(variable) for name, variable in _named_nodes(model).items()}
+
+
+def _update_spec(variable: nnx.Variable) -> PartitionSpec:
+    return (partition_spec if _sharded(variable) == "none" else sharded_spec)(*_axes(variable))
+
+
 def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
     """`tree` with the leaves of these names: the inverse of `named_leaves`."""
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in named_leaves(tree)])
@@ -83,8 +160,9 @@ def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
 def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
     """Shardings for the state of an optimiser of `named_leaves(model)`, leaf by leaf.
 
-    What belongs to a parameter is laid out as that parameter; where Adafactor has averaged one dimension away, so is
-    the mesh axis of that dimension. Anything else is replicated.
+    What belongs to a parameter is laid out as that parameter, or in smaller parts (`sharded_spec`) where `mesh.sharded`
+    says so; where Adafactor has averaged one dimension away, so is the mesh axis of that dimension. Anything else is
+    replicated.
 
     Args:
         opt_state: the state, arrays or their shapes.
@@ -103,12 +181,12 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
 
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Of what an optimiser keeps of a parameter, in Adafactor's state under the name `field`."""
-    axes, whole = list(variable.get_metadata("axes")), variable.shape
-    first = 1 if axes[0] == "layer" else 0
+    spec, whole = list(_update_spec(variable)), variable.shape
+    first = 1 if _axes(variable)[:1] == ("layer",) else 0
     if field in ("v_row", "v_col") and len(whole) > first + 1:
         # A row's mean is over the largest dimension, a column's over the second largest: of one layer, and by the
         # function by which optax finds them, for where two are equal.
         averaged = first + int(np.argsort(whole[first:])[-1 if field == "v_row" else -2])
-        axes, whole = axes[:averaged] + axes[averaged + 1 :], whole[:averaged] + whole[averaged + 1 :]
+        spec, whole = spec[:averaged] + spec[averaged + 1 :], whole[:averaged] + whole[averaged + 1 :]
     # Stand-ins of one number for what is not kept lie on every device.
-    return partition_spec(*axes) if shape == whole else PartitionSpec()
+    return PartitionSpec(*spec) if shape == whole else PartitionSpec()

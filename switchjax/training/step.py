@@ -15,7 +15,7 @@ from switchjax.models.layers import cast_kernels
 from switchjax.models.model import Batch, Model, Routing
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
-from switchjax.parallel.sharding import constrain, named_leaves, partition_spec, with_leaves
+from switchjax.parallel.sharding import constrain, gather, leaves_for_update, partition_spec, with_leaves
 from switchjax.training.optimizer import GRADIENT, make_schedule, update_rules
 from switchjax.training.reinforce import with_policy_losses
 from switchjax.training.state import StatePlan, TrainState
@@ -68,7 +68,7 @@ def train_step(
     routed = {stack: jnp.sum(segments > 0) for stack, segments in state.model.segments(batch).items()}
 
     def contribution(model: Model, micro_batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        logits, routing = cast_kernels(model, config.model.dtype)(micro_batch, key)
+        logits, routing = gather(cast_kernels(model, config.model.dtype))(micro_batch, key)
         targets, segments = model.targets(micro_batch)
         log_probs, _ = target_log_probs(logits, targets)
         routing = with_policy_losses(routing, log_probs, segments, model.segments(micro_batch))
@@ -78,7 +78,7 @@ def train_step(
         return total, {"loss": loss, "z_loss": z_loss, "total_loss": total, "routing": routing}
 
     gradient, sums = _accumulate(contribution, state.model, batch, step_key, config)
-    gradients, parameters = named_leaves(gradient), named_leaves(state.model)
+    gradients, parameters = leaves_for_update(gradient), leaves_for_update(state.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
     parameters = optax.apply_updates(parameters, updates)
     norms = {name: jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for name, leaf in gradients.items()}

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from switchjax.analysis import hlo
-from switchjax.analysis.hlo_collectives import Traffic, collectives, replica_group, traffic
+from switchjax.analysis.hlo_collectives import Traffic, axes_between, collectives, replica_group, traffic
 from switchjax.analysis.hlo_cost import matmul_flops
 from switchjax.analysis.hlo_liveness import Held, held_at_peak
 from switchjax.analysis.hlo_memory import memory_traffic, saved_activations
@@ -59,6 +59,46 @@ def test_collectives_have_their_bytes_times_and_groups_and_a_pair_counts_once() 
 )
 def test_groups_are_read_in_every_form(attributes: str, group: tuple[int, ...]) -> None:
     assert replica_group(attributes) == group
+
+
+@pytest.mark.parametrize(
+    ("group", "axes"),
+    [
+        ((0, 1), ("model",)),
+        ((0, 2, 4, 6), ("expert",)),
+        ((1, 9), ("data",)),
+        ((0, 2, 4, 6, 8, 10, 12, 14), ("data", "expert")),
+        ((), ("data", "expert", "model")),
+        ((3,), ()),
+    ],
+)
+def test_a_group_lies_along_axes_of_the_mesh(group: tuple[int, ...], axes: tuple[str, ...]) -> None:
+    assert axes_between(group, {"data": 2, "expert": 4, "model": 2}) == axes
+
+
+# An all-gather that a TPU does in steps, each fused with a product, and another one.
+STEPS = """
+%start (p0: f32[2,8]) -> f32[16,8] {
+  %p0 = f32[2,8]{1,0} parameter(0)
+  ROOT %g0 = f32[16,8]{1,0} all-gather(%p0), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="2"}
+}
+
+%async_collective_fusion (p1: f32[2,8]) -> f32[16,8] {
+  %p1 = f32[2,8]{1,0} parameter(0)
+  ROOT %g1 = f32[16,8]{1,0} all-gather(%p1), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="2"}
+}
+
+ENTRY %main (a: f32[2,8]) -> f32[16,8] {
+  %a = f32[2,8]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} fusion(%a), kind=kCustom, calls=%start
+  %c = f32[16,8]{1,0} fusion(%a), kind=kOutput, calls=%async_collective_fusion
+  ROOT %d = f32[16,8]{1,0} all-gather(%a), channel_id=8, replica_groups=[1,8]<=[8]
+}
+"""
+
+
+def test_steps_of_one_collective_count_as_one() -> None:
+    assert traffic(collectives(hlo.parse(STEPS))) == {"all-gather": Traffic(2, 2 * 16 * 8 * 4)}
 
 
 def test_shapes_say_their_bytes_and_where_they_lie() -> None:

@@ -70,6 +70,13 @@ def test_a_config_that_fits_is_let_through(shape: tuple[int, int, int]) -> None:
         ("model", {"d_ff": 90}, (2, 1, 4), r"model.d_ff=90 .* mesh.model=4: sizes that fit are 1, 2$"),
         ("model", {"vocab_size": 4098}, (2, 1, 4), r"model.vocab_size=4098 .* multiples are 4096 and 4100"),
         ("moe", {"num_experts": 12}, (1, 8, 1), r"moe.num_experts=12 .* mesh.expert=8: sizes that fit are 1, 2, 4$"),
+        ("moe", {"num_experts": 4}, (1, 8, 1), r"moe.num_experts=4 .* mesh.expert=8: sizes that fit are 1, 2, 4$"),
+        (
+            "model",
+            {"num_heads": 8, "num_kv_heads": 2},
+            (2, 1, 4),
+            r"model.num_kv_heads=2 .* mesh.model=4: sizes that fit are 1, 2$",
+        ),
         ("moe", {"group_size": 100}, (8, 1, 1), r"moe.group_size=100 neither divides a row of 512 tokens"),
         ("moe", {"group_size": 4096}, (8, 1, 1), r"hold 8 encoder rows, .* the 4 rows of a shard: moe.group_size=2048"),
         ("data", {"batch_size": 24}, (8, 1, 1), r"hold 4 decoder rows, .* the 3 rows of a shard: moe.group_size=128"),
@@ -81,6 +88,17 @@ def test_a_size_that_the_mesh_does_not_divide_is_refused_with_ones_that_fit(
     config = replace(FITTING, **{section: replace(getattr(FITTING, section), **changes)})
     with pytest.raises(UserError, match=message):
         check_fit(config, make_mesh(MeshConfig(*shape)))
+
+
+@pytest.mark.parametrize("sharded", ["parameters", "optimizer"])
+def test_sharded_matrices_must_divide_over_the_shards_of_the_batch(sharded: str) -> None:
+    narrow = replace(FITTING, model=replace(FITTING.model, d_model=60))
+    for shape in [(8, 1, 1), (2, 4, 1)]:
+        check_fit(narrow, make_mesh(MeshConfig(*shape)))
+        config = replace(narrow, mesh=MeshConfig(*shape, sharded=sharded))
+        message = rf"d_model=60 .* 8 shards of data x expert, as mesh.sharded={sharded} .* multiples are 56 and 64$"
+        with pytest.raises(UserError, match=message):
+            check_fit(config, make_mesh(config.mesh))
 
 
 def test_rows_are_counted_by_the_micro_batch() -> None:

@@ -14,11 +14,14 @@ from switchjax.parallel.mesh import AXES, make_mesh
 from switchjax.parallel.sharding import (
     AXIS_RULES,
     constrain,
+    gather,
+    mark_sharded,
     named_leaves,
     optimizer_shardings,
     parameter_shardings,
     parameter_specs,
     partition_spec,
+    sharded_spec,
     with_leaves,
 )
 
@@ -76,6 +79,43 @@ def test_a_sliced_parameter_keeps_the_layout_of_what_is_left(shapes: Parameters)
 def test_an_unknown_axis_is_an_error() -> None:
     with pytest.raises(KeyError, match="mpl"):
         partition_spec("embed", "mpl")
+
+
+# `embed` over those axes of the batch that the parameter does not use yet, vectors and what has no `embed` as they are.
+SHARDED_SPECS = {
+    "norm": P(None),
+    "w_in": P(("data", "expert"), "model"),
+    "out": P("model", None, ("data", "expert")),
+    "square": P(("data", "expert"), "model"),
+    "experts": P(None, "expert", "model", ("data",)),
+    "bias": P("model", None),
+}
+
+
+def test_sharded_parameters_lie_in_parts_and_are_used_whole(mesh: jax.sharding.Mesh) -> None:
+    marked = jax.eval_shape(lambda: mark_sharded(Parameters(), "parameters"))
+    for name, spec in SHARDED_SPECS.items():
+        assert getattr(parameter_shardings(marked, mesh), name) == NamedSharding(mesh, spec)
+        assert getattr(parameter_specs(marked), name) == SPECS[name]
+    alone = jax.eval_shape(lambda: mark_sharded(Parameters(), "optimizer"))
+    assert parameter_shardings(alone, mesh).w_in == NamedSharding(mesh, SPECS["w_in"])
+
+
+def test_a_layer_of_a_stack_is_sharded_as_all_of_them_are() -> None:
+    assert sharded_spec("layer", "embed", "mlp")[1:] == sharded_spec("embed", "mlp")
+    assert sharded_spec("layer", "embed") == P(None, None)
+
+
+def test_gather_brings_all_but_stacks_of_layers_together(mesh: jax.sharding.Mesh) -> None:
+    model = mark_sharded(Parameters(), "parameters")
+    assert gather(model) is model  # without a mesh
+    placed = jax.device_put(model, parameter_shardings(model, mesh))
+    assert {shard.data.shape for shard in placed.w_in[...].addressable_shards} == {(64, 256)}
+    with jax.set_mesh(mesh):
+        used = jax.jit(gather)(placed)
+    assert used.w_in[...].sharding.is_equivalent_to(NamedSharding(mesh, SPECS["w_in"]), 2)
+    assert used.experts[...].sharding.is_equivalent_to(NamedSharding(mesh, SHARDED_SPECS["experts"]), 4)
+    np.testing.assert_array_equal(used.w_in[...], model.w_in[...])
 
 
 def test_constrain_lays_an_array_over_the_mesh_and_leaves_it_alone_without_one(mesh: jax.sharding.Mesh) -> None:
@@ -139,6 +179,24 @@ def test_adafactor_statistics_lose_the_axis_that_was_averaged_away(shapes: Param
             if f".{kind}[" in path and f"'{name}'" in path:
                 seen[kind, name] = (shape, entries(spec, len(shape)))
     assert seen == expected
+
+
+@pytest.mark.parametrize("sharded", ["parameters", "optimizer"])
+def test_the_state_of_sharded_parameters_lies_in_parts_too(sharded: str, mesh: jax.sharding.Mesh) -> None:
+    marked = jax.eval_shape(lambda: mark_sharded(Parameters(), sharded))
+    moments = {
+        next(name for name in SPECS if f"'{name}'" in path): spec
+        for path, _, spec in layouts(optax.adamw(1e-3), marked, mesh)
+        if ".mu" in path
+    }
+    assert moments == SHARDED_SPECS
+    factored = {path: entries(spec, len(shape)) for path, shape, spec in layouts(optax.adafactor(1e-3), marked, mesh)}
+    rows, columns = (
+        next(spec for path, spec in factored.items() if f".{kind}[" in path and "'w_in'" in path)
+        for kind in ("v_row", "v_col")
+    )
+    assert rows == (("data", "expert"),)  # the mean over `mlp`
+    assert columns == ("model",)  # the mean over `embed`
 
 
 def test_everything_else_of_an_optimizer_is_on_every_device(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:

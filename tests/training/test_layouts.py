@@ -1,0 +1,141 @@
+"""Three train steps in every layout of the Switch Transformer's section 5, and sharded, are those of one device.
+
+Each (layout, model) is compiled once: the same program is run and its collectives are counted.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from switchjax.analysis.hlo import parse_compiled
+from switchjax.analysis.hlo_collectives import Traffic
+from switchjax.analysis.layouts import Route, communication
+from switchjax.config import Config, MeshConfig, OptimizerConfig
+from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
+from switchjax.parallel.sharding import named_leaves, partition_spec
+from switchjax.training.state import StatePlan, TrainState, plan_state
+from switchjax.training.step import Metrics, lower_train_step
+from tests.models.families import FAMILIES, make_batch, make_model
+from tests.test_configs import MODULES
+from tests.tiny import changed
+
+LAYOUTS = {name: MeshConfig(**fields) for name, fields in MODULES["layouts"].SIZES.items()} | {
+    "optimizer": MeshConfig(data=8, sharded="optimizer"),
+    "fsdp, expert": MeshConfig(data=2, expert=4, sharded="parameters"),
+}
+STEPS = 3
+
+
+def _in_eighths(config: Config, heads: int, kv_heads: int) -> Config:
+    """Sizes that 8 devices divide, and an optimiser whose first moment is the gradient."""
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "d_head": 32 // heads}
+    optimizer = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=1)
+    return dataclasses.replace(changed(config, model=sizes, moe={"num_experts": 8}), optimizer=optimizer)
+
+
+MODELS = {
+    # Two equal layers are one loop, as in models of any depth.
+    "switch": changed(_in_eighths(FAMILIES["sinusoidal"], 8, 8), model={"pattern": ("moe",), "biases": False}),
+    "mixtral": _in_eighths(FAMILIES["mixtral"], 16, 8),
+    "v_moe": _in_eighths(FAMILIES["v_moe"], 8, 8),
+}
+
+
+class Run(NamedTuple):
+    """The state after the first step and after the last, every step's metrics, and what a step communicates."""
+
+    first: TrainState
+    last: TrainState
+    metrics: list[Metrics]
+    routes: dict[Route, Traffic]
+
+
+def start(plan: StatePlan, config: Config) -> TrainState:
+    """Random parameters, and the optimiser's state, which is zeros at first."""
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), plan.shapes)
+    state = dataclasses.replace(zeros, model=make_model(config))
+    return jax.device_put(state, plan.shardings)
+
+
+def take_steps(config: Config, devices: int = 8) -> Run:
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    check_fit(config, mesh)
+    plan = plan_state(config, mesh)
+    compiled = lower_train_step(config, plan, mesh).compile()
+    batch = jax.device_put(make_batch(config), NamedSharding(mesh, partition_spec("batch")))
+    state, states, metrics = start(plan, config), [], []
+    for _ in range(STEPS):
+        state, found = one_at_a_time(compiled(state, batch))
+        states.append(jax.device_get(state))
+        metrics.append(jax.device_get(found))
+    routes = communication(parse_compiled(compiled), mesh.shape, least=4 * config.model.d_model)
+    return Run(states[0], states[-1], metrics, routes)
+
+
+@cache
+def on_one_device(model: str) -> Run:
+    return take_steps(dataclasses.replace(MODELS[model], mesh=MeshConfig(data=1)), devices=1)
+
+
+@cache
+def in_layout(layout: str, model: str) -> Run:
+    return take_steps(dataclasses.replace(MODELS[model], mesh=LAYOUTS[layout]))
+
+
+def assert_close(actual: object, expected: object) -> None:
+    """float32 sums in another order: 1e-5 of the largest number of each array.
+
+    1e-8 where that is less: a bias of keys has no gradient but rounding.
+    """
+    wanted = named_leaves(expected)
+    for name, leaf in named_leaves(actual).items():
+        scale = max(float(np.abs(wanted[name]).max()), 1e-3)
+        np.testing.assert_allclose(leaf, wanted[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+
+
+SLOW = pytest.mark.slow
+QUICK = ("fsdp, expert", "mixtral")
+CASES = [QUICK] + [
+    pytest.param(layout, model, marks=SLOW)
+    for layout in MODULES["layouts"].SIZES
+    for model in MODELS
+    if (layout, model) != QUICK
+]
+
+
+@pytest.mark.parametrize(("layout", "model"), [*CASES, pytest.param("optimizer", "switch", marks=SLOW)])
+def test_three_steps_are_those_of_one_device(layout: str, model: str) -> None:
+    actual, expected = in_layout(layout, model), on_one_device(model)
+    for found, wanted in zip(actual.metrics, expected.metrics, strict=True):
+        assert wanted["fraction_tokens_dropped"] > 0 or model != "switch"
+        for name in ("loss", "total_loss", "gradient_norm", "parameter_norm"):
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+    assert expected.metrics[-1]["loss"] < expected.metrics[0]["loss"]
+    # AdamW's moments: after one step the gradient and its square, after three what became of all three.
+    assert_close(actual.first.opt_state, expected.first.opt_state)
+    assert_close(actual.last.opt_state, expected.last.opt_state)
+
+
+@SLOW
+@pytest.mark.parametrize("sharded", ["parameters", "optimizer"])
+def test_adafactor_takes_the_same_steps_sharded(sharded: str) -> None:
+    adafactor = dataclasses.replace(
+        MODELS["mixtral"], optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=1)
+    )
+    mesh = MeshConfig(data=4, model=2, sharded=sharded)
+    actual = take_steps(dataclasses.replace(adafactor, mesh=mesh))
+    expected = take_steps(dataclasses.replace(adafactor, mesh=MeshConfig(data=1)), devices=1)
+    assert_close(actual.last.opt_state, expected.last.opt_state)
+    for found, wanted in zip(actual.metrics, expected.metrics, strict=True):
+        np.testing.assert_allclose(found["total_loss"], wanted["total_loss"], rtol=1e-5)
+
+
+def routes_of(layout: str, keep: Callable[[Route], bool] = lambda _: True) -> dict[tuple, int]:
+    """Counts of the Switch Transformer's routes: (phase, kind, axes) -> how many."""
+    return {tuple(route): found.count for route, found in in_layout(layout, "switch").routes.items() if keep(route)}
