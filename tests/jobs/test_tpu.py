@@ -302,9 +302,9 @@ def test_the_example_is_a_job(sandbox: Sandbox) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="no Google Cloud CLI to ask")
 def test_gcloud_knows_every_command_and_flag(sandbox: Sandbox, tmp_path: Path) -> None:
-    commands = [call for call in dry_run(sandbox, "watch") if call[0] == "gcloud"]
-    wrong = [*TPUS, "tpu-vm", "ssh", "my-run", "--workers=all"]
-    entries = [{"command_string": shlex.join(command)} for command in [*commands, wrong]]
+    commands = {shlex.join(call) for call in dry_run(sandbox, "watch") if call[0] == "gcloud"}
+    wrong = shlex.join([*TPUS, "tpu-vm", "ssh", "my-run", "--workers=all"])
+    entries = [{"command_string": command} for command in [*commands, wrong]]
     (tmp_path / "commands.json").write_text(json.dumps(entries))
     # Its own check of a command's words; it reads nobody's settings and asks no cloud.
     apart = {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false"}
@@ -316,5 +316,5 @@ def test_gcloud_knows_every_command_and_flag(sandbox: Sandbox, tmp_path: Path) -
     )
     if not done.stdout:
         pytest.skip(f"this gcloud does not check commands: {done.stderr.splitlines()[:1]}")
-    answers = json.loads(done.stdout)
-    assert [answer["success"] for answer in answers] == [True] * len(commands) + [False], answers
+    answers = {answer["command_string"]: answer["success"] for answer in json.loads(done.stdout)}
+    assert answers == dict.fromkeys(commands, True) | {wrong: False}
