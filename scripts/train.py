@@ -1,8 +1,10 @@
-"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir.
+"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir. SIGTERM saves and exits with 143.
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 [--config.train.steps=500 ...]
 """
 
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     summary = train(config, flags.workdir, perplexity_evaluator)
     if summary.get("interrupted"):
         print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
+        sys.exit(128 + signal.SIGTERM)  # as a shell has it: whoever waits for the run must not take it for complete
     else:
         print(f"done: {summary['steps']} steps; held-out {summary['evaluation']}")
 

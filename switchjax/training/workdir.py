@@ -33,6 +33,7 @@ def open_workdir(workdir: Path, config: Config) -> None:
     Raises:
         UserError: naming the first key that differs, or if the folder cannot be made.
     """
+    _check_mounted(workdir)
     if _has_checkpoints(workdir):
         for key, change in differences(load_workdir_config(workdir), config).items():
             if not key.startswith(_FREE):
@@ -79,6 +80,12 @@ def load_vocabulary(workdir: Path, config: Config) -> Vocabulary:
 def _has_checkpoints(workdir: Path) -> bool:
     folder = workdir / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def _check_mounted(workdir: Path) -> None:
+    # Otherwise it would be made as a folder of this machine, and gone with it.
+    if workdir.parts and workdir.parts[0].endswith(":"):
+        raise UserError(f"{workdir} is no folder: mount the bucket and name the folder there (docs/pods.md)")
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
