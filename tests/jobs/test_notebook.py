@@ -52,7 +52,9 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=place).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=None, startup_timeout=600, kernel_name="python3", resources=place
+    ).execute()
     shown = [
         "".join(output.get("text", "") + str(output.get("data", "")) for output in cell.outputs)
         for cell in notebook.cells
