@@ -92,7 +92,6 @@ setup() {
 }
 
 # The images have Python 3.10, JAX wants 3.11. Without the caches of gcsfuse, what one worker writes the others see.
-# Bucket and run are units of systemd: at a preemption, the run ends (and saves) before the bucket goes.
 worker_setup() {
   cat <<END
 set -eu
@@ -119,14 +118,16 @@ END
 
 launch() { on_all_workers "$(worker_launch)"; }
 
+# Bucket and run are units of systemd: at a preemption, the run ends (and saves) before the bucket goes. A unit has not
+# the limits of a login, and TPUs want much memory locked.
 worker_launch() {
   cat <<END
 set -eu
 cd $NAME
 sudo systemctl stop $NAME 2>/dev/null || true
 sudo systemd-run --quiet --collect --unit=$NAME --uid=\$(id -u) --working-directory=\$PWD \\
-  --property=BindsTo=bucket.service --property=After=bucket.service \\
-  --property=KillMode=mixed --property=TimeoutStopSec=300 \\
+  --property=After=bucket.service --property=KillMode=mixed --property=TimeoutStopSec=300 \\
+  --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \\
   --property=StandardOutput=append:\$HOME/$NAME.log --property=StandardError=append:\$HOME/$NAME.log \\
   \$PWD/.venv/bin/python scripts/train.py --workdir=\$HOME/bucket/$NAME $(quote "${TRAIN[@]}")
 END

@@ -152,6 +152,7 @@ def test_one_pod_lost_starts_all_anew_but_bad_input_does_not(manifest: dict[str,
     assert (outer["action"], outer["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_the_config_is_one_that_fits_the_gpus(job: dict[str, Any]) -> None:
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == ["python", "scripts/train.py"]

@@ -48,10 +48,13 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel", reason=why)
     monkeypatch.setenv("NOTEBOOK_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("NOTEBOOK_FLAGS", SHORT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # as in the tests' own process
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=place).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=None, startup_timeout=600, kernel_name="python3", resources=place
+    ).execute()
     shown = [
         "".join(output.get("text", "") + str(output.get("data", "")) for output in cell.outputs)
         for cell in notebook.cells

@@ -42,7 +42,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 @pytest.mark.parametrize(("ended", "requeued"), [(0, False), (143, True), (2, False), (137, False)])
 def test_only_an_interrupted_run_comes_back(sandbox: Sandbox, ended: int, requeued: bool) -> None:
     sandbox.add("srun", f"exit {ended}")
-    done = sandbox.run("scripts/slurm/train.sbatch --config=a '--workdir=b c'", SLURM_JOB_ID="7")
+    done = sandbox.run("bash scripts/slurm/train.sbatch --config=a '--workdir=b c'", SLURM_JOB_ID="7")
     assert done.stdout == "environment cuda\n"
     assert done.returncode == ended
     trained, *after = sandbox.calls()
@@ -51,7 +51,7 @@ def test_only_an_interrupted_run_comes_back(sandbox: Sandbox, ended: int, requeu
 
 
 @pytest.mark.parametrize(
-    "command", ["scripts/slurm/train.sbatch", "SLURM_JOB_ID= scripts/slurm/train.sbatch --config=a"]
+    "command", ["bash scripts/slurm/train.sbatch", "SLURM_JOB_ID= bash scripts/slurm/train.sbatch --config=a"]
 )
 def test_bad_use_is_one_line(sandbox: Sandbox, command: str) -> None:
     done = sandbox.run(command, SLURM_JOB_ID="7")

@@ -25,7 +25,6 @@ SETTINGS = {
 FLAGS = ["--config=configs/switch.py:base-8", "--config.data.directory=it's a $folder"]
 PLACE = ["--project=p", "--zone=z"]
 TPUS = ["gcloud", "compute", "tpus"]
-SSH = [*TPUS, "tpu-vm", "ssh", "my-run", "--worker=all"]
 COMMANDS = ["create", "setup", "launch", "logs", "stop", "delete"]
 
 # Each line of `states` and `activities` is one answer.
