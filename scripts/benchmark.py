@@ -4,12 +4,14 @@ python scripts/benchmark.py layer      # the MoE layer beside the dense network 
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
 python scripts/benchmark.py decode     # tokens a second with a cache of keys and values, and without
+python scripts/benchmark.py faults     # runs that are killed, filled up and poisoned, for docs/faults.md
 python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
 
 The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
 """
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str]) -> None:
     decode.add_argument("--repeats", type=int, default=3, help="runs of each program")
     decode.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     decode.set_defaults(table=_decode)
+    faults = tables.add_parser("faults", help="what runs survive, fault by fault; resumes by itself")
+    faults.add_argument("--config", default="configs/quickstart.py:faults", help="what is trained")
+    faults.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="one run a fault")
+    faults.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+    faults.set_defaults(table=_faults)
     plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
@@ -98,6 +105,18 @@ def _decode(flags: Namespace) -> None:
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
     _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report))
+
+
+def _faults(flags: Namespace) -> None:
+    config = command.load_config(flags.config)
+
+    from switchjax.analysis.fault_study import study_faults
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
+    report = partial(print, flush=True)
+    _show(flags, "faults", study_faults(training, config, flags.workdir, report))
 
 
 def _plan(flags: Namespace) -> None:

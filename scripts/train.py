@@ -3,16 +3,19 @@
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 [--config.train.steps=500 ...]
 """
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
+from switchjax.training.preemption import exit_at_once
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
     flags, config = command.parse_with_config(parser, arguments)
+    signal.signal(signal.SIGTERM, exit_at_once)  # while modules are imported, and when all is saved
 
     from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices

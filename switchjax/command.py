@@ -21,7 +21,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's remarks on its own start-up
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's remarks, and the errors that it raises as well
     if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
         # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")

@@ -33,9 +33,13 @@ def saved(tiny: Config, state: TrainState, tmp_path_factory: pytest.TempPathFact
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(workdir, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(restored_at(step, state), {"position": step}, tiny)
+        checkpoints.save(restored_at(step, state), position(step), tiny)
     checkpoints.close()
     return workdir
+
+
+def position(step: int) -> dict[str, object]:
+    return {"iterator": step, "fingerprint": "text"}
 
 
 @pytest.fixture
@@ -55,9 +59,9 @@ def test_the_newest_comes_back_bit_for_bit_and_laid_out_as_asked(
 ) -> None:
     checkpoints = Checkpoints(workdir, keep=2)
     assert checkpoints.steps() == [2, 3]
-    restored = checkpoints.restore_latest(plan)
+    restored = checkpoints.restore_latest(plan, "text")
     assert restored is not None
-    assert restored[1] == {"position": 3}
+    assert restored[1] == position(3)
     assert int(restored[0].step) == 3
     assert_equal(restored[0].model, state.model)
     assert_equal(restored[0].opt_state, state.opt_state)
@@ -95,7 +99,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
 ) -> None:
     damage(workdir, 3)
     with caplog.at_level(logging.WARNING):
-        restored = Checkpoints(workdir, keep=2).restore_latest(plan)
+        restored = Checkpoints(workdir, keep=2).restore_latest(plan, "text")
     assert restored is not None
     assert int(restored[0].step) == 2
     assert "checkpoint 3 cannot be read" in caplog.text
@@ -106,9 +110,9 @@ def test_after_a_damaged_checkpoint_its_step_can_be_saved_again(
 ) -> None:
     damage(workdir, 3)
     checkpoints = Checkpoints(workdir, keep=2)
-    checkpoints.restore_latest(plan)
+    checkpoints.restore_latest(plan, "text")
     assert checkpoints.steps() == [2]
-    checkpoints.save(restored_at(3, state), {"position": 3}, tiny)
+    checkpoints.save(restored_at(3, state), position(3), tiny)
     checkpoints.close()
     step, model = Checkpoints(workdir).load_model(plan)
     assert step == 3
@@ -127,7 +131,7 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(workdir: Pa
     damage(workdir, 2)
     damage(workdir, 3)
     with pytest.raises(UserError, match=r"none of the checkpoints \[2, 3\]"):
-        Checkpoints(workdir, keep=2).restore_latest(plan)
+        Checkpoints(workdir, keep=2).restore_latest(plan, "text")
 
 
 def damage(workdir: Path, step: int) -> None:
@@ -147,7 +151,7 @@ def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
 def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
     gated = plan_state(changed(tiny, model={"activation": "geglu"}), make_mesh(tiny.mesh))
     with pytest.raises(UserError, match=r"it has no .*w_gate"):
-        Checkpoints(workdir, keep=2).restore_latest(gated)
+        Checkpoints(workdir, keep=2).restore_latest(gated, "text")
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
