@@ -1,6 +1,7 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import ast
+import errno
 import glob
 import logging
 import os
@@ -17,6 +18,9 @@ from ml_collections import config_flags
 from switchjax.config import Config, UserError, check_key, suggest
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -30,6 +34,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

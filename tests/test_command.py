@@ -67,6 +67,7 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["benchmark.py", "decode"], "cannot read"),
         (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
         (["benchmark.py", "families", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
+        (["benchmark.py", "faults", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints come back bit for bit, on any mesh; what does not fit or is damaged is named."""
 
+import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from tests.tiny import changed
+from tests.training.full_disk import full_disk
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,91 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, 
 def test_reading_a_workdir_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoints in"):
         Checkpoints(tmp_path)
+
+
+def another_programs(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "_CHECKPOINT_METADATA").write_text("[]")
+    (folder / "model.bin").write_bytes(b"weights")
+
+
+def of_another_run(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3"), folder)
+    config = folder / "config" / "metadata"
+    values = json.loads(config.read_text())
+    values["train"]["seed"] = 17
+    config.write_text(json.dumps(values))
+
+
+def without_a_description(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3"), folder)
+    (folder / "state" / "_METADATA").unlink()
+
+
+def half_copied(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3") / "state", folder / "state")
+
+
+STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (Path.mkdir, "cannot be read and is passed over: it does not hold state, data, config"),
+    "another program's": (another_programs, "cannot be read and is passed over: it does not hold state, data, config"),
+    "a file": (Path.touch, "cannot be read and is passed over: it does not hold state, data, config"),
+    "half copied": (half_copied, "cannot be read and is passed over: it does not hold state, data, config"),
+    "no description": (without_a_description, "cannot be read and is passed over"),
+    "another run's": (of_another_run, r"is not of this run and is passed over: .* (train.seed: 17 -> 0)"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_is_no_checkpoint_of_this_run_is_passed_over_and_its_step_can_be_saved(
+    name: str, workdir: Path, tiny: Config, plan: StatePlan, state: TrainState, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, message = STRANGERS[name]
+    make(workdir / "checkpoints" / "7")
+    checkpoints = Checkpoints(workdir, keep=2)
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoints.restore_latest(plan, "text")
+    assert restored is not None
+    assert int(restored[0].step) == 3
+    for part in f"checkpoint 7 {message}".split(": .* "):
+        assert part in caplog.text
+    assert len(list((workdir / "damaged_checkpoints").glob("7-*"))) == 1
+    checkpoints.save(restored_at(7, state), position(7), tiny)
+    checkpoints.close()
+    assert Checkpoints(workdir).steps() == [3, 7]
+    assert Checkpoints(workdir).load_model(plan)[0] == 7
+
+
+def test_other_data_is_refused(workdir: Path, plan: StatePlan) -> None:
+    with pytest.raises(UserError, match="corpora or vocabulary have changed"):
+        Checkpoints(workdir, keep=2).restore_latest(plan, "other text")
+
+
+@pytest.mark.parametrize("size", [1, 10_000], ids=["nothing can be written", "small files can"])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(
+    size: int, workdir: Path, tiny: Config, plan: StatePlan, state: TrainState
+) -> None:
+    checkpoints = Checkpoints(workdir, keep=2)
+    four = restored_at(4, state)
+
+    def save() -> None:
+        checkpoints.save(four, position(4), tiny)
+        checkpoints.wait()
+
+    with full_disk(size), pytest.raises(UserError, match=r"cannot write .*: File too large; .* \[2, 3\] are intact$"):
+        save()
+    checkpoints.close()
+    again = Checkpoints(workdir, keep=2)
+    restored = again.restore_latest(plan, "text")
+    assert restored is not None
+    assert int(restored[0].step) == 3
+    again.save(four, position(4), tiny)
+    again.close()
+    assert Checkpoints(workdir).steps() == [3, 4]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot use .*checkpoints for checkpoints"):
+        Checkpoints(tmp_path, keep=2)
