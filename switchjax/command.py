@@ -17,7 +17,6 @@ from ml_collections import config_flags
 
 from switchjax.config import Config, UserError, check_key, suggest
 
-
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

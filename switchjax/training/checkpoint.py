@@ -47,6 +47,7 @@ class Checkpoints:
             "config": ocp.JsonCheckpointHandler(),
         }
         self._items = tuple(handlers)
+        self._in_progress = False
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         except OSError as error:
@@ -75,6 +76,7 @@ class Checkpoints:
                     config=ocp.args.JsonSave(config.to_dict()),
                 ),
             )
+        self._in_progress = True
         if not saved:
             raise UserError(f"step {step} cannot be saved beside the checkpoints {self.steps()} in {self._directory}")
 
@@ -237,6 +239,15 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)["state"]
         return {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
 
+    def check(self) -> None:
+        """Notices at once, and not at the next save, that the one in progress has failed; waits for nothing.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        if self._in_progress and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Returns when everything is on disk.
 
@@ -245,6 +256,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
+        self._in_progress = False
 
     def close(self) -> None:
         """Waits and releases the writer.

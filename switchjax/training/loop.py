@@ -238,6 +238,7 @@ def _loop(run: _Run, evaluator: Evaluator, stop: Preemption) -> dict[str, Any]:
         while run.step < last and not stop.requested:
             run.advance()
             run.settle(in_flight)
+            run.checkpoints.check()
             run.evaluate_if_due(evaluator, stop)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
                 run.save()

@@ -251,5 +251,5 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="cannot use .*checkpoints for checkpoints"):
+    with pytest.raises(UserError, match=r"cannot use .*checkpoints for checkpoints"):
         Checkpoints(tmp_path, keep=2)

@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
 
 def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing(wild: Config, tmp_path: Path) -> None:
     skipping = changed(wild, train={"non_finite": "skip", "max_skipped_steps": 2})
-    with pytest.raises(NonFiniteError, match="step 4: .*; 2 steps in a row were skipped before it"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row were skipped before it"):
         loop.train(skipping, tmp_path, perplexity_evaluator)
     assert [record["skipped_steps"] for record in read_metrics(tmp_path, "train")] == [0, 1, 2]
     checkpoints, plan = Checkpoints(tmp_path), plan_state(wild, make_mesh(wild.mesh))
@@ -138,9 +138,9 @@ def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing
     for name, leaf in first.items():
         np.testing.assert_array_equal(third[name], leaf, err_msg=name)
     # The count goes on where it was, and the answer may change.
-    with pytest.raises(NonFiniteError, match="step 4: .*; 2 steps in a row"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row"):
         loop.train(skipping, tmp_path, perplexity_evaluator)
-    with pytest.raises(NonFiniteError, match="step 4: .*; checkpoints of earlier steps are intact"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; checkpoints of earlier steps are intact"):
         loop.train(wild, tmp_path, perplexity_evaluator)
 
 
