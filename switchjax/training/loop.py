@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +70,8 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     check_fit(config, mesh)
     plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
     open_workdir(workdir, config)
-    with exclusive_run(workdir), preemption() as stop:
+    # Of the processes of one run, the first holds the workdir for them all.
+    with exclusive_run(workdir) if jax.process_index() == 0 else nullcontext(), preemption() as stop:
         data = prepare_data(config.data)
         _check_data(config, data)
         with jax.set_mesh(mesh):
