@@ -204,9 +204,8 @@ class _Run:
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written and closes the files."""
-        self.checkpoints.close()
-        self.writer.close()
-        self.progress.close()
+        with closing(self.progress), closing(self.writer):
+            self.checkpoints.close()
 
 
 @dataclass
