@@ -101,6 +101,8 @@ class Checkpoints:
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
             state, data = self.restore_state(step, plan), self.restore_data(step)
             found = f"checkpoint {step} in {self._directory}"
+            if int(state.step) != step:
+                raise UserError(f"{found} is of step {int(state.step)}")
             if data["fingerprint"] != fingerprint:
                 raise UserError(f"the data is not what {found} was trained on: corpora or vocabulary have changed")
             check_same_run(self._restore_config(step), plan.config, f"{found} is of another run", "remove it")
@@ -192,7 +194,7 @@ class Checkpoints:
             whole = [step for step in self._numbered() if self._is_whole(step)]
             raise UserError(
                 f"cannot write a checkpoint to {self._directory}: {_reason(error)}; those of steps {whole} are intact"
-            ) from None
+            ) from error
 
     def restore_data(self, step: int) -> dict[str, Any]:
         """The data iterator's state of a step."""
