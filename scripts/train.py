@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
+from switchjax.training.preemption import exit_at_once
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
     flags, config = command.parse_with_config(parser, arguments)
+    signal.signal(signal.SIGTERM, exit_at_once)  # while modules are imported, and when all is saved
 
     from switchjax.analysis.utilization import step_cost
     from switchjax.inference.evaluation import perplexity_evaluator

@@ -1,6 +1,7 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import ast
+import errno
 import glob
 import logging
 import os
@@ -16,12 +17,14 @@ from ml_collections import config_flags
 
 from switchjax.config import Config, UserError, check_key, suggest, user_cache
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's remarks on its own start-up
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's remarks, and the errors that it raises as well
     if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
         # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
@@ -31,6 +34,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -64,10 +64,16 @@ class TrainConfig:
     trace_first_step: int = 10
     trace_steps: int = 0
     """Steps, from `trace_first_step` on, of which a profiler's trace is written into the workdir; 0: none."""
+    non_finite: str = "stop"
+    """What a loss or gradient that is not finite does: stop the run, or skip the step, which then leaves parameters and
+    optimiser, its count of updates too, as they are."""
+    max_skipped_steps: int = 10
+    """Largest number of steps that are skipped in a row; one more stops the run."""
 
     def __post_init__(self) -> None:
         sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints", "trace_first_step")
-        check_positive("train", {name: getattr(self, name) for name in sizes})
+        check_positive("train", {name: getattr(self, name) for name in (*sizes, "max_skipped_steps")})
+        check_choice("train.non_finite", self.non_finite, ["stop", "skip"])
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
         require(self.trace_steps >= 0, f"train.trace_steps must not be negative, got {self.trace_steps}")
 

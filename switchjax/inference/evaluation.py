@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -48,10 +48,13 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     if not corpora:
         raise UserError(f"no corpus has anything in its {evaluate.split} split")
 
-    def evaluator(model: Model) -> dict[str, float]:
+    def evaluator(model: Model, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         totals = {}
         for corpus in corpora:
-            sums = [one_at_a_time(step(model, batch)) for batch in batches(corpus)]
+            sums = []
+            for batch in batches(corpus):
+                check()
+                sums.append(one_at_a_time(step(model, batch)))
             totals[corpus] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
         return _results(totals)
 

@@ -1,8 +1,11 @@
 """What a run keeps beside its checkpoints and metrics: config, vocabulary, summary."""
 
+import fcntl
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,15 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.trace_",
+    "train.non_finite",
+    "train.max_skipped_steps",
 )
-"""Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them."""
+"""Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them, or (the last
+two) only where the run would otherwise end."""
 
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
+_LOCK = "run.lock"
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
@@ -36,16 +43,46 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """
     _check_mounted(workdir)
     if _has_checkpoints(workdir):
-        for key, change in differences(load_workdir_config(workdir), config).items():
-            if not key.startswith(_FREE):
-                raise UserError(
-                    f"{workdir} holds a run with another config ({key}: {change}); choose another --workdir"
-                )
+        saved = load_workdir_config(workdir)
+        check_same_run(saved, config, f"{workdir} holds a run with another config", "choose another --workdir")
+        for key, change in differences(saved, config).items():
             _log.info("resuming with another %s: %s", key, change)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+
+
+def check_same_run(saved: Config, config: Config, found: str, advice: str) -> None:
+    """Refuses a run whose steps would be others.
+
+    Raises:
+        UserError: `found`, the first key that differs, and `advice`.
+    """
+    for key, change in differences(saved, config).items():
+        if not key.startswith(_FREE):
+            raise UserError(f"{found} ({key}: {change}); {advice}")
+
+
+@contextmanager
+def exclusive_run(workdir: Path) -> Iterator[None]:
+    """Holds a workdir against other runs on this machine; a process that is killed lets go of it.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    try:
+        lock = (workdir / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {workdir} already; wait for it or choose another") from None
+        except OSError as error:  # a file system without locks
+            _log.warning("%s cannot be locked (%s): see to it that no other run uses it", workdir, error.strerror)
+        yield
 
 
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -91,5 +128,9 @@ def _check_mounted(workdir: Path) -> None:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
