@@ -13,7 +13,7 @@ class MeshConfig:
     expert: int = 1
     model: int = 1
     emulated_devices: int = 0
-    """Where the CPU is the only device: how many to emulate (0: leave as it is)."""
+    """Where the CPU is the only device: how many to emulate, all processes together (0: leave as it is)."""
 
     def __post_init__(self) -> None:
         check_positive("mesh", {"expert": self.expert, "model": self.model})
@@ -57,10 +57,22 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
+    step_timeout: int = 1800
+    """Seconds after which a step, or the reading of its batch, is given up and the run ended; 0: never."""
+    heartbeat_timeout: int = 100
+    """Of several processes: seconds after which one that does not answer is taken for dead and the run ended."""
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        sizes = (
+            "steps",
+            "accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "heartbeat_timeout",
+        )
         check_positive("train", {name: getattr(self, name) for name in sizes})
+        require(self.step_timeout >= 0, f"train.step_timeout must not be negative, got {self.step_timeout}")
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
 
 

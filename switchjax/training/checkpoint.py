@@ -1,5 +1,6 @@
 """Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from switchjax.config import Config, UserError
+from switchjax.parallel.processes import exchange, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
 
@@ -32,12 +34,12 @@ class Checkpoints:
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
 
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
         """Starts writing; the state may be donated as soon as this returns. What is there already is not written again.
@@ -77,12 +79,17 @@ class Checkpoints:
         if newest is None:
             return None
         step, restored = newest
-        for damaged in [other for other in self.steps() if other > step]:
+        if process_index() == 0:
+            self._set_aside([other for other in self.steps() if other > step])
+        exchange("set aside")
+        self._manager.reload()
+        return restored
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for damaged in steps:
             target = self._directory.with_name("damaged_checkpoints") / f"{damaged}-{time.time_ns()}"
             target.parent.mkdir(exist_ok=True)
             (self._directory / str(damaged)).rename(target)
-        self._manager.reload()
-        return restored
 
     def load_model(self, plan: StatePlan, step: int = -1) -> tuple[int, Any]:
         """Step and model of a checkpoint without its optimiser; for -1, of the newest that can be read.
@@ -105,21 +112,26 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} in {self._directory} cannot be read: {_first_line(error)}") from None
 
     def _newest_readable(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        steps = self.steps()
+        """The newest step that every process can read: damage may be in the part of one of them."""
+        steps: list[int] = json.loads(exchange(json.dumps(self.steps()))[0])
         for step in reversed(steps):
             try:
-                return step, read(step)
+                content, problem = read(step), ""
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes of the reader
-                _log.warning("checkpoint %d cannot be read and is passed over: %s", step, _first_line(error))
+                content, problem = None, _first_line(error)
+            problem = next(filter(None, exchange(problem)), "")
+            if content is not None and not problem:
+                return step, content
+            _log.warning("checkpoint %d cannot be read and is passed over: %s", step, problem)
         if steps:
             raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
         return None
 
     def restore_data(self, step: int) -> dict[str, Any]:
         """The data iterator's state of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        return self._restore_item(step, "data", ocp.args.JsonRestore())
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
         """The state of a step, laid out as `plan` says.
@@ -151,7 +163,11 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=bool(prefix),
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._restore_item(step, "state", arguments)
+
+    def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
+        # The manager would wait for the other processes, which may have failed where this one has not.
+        return self._handlers[item].restore(self._directory / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of a checkpoint, read without any config."""

@@ -1,15 +1,13 @@
 """The run: set up or resume, step, log, evaluate, checkpoint, summarise."""
 
 import logging
-import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -21,8 +19,10 @@ from switchjax.data.data import Data
 from switchjax.data.images import ImageData
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
+from switchjax.parallel.endings import Watchdog, closing_together, stop_requests
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
-from switchjax.parallel.sharding import partition_spec
+from switchjax.parallel.processes import exchange, process_index
+from switchjax.parallel.sharding import partition_spec, process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.hashing import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
@@ -45,10 +45,11 @@ class NonFiniteError(UserError):
 def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
-    SIGTERM saves a checkpoint and returns early.
+    SIGTERM, to any of several processes, saves a checkpoint and returns early.
 
     Returns:
-        What `summary.json` holds when the run is complete, or else the step that it has reached.
+        What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
+        it has reached.
 
     Raises:
         UserError: if the config does not fit the devices, the data or what `workdir` holds, or (`NonFiniteError`) the
@@ -61,11 +62,8 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     data = prepare_data(config.data)
     _check_data(config, data)
     with jax.set_mesh(mesh):
-        run = _start(config, workdir, data, mesh, plan)
-        try:
+        with closing_together(_start(config, workdir, data, mesh, plan)) as run:
             return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
-        finally:
-            run.close()
 
 
 def _check_data(config: Config, data: Data) -> None:
@@ -98,6 +96,7 @@ class _Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
+    watchdog: Watchdog
     compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     pending: deque[tuple[int, Metrics]] = field(default_factory=deque)
     """Metrics that the devices may still be working on."""
@@ -106,8 +105,10 @@ class _Run:
     def advance(self) -> None:
         """Takes one step; does not wait for the devices to finish it."""
         started = time.perf_counter()
+        self.watchdog.mark(f"reading the batch of step {self.step + 1}")
         batch = next(self.batches)
         self.clock.waited += time.perf_counter() - started
+        self.watchdog.mark(f"computing step {self.step + 1}")
         self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
         self.step += 1
         self.pending.append((self.step, metrics))
@@ -130,6 +131,7 @@ class _Run:
     def evaluate(self, evaluator: Evaluator) -> None:
         """Settles, and evaluates the present parameters."""
         self.settle(0)
+        self.watchdog.mark(None)
         started = time.perf_counter()
         results = evaluator(self.state.model)
         self.writer.write("evaluate", self.step, results)
@@ -139,6 +141,7 @@ class _Run:
     def save(self) -> None:
         """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
         self.settle(0)
+        self.watchdog.mark(None)
         started = time.perf_counter()
         data = {"iterator": self.batches.get_state(), "fingerprint": self.data.fingerprint}
         self.checkpoints.save(self.state, data, self.config)
@@ -147,6 +150,8 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Writes `summary.json`."""
         self.checkpoints.wait()
+        if process_index():
+            return {"steps": self.step}
         train, evaluate = read_metrics(self.workdir, "train"), read_metrics(self.workdir, "evaluate")
         last = evaluate[-1] if evaluate else {}
         summary = {
@@ -163,6 +168,7 @@ class _Run:
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written and closes the files."""
+        self.watchdog.close()
         self.checkpoints.close()
         self.writer.close()
         self.progress.close()
@@ -193,8 +199,8 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     # On real devices the next step is dispatched before the metrics of the last one are waited for.
     in_flight = 0 if jax.default_backend() == "cpu" else 1
     run.clock.lap()
-    with _sigterm() as stop:
-        while run.step < last and not stop.requested:
+    with stop_requests() as stop:
+        while run.step < last and not stop(run.step):
             run.advance()
             run.settle(in_flight)
             if config.evaluate.every and run.step % config.evaluate.every == 0 and run.step < last:
@@ -210,7 +216,7 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
 
 def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    batches = data.train_batches(jax.process_index(), jax.process_count())
+    batches = data.train_batches(process_rows(mesh, config.data.batch_size))
     restored = checkpoints.restore_latest(plan)
     if restored is None:
         state = _initial_state(config, plan, data)
@@ -225,8 +231,10 @@ def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePla
     if step < config.train.steps:
         record_run(workdir, config, data.vocabulary)
         compiled = _compile(config, plan, mesh)
+        exchange("compiled")  # the first to enter a step would give up waiting for the others after a while
     writer, progress = MetricsWriter(workdir, step), Progress(step, config.train.steps)
-    return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled)
+    watchdog = Watchdog(config.train.step_timeout)
+    return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, watchdog, compiled)
 
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
@@ -275,24 +283,3 @@ def _check_finite(step: int, values: Metrics, gradient_norms: Metrics) -> None:
         f"step {step}: not finite: {shown}; first of {len(bad)} parameters whose gradient is not finite: "
         f"{bad[0] if bad else 'none'}; checkpoints of earlier steps are intact"
     )
-
-
-@dataclass
-class _Stop:
-    """Whether SIGTERM has come; the step under way is finished first."""
-
-    requested: bool = False
-
-
-@contextmanager
-def _sigterm() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -11,9 +11,11 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from switchjax.parallel.processes import process_index
+
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir.
+    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir, in process 0.
 
     Args:
         workdir: of the run.
@@ -21,10 +23,13 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int):
-        self._path = workdir / "metrics.jsonl"
-        _keep_until(self._path, resume_step)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        path = workdir / "metrics.jsonl" if process_index() == 0 else Path(os.devnull)
+        if process_index() == 0:
+            _keep_until(path, resume_step)
+        self._file = path.open("a")
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=resume_step + 1, write_to_disk=process_index() == 0
+        )
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one record: `kind` is train or evaluate; in TensorBoard, an array shows its rows' least and most."""
@@ -71,12 +76,15 @@ def _step_of(line: str) -> int | float:
 
 
 class Progress:
-    """A bar with loss, tokens a second and the time left."""
+    """A bar with loss, tokens a second and the time left, in process 0."""
 
     def __init__(self, first: int, last: int):
         # In a log file, where a bar cannot be drawn over, a line now and then.
         interval = 0.1 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval)
+        others = process_index() > 0
+        self._bar = tqdm(
+            total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval, disable=others
+        )
 
     def update(self, step: int, shown: Mapping[str, str] | None = None) -> None:
         """Moves the bar to `step`; `shown` are values beside it."""
@@ -86,7 +94,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(message)
+        if not self._bar.disable:
+            self._bar.write(message)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
+from switchjax.parallel.processes import exchange, first_then_others, process_count, process_index
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ _FREE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.step_timeout",
+    "train.heartbeat_timeout",
 )
 """Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them."""
 
@@ -31,8 +35,14 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, or if the folder cannot be made.
+        UserError: naming the first key that differs, or if the folder cannot be made or not all processes see it.
     """
+    first_then_others(lambda: _open(workdir, config))
+    if process_count() > 1:
+        _check_shared(workdir)
+
+
+def _open(workdir: Path, config: Config) -> None:
     if _has_checkpoints(workdir):
         for key, change in differences(load_workdir_config(workdir), config).items():
             if not key.startswith(_FREE):
@@ -46,11 +56,29 @@ def open_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
 
 
+def _check_shared(workdir: Path) -> None:
+    """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
+    name = exchange(f".shared.{uuid.uuid4().hex}")[0]
+    if process_index() == 0:
+        (workdir / name).touch()
+    exchange("written")
+    seen = exchange(str((workdir / name).exists()))
+    if process_index() == 0:
+        (workdir / name).unlink()
+    if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
+        raise UserError(
+            f"{workdir} must lie on a disk that all processes share: "
+            f"process {', '.join(blind)} does not see there what process 0 writes"
+        )
+
+
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
-    """Writes `config.json` and `vocabulary.model` once nothing speaks against the run any more.
+    """Writes `config.json` and `vocabulary.model`, in process 0, once nothing speaks against the run any more.
 
     A summary of a shorter run is removed: it would pass for this one's.
     """
+    if process_index():
+        return
     _write_atomically(workdir / "config.json", config.to_json().encode())
     if vocabulary is not None:
         _write_atomically(workdir / _VOCABULARY, vocabulary.model)
