@@ -15,8 +15,11 @@ def prepare_data(config: DataConfig) -> TextData | ImageData:
         UserError: as `TextData.prepare` and `ImageData.prepare` do; a corpus of the other kind is refused by name. Also
             if processes have got different data, as when one of them could not fetch a corpus.
     """
-    kind = ImageData if config.objective == "classification" else TextData
-    data = first_then_others(lambda: kind.prepare(config))
+
+    def prepare() -> TextData | ImageData:
+        return ImageData.prepare(config) if config.objective == "classification" else TextData.prepare(config)
+
+    data = first_then_others(prepare)
     first, *others = exchange(f"{', '.join(data.corpora)} ({data.fingerprint})")
     for index, other in enumerate(others, 1):
         if other != first:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jax._src import distributed
@@ -30,6 +30,7 @@ _SIGNS_OF_ABSENCE = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "DEADLINE_EXCEE
 """In what JAX raises when another process has gone."""
 
 
+@runtime_checkable
 class _Closable(Protocol):
     def close(self) -> None: ...
 
@@ -104,8 +105,8 @@ class LastWords:
 
     def say(self, message: str) -> None:
         """Prints `message` instead, now."""
-        self.withdraw()
         print(f"error: {self._name}: {message}", file=sys.stderr, flush=True)
+        self.withdraw()  # not before: JAX may end the process at any moment
 
     def withdraw(self) -> None:
         """Nothing is printed any more."""
@@ -140,7 +141,7 @@ class Watchdog:
         timeout: seconds; 0: no limit. Those in which the process is stopped, as by ctrl-Z, do not count.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: int | float) -> None:
         self._timeout = timeout
         self._doing: str | None = None
         self._marks = 0

@@ -61,9 +61,8 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     open_workdir(workdir, config)
     data = prepare_data(config.data)
     _check_data(config, data)
-    with jax.set_mesh(mesh):
-        with closing_together(_start(config, workdir, data, mesh, plan)) as run:
-            return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
+    with jax.set_mesh(mesh), closing_together(_start(config, workdir, data, mesh, plan)) as run:
+        return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
 
 
 def _check_data(config: Config, data: Data) -> None:

@@ -27,6 +27,9 @@ _FREE = (
 )
 """Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them."""
 
+_OF_A_HOST = ("data.directory", "data.vocabulary")
+"""Keys that may differ between the processes of a run; that their data are the same is checked by itself."""
+
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
 
@@ -35,11 +38,13 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, or if the folder cannot be made or not all processes see it.
+        UserError: naming the first key that differs, from that run or between processes, or if the folder cannot be made
+            or not all processes see it.
     """
     first_then_others(lambda: _open(workdir, config))
     if process_count() > 1:
         _check_shared(workdir)
+        _check_same(config)
 
 
 def _open(workdir: Path, config: Config) -> None:
@@ -70,6 +75,14 @@ def _check_shared(workdir: Path) -> None:
             f"{workdir} must lie on a disk that all processes share: "
             f"process {', '.join(blind)} does not see there what process 0 writes"
         )
+
+
+def _check_same(config: Config) -> None:
+    first, *others = map(Config.from_json, exchange(config.to_json()))
+    for index, other in enumerate(others, 1):
+        for key, change in differences(first, other).items():
+            if key not in _OF_A_HOST:
+                raise UserError(f"process {index} has another config than process 0 ({key}: {change})")
 
 
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from switchjax.parallel.endings import Watchdog, closing_together, stop_requests
+from switchjax.parallel.endings import closing_together, stop_requests
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

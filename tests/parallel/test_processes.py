@@ -74,7 +74,7 @@ def test_a_cluster_is_joined_unless_one_process_is_asked_for(
     with joined_processes(None, 1, None, 100):
         assert not started
     with (
-        pytest.raises(UserError, match="cannot join the other processes: nobody there$"),
+        pytest.raises(UserError, match=r"cannot join the other processes: nobody there$"),
         joined_processes(None, None, None, 30),
     ):
         pass
