@@ -4,6 +4,7 @@ python scripts/evaluate.py --workdir=runs/quickstart/switch [--split=test] [--ba
 """
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str]) -> None:
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes))
     if flags.mesh:
         sizes = dict(zip(("data", "expert", "model"), flags.mesh, strict=True))
+        if config.mesh.emulated_devices and flags.mesh[0] > 0:
+            sizes["emulated_devices"] = math.prod(flags.mesh)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
 
     from switchjax.parallel.processes import joined_processes

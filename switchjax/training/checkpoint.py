@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from switchjax.config import Config, UserError
 from switchjax.parallel.processes import exchange, process_index
@@ -167,7 +168,7 @@ class Checkpoints:
 
     def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
         # The manager would wait for the other processes, which may have failed where this one has not.
-        return self._handlers[item].restore(self._directory / str(step) / item, args=arguments)
+        return self._handlers[item].restore(epath.Path(self._directory) / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of a checkpoint, read without any config."""

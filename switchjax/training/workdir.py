@@ -38,8 +38,8 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, from that run or between processes, or if the folder cannot be made
-            or not all processes see it.
+        UserError: naming the first key that differs, from that run or between processes; or if the folder cannot be
+            made, or not all processes see it.
     """
     first_then_others(lambda: _open(workdir, config))
     if process_count() > 1:
