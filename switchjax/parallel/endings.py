@@ -86,26 +86,27 @@ class LastWords:
     """A line that is printed if this process ends without saying why: killed, or aborted by JAX for want of another.
 
     A process cannot print after SIGKILL, so `tail` does: it prints the last line that it was given once its input ends.
+    An empty line before it ends that of a progress bar.
     """
 
     def __init__(self, index: int, count: int) -> None:
         global _last_words
         self._name = f"process {index} of {count}"
         # A session of its own, so that what is sent to all processes of a terminal does not reach it.
-        self._tail = subprocess.Popen(["tail", "-n", "1"], stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+        self._tail = subprocess.Popen(["tail", "-n", "2"], stdin=subprocess.PIPE, stdout=2, start_new_session=True)
         self.update("starting")
         _last_words = self
 
     def update(self, doing: str) -> None:
         """Says what the process is about."""
         self._write(
-            f"error: {self._name} has been killed while {doing}, or ended by JAX because another process has ended or "
+            f"\nerror: {self._name} has been killed while {doing}, or ended by JAX because another process has ended or "
             "does not answer; checkpoints are intact"
         )
 
     def say(self, message: str) -> None:
         """Prints `message` instead, now."""
-        print(f"error: {self._name}: {message}", file=sys.stderr, flush=True)
+        print(f"\nerror: {self._name}: {message}", file=sys.stderr, flush=True)
         self.withdraw()  # not before: JAX may end the process at any moment
 
     def withdraw(self) -> None:
