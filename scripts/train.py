@@ -4,31 +4,46 @@ python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 
 
 --config.train.trace_steps=5 writes a profiler's trace of steps 10 to 14. What XLA compiles is kept in the user's cache
 folder: JAX_COMPILATION_CACHE_DIR=DIR keeps it elsewhere, JAX_ENABLE_COMPILATION_CACHE=false does not keep it.
+In several processes, on one host or many: see docs/processes.md.
 """
 
 import signal
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
+from switchjax.config import Config
 from switchjax.training.preemption import exit_at_once
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
+    command.add_process_flags(parser)
     flags, config = command.parse_with_config(parser, arguments)
     signal.signal(signal.SIGTERM, exit_at_once)  # while modules are imported, and when all is saved
 
+    from switchjax.parallel.processes import joined_processes
+
+    timeout = config.train.heartbeat_timeout
+    with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
+        _train(config, flags)
+
+
+def _train(config: Config, flags: Namespace) -> None:
     from switchjax.analysis.utilization import step_cost
     from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.parallel.processes import process_index
     from switchjax.training.loop import train
 
     emulate_devices(config.mesh)
-    print(config.to_json(), flush=True)
+    if process_index() == 0:
+        print(config.to_json(), flush=True)
     summary = train(config, flags.workdir, perplexity_evaluator, step_cost)
+    if process_index():
+        return
     if summary.get("interrupted"):
         print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
         sys.exit(128 + signal.SIGTERM)  # as a shell has it: whoever waits for the run must not take it for complete

@@ -74,6 +74,14 @@ def make_parser(description: str | None) -> ArgumentParser:
     return _Parser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
+def add_process_flags(parser: ArgumentParser) -> None:
+    """The flags by which several processes find each other where JAX does not find them: see `joined_processes`."""
+    help = "of process 0, where several share the work; TPU pods, SLURM, Open MPI and Kubernetes jobs are found"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=help)
+    parser.add_argument("--process_count", type=int, metavar="N", help="how many they are; 1: this one, in any cluster")
+    parser.add_argument("--process_index", type=int, metavar="I", help="which of them this is, from 0")
+
+
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:
     """The parser's own flags, and the config of `--config=FILE.py[:arg]` with its `--config.section.key=value`.
 

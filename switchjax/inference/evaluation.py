@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchjax.config import Config, UserError
 from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
-from switchjax.parallel.sharding import gather
+from switchjax.parallel.sharding import gather, process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.state import plan_state
@@ -35,11 +35,11 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     capacity.
     """
     evaluate = config.evaluate
-    step = jax.jit(_sums)
+    step = jax.jit(_sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    own = process_rows(mesh, config.data.batch_size)
 
     def batches(corpus: str) -> Iterator[Batch]:
-        processes = jax.process_index(), jax.process_count()
-        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, *processes)
+        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, own)
         return (place_batch(batch, mesh) for batch in rows)
 
     corpora = [corpus for corpus in data.corpora if next(batches(corpus), None) is not None]

@@ -1,5 +1,6 @@
 """Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
 
+import json
 import logging
 import os
 import re
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from switchjax.config import Config, UserError
+from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
 from switchjax.training.workdir import check_same_run
@@ -41,15 +44,14 @@ class Checkpoints:
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._items = tuple(handlers)
         self._in_progress = False
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
         except OSError as error:
             raise UserError(f"cannot use {self._directory} for checkpoints: {error.strerror}") from None
 
@@ -112,11 +114,15 @@ class Checkpoints:
         if newest is None:
             return None
         step, restored = newest
-        for other in self._numbered():
-            if other > step or not self._is_whole(other):
-                self._set_aside(other)
+        first_then_others(lambda: self._clear_way(step))
         self._manager.reload()
         return restored
+
+    def _clear_way(self, step: int) -> None:
+        """Sets aside what stands where later steps are to be saved, and whatever is no checkpoint."""
+        for other in self._numbered() if process_index() == 0 else ():
+            if other > step or not self._is_whole(other):
+                self._set_aside(other)
 
     def load_model(self, plan: StatePlan, step: int = -1) -> tuple[int, Any]:
         """Step and model of a checkpoint without its optimiser; for -1, of the newest that can be read.
@@ -139,26 +145,31 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} in {self._directory} cannot be read: {_first_line(error)}") from None
 
     def _newest_readable(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """The newest step that every process can read: damage may be in the part of one of them."""
         passed_over: list[str] = []
         misfit: UserError | None = None
-        for step in reversed(self._numbered()):
+        steps: list[int] = json.loads(exchange(json.dumps(self._numbered()))[0])
+        for step in reversed(steps):
+            found, problem = None, ""
             try:
                 if not self._is_whole(step):
-                    raise FileNotFoundError(f"it does not hold {', '.join(self._items)}")
+                    raise FileNotFoundError(f"it does not hold {', '.join(self._handlers)}")
                 found = read(step)
             except UserError as error:  # foreign, or all of them are and this is not their config
                 misfit = misfit or error
-                passed_over.append(f"checkpoint {step} is not of this run and is passed over: {error}")
+                problem = f"checkpoint {step} is not of this run and is passed over: {error}"
             except Exception as error:  # whatever a damaged file makes of the reader
-                passed_over.append(f"checkpoint {step} cannot be read and is passed over: {_first_line(error)}")
-            else:
+                problem = f"checkpoint {step} cannot be read and is passed over: {_first_line(error)}"
+            problem = next(filter(None, exchange(problem)), "")
+            if found is not None and not problem:
                 for message in passed_over:
                     _log.warning(message)
                 return step, found
+            passed_over.append(problem)
         if misfit:
             raise misfit
         if passed_over:
-            raise UserError(f"none of the checkpoints {self._numbered()} in {self._directory} can be read")
+            raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
         return None
 
     def _numbered(self) -> list[int]:
@@ -172,7 +183,7 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         """Whether what is named after a step has the parts of a checkpoint."""
         try:
-            return all((self._directory / str(step) / item).is_dir() for item in self._items)
+            return all((self._directory / str(step) / item).is_dir() for item in self._handlers)
         except OSError:  # not ours to read
             return False
 
@@ -198,11 +209,10 @@ class Checkpoints:
 
     def restore_data(self, step: int) -> dict[str, Any]:
         """The data iterator's state of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        return self._restore_item(step, "data", ocp.args.JsonRestore())
 
     def _restore_config(self, step: int) -> Config:
-        arguments = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return Config.from_dict(self._manager.restore(step, args=arguments)["config"])
+        return Config.from_dict(self._restore_item(step, "config", ocp.args.JsonRestore()))
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
         """The state of a step, laid out as `plan` says.
@@ -234,7 +244,11 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=bool(prefix),
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._restore_item(step, "state", arguments)
+
+    def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
+        # The manager would wait for the other processes, which may have failed where this one has not.
+        return self._handlers[item].restore(epath.Path(self._directory) / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of a checkpoint, read without any config."""

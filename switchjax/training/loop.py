@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,10 @@ from switchjax.data.data import Data
 from switchjax.data.images import ImageData
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
+from switchjax.parallel.endings import Watchdog, closing_together
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
-from switchjax.parallel.sharding import partition_spec
+from switchjax.parallel.processes import exchange, first_then_others, process_index
+from switchjax.parallel.sharding import partition_spec, process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.clock import Clock, StepCost, device_memory
 from switchjax.training.hashing import with_hash_tables
@@ -63,7 +65,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
-    SIGTERM saves a checkpoint and returns early; while there is nothing to save, it ends the process with exit code 0.
+    SIGTERM, to any of several processes, saves a checkpoint and returns early; while there is nothing to save, it ends
+    the process with exit code 0.
 
     Args:
         config: of the run.
@@ -72,7 +75,8 @@ def train(
         make_cost: as `MakeCost`; without it, metrics tell of no FLOPs.
 
     Returns:
-        What `summary.json` holds when the run is complete, or else the step that it has reached.
+        What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
+        it has reached.
 
     Raises:
         UserError: if the config does not fit the devices, the data or what `workdir` holds, if `workdir` cannot be
@@ -82,17 +86,16 @@ def train(
     check_fit(config, mesh)
     plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
     open_workdir(workdir, config)
-    # Of the processes of one run, the first holds the workdir for them all.
-    with exclusive_run(workdir) if jax.process_index() == 0 else nullcontext(), preemption() as stop:
+    with ExitStack() as resources:
+        # Of the processes of one run, the first holds the workdir for them all.
+        first_then_others(lambda: process_index() or resources.enter_context(exclusive_run(workdir)))
+        stop = resources.enter_context(preemption())
         data = prepare_data(config.data)
         _check_data(config, data)
-        with jax.set_mesh(mesh):
-            clock = Clock(make_cost(config, mesh) if make_cost else None)
-            run = _start(config, workdir, data, mesh, plan, clock)
-            try:
-                return run.finish() if run.complete else _loop(run, make_evaluator(config, data, mesh), stop)
-            finally:
-                run.close()
+        resources.enter_context(jax.set_mesh(mesh))
+        clock = Clock(make_cost(config, mesh) if make_cost else None)
+        with closing_together(_start(config, workdir, data, mesh, plan, clock)) as run:
+            return run.finish() if run.complete else _loop(run, make_evaluator(config, data, mesh), stop)
 
 
 def _check_data(config: Config, data: Data) -> None:
@@ -126,6 +129,7 @@ class _Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
+    watchdog: Watchdog
     compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     clock: Clock
     trace: Trace
@@ -141,8 +145,10 @@ class _Run:
 
     def advance(self) -> None:
         """Takes one step; does not wait for the devices to finish it."""
+        self.watchdog.mark(f"reading the batch of step {self.step + 1}")
         with self.clock.measure("data_wait"):
             batch = next(self.batches)
+        self.watchdog.mark(f"computing step {self.step + 1}")
         with self.clock.measure("step"):
             self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
         self.step += 1
@@ -179,6 +185,7 @@ class _Run:
         if not due or self.evaluated == self.step:
             return
         self.settle(0)
+        self.watchdog.mark(None)
         with self.clock.measure("evaluation"):
             try:
                 results = evaluator(self.state.model, stop.check)
@@ -191,6 +198,7 @@ class _Run:
     def save(self) -> None:
         """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
         self.settle(0)
+        self.watchdog.mark(None)
         with self.clock.measure("checkpoint"):
             data = {
                 "iterator": self.batches.get_state(),
@@ -202,6 +210,8 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Writes `summary.json`."""
         self.checkpoints.wait()
+        if process_index():
+            return {"steps": self.step}
         train, evaluate = read_metrics(self.workdir, "train"), read_metrics(self.workdir, "evaluate")
         last = evaluate[-1] if evaluate else {}
         summary = {
@@ -218,6 +228,7 @@ class _Run:
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written and closes the files."""
+        self.watchdog.close()
         with closing(self.progress), closing(self.writer), closing(self.trace):
             self.checkpoints.close()
 
@@ -229,7 +240,7 @@ def _loop(run: _Run, evaluator: Evaluator, stop: Preemption) -> dict[str, Any]:
     run.clock.lap()
     with stop.deferred():
         run.evaluate_if_due(evaluator, stop)  # what SIGTERM had cut short
-        while run.step < last and not stop.requested:
+        while run.step < last and not stop.reached(run.step):
             with run.trace.step(run.step + 1):
                 run.advance()
                 run.settle(in_flight)
@@ -245,7 +256,7 @@ def _loop(run: _Run, evaluator: Evaluator, stop: Preemption) -> dict[str, Any]:
 
 def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan, clock: Clock) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    batches = data.train_batches(jax.process_index(), jax.process_count())
+    batches = data.train_batches(process_rows(mesh, config.data.batch_size))
     restored = checkpoints.restore_latest(plan, data.fingerprint)
     skipped = SkippedSteps()
     if restored is None:
@@ -260,6 +271,7 @@ def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePla
     if step < config.train.steps:
         record_run(workdir, config, data.vocabulary)
         compiled = _compile(config, plan, mesh)
+        exchange("compiled")  # the first to enter a step would give up waiting for the others after a while
     return _Run(
         config=config,
         workdir=workdir,
@@ -272,11 +284,18 @@ def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePla
         checkpoints=checkpoints,
         writer=MetricsWriter(workdir, step),
         progress=Progress(step, config.train.steps),
+        watchdog=Watchdog(config.train.step_timeout),
         compiled=compiled,
         clock=clock,
         trace=Trace(workdir, config.train),
-        evaluated=max((record["step"] for record in read_metrics(workdir, "evaluate")), default=0),
+        evaluated=_last_evaluation(workdir),
     )
+
+
+def _last_evaluation(workdir: Path) -> int:
+    """The step of it, which process 0, whose records these are, says to all."""
+    records = read_metrics(workdir, "evaluate") if process_index() == 0 else []
+    return int(exchange(str(max((record["step"] for record in records), default=0)))[0])
 
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:

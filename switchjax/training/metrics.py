@@ -18,10 +18,11 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from switchjax.config import UserError
+from switchjax.parallel.processes import process_index
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir.
+    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir, in process 0.
 
     Both hold whole records at any moment, on a full disk too.
 
@@ -35,6 +36,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resume_step: int):
         self._path = workdir / "metrics.jsonl"
+        self._silent = process_index() > 0
+        if self._silent:
+            return
         with _writing(self._path):
             _keep_until(self._path, resume_step)
             self._file = self._path.open("ab", buffering=0)
@@ -42,6 +46,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one record: `kind` is train or evaluate; in TensorBoard, an array shows its rows' least and most."""
+        if self._silent:
+            return
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         record = {"kind": kind, "step": step} | {name: value.tolist() for name, value in values.items()}
         with _writing(self._path):
@@ -58,6 +64,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
+        if self._silent:
+            return
         self._file.close()
         self._events.close()
 
@@ -134,12 +142,15 @@ def _step_of(line: str) -> int | float:
 
 
 class Progress:
-    """A bar with loss, tokens a second and the time left."""
+    """A bar with loss, tokens a second and the time left, in process 0."""
 
     def __init__(self, first: int, last: int):
         # In a log file, where a bar cannot be drawn over, a line now and then.
         interval = 0.1 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval)
+        others = process_index() > 0
+        self._bar = tqdm(
+            total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval, disable=others
+        )
 
     def update(self, step: int, shown: Mapping[str, str] | None = None) -> None:
         """Moves the bar to `step`; `shown` are values beside it."""
@@ -149,7 +160,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(message)
+        if not self._bar.disable:
+            self._bar.write(message)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -35,6 +35,11 @@ class Preemption:
         finally:
             self._deferred = False
 
+    def reached(self, step: int) -> bool:
+        """Whether to stop once `step` steps are taken; to be asked before each."""
+        del step
+        return self.requested
+
     def check(self) -> None:
         """Raises `Preempted` once it has come."""
         if self.requested:
@@ -48,6 +53,19 @@ class Preemption:
                 exit_at_once()
 
 
+class SharedPreemption(Preemption):
+    """Of several processes: SIGTERM in any of them stops all at the same step, which JAX's service agrees on.
+
+    Its handler of SIGTERM is there from when the processes have joined, and only notes that it has come.
+    """
+
+    def reached(self, step: int) -> bool:
+        from jax.experimental import multihost_utils  # not above: scripts say --help without JAX
+
+        self.requested = multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+
 def exit_at_once(*_: object) -> None:
     """Ends the process with exit code 0; as a handler of SIGTERM, for a script that has nothing to save."""
     with suppress(OSError):  # of a full disk
@@ -58,6 +76,11 @@ def exit_at_once(*_: object) -> None:
 @contextmanager
 def preemption() -> Iterator[Preemption]:
     """Handles SIGTERM; only in the main thread."""
+    from switchjax.parallel.processes import process_count  # as above
+
+    if process_count() > 1:
+        yield SharedPreemption()
+        return
     state = Preemption()
     reader, writer = socket.socketpair()
     writer.setblocking(False)

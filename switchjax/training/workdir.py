@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
+from switchjax.parallel.processes import exchange, first_then_others, process_count, process_index
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +26,16 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.trace_",
+    "train.step_timeout",
+    "train.heartbeat_timeout",
     "train.non_finite",
     "train.max_skipped_steps",
 )
 """Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them, or (the last
 two) only where the run would otherwise end."""
+
+_OF_A_HOST = ("data.directory", "data.vocabulary")
+"""Keys that may differ between the processes of a run; that their data are the same is checked by itself."""
 
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
@@ -39,9 +46,17 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, or if the folder cannot be made.
+        UserError: naming the first key that differs, from that run or between processes; or if the folder cannot be
+            made, or not all processes see it.
     """
     _check_mounted(workdir)
+    first_then_others(lambda: _open(workdir, config))
+    if process_count() > 1:
+        _check_shared(workdir)
+        _check_same(config)
+
+
+def _open(workdir: Path, config: Config) -> None:
     if _has_checkpoints(workdir):
         saved = load_workdir_config(workdir)
         check_same_run(saved, config, f"{workdir} holds a run with another config", "choose another --workdir")
@@ -85,11 +100,37 @@ def exclusive_run(workdir: Path) -> Iterator[None]:
         yield
 
 
+def _check_shared(workdir: Path) -> None:
+    """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
+    name = exchange(f".shared.{uuid.uuid4().hex}")[0]
+    if process_index() == 0:
+        (workdir / name).touch()
+    exchange("written")
+    seen = exchange(str((workdir / name).exists()))
+    if process_index() == 0:
+        (workdir / name).unlink()
+    if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
+        raise UserError(
+            f"{workdir} must lie on a disk that all processes share: "
+            f"process {', '.join(blind)} does not see there what process 0 writes"
+        )
+
+
+def _check_same(config: Config) -> None:
+    first, *others = map(Config.from_json, exchange(config.to_json()))
+    for index, other in enumerate(others, 1):
+        for key, change in differences(first, other).items():
+            if key not in _OF_A_HOST:
+                raise UserError(f"process {index} has another config than process 0 ({key}: {change})")
+
+
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
-    """Writes `config.json` and `vocabulary.model` once nothing speaks against the run any more.
+    """Writes `config.json` and `vocabulary.model`, in process 0, once nothing speaks against the run any more.
 
     A summary of a shorter run is removed: it would pass for this one's.
     """
+    if process_index():
+        return
     _write_atomically(workdir / "config.json", config.to_json().encode())
     if vocabulary is not None:
         _write_atomically(workdir / _VOCABULARY, vocabulary.model)
