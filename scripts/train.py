@@ -1,4 +1,4 @@
-"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir. SIGTERM saves and exits with 143.
+"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir. SIGTERM saves first.
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 [--config.train.steps=500 ...]
 
@@ -8,6 +8,7 @@ In several processes, on one host or many: see docs/processes.md.
 """
 
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +21,24 @@ from switchjax.training.preemption import exit_at_once
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
+    code = "of a run that SIGTERM stops before it is complete (0): for schedulers to which 0 means complete"
+    parser.add_argument("--interrupted_exit_code", type=int, default=0, metavar="CODE", help=code)
     command.add_process_flags(parser)
     flags, config = command.parse_with_config(parser, arguments)
-    signal.signal(signal.SIGTERM, exit_at_once)  # while modules are imported, and when all is saved
+    # While modules are imported, and when all is saved.
+    signal.signal(signal.SIGTERM, lambda number, frame: exit_at_once(flags.interrupted_exit_code))
 
     from switchjax.parallel.processes import joined_processes
 
     timeout = config.train.heartbeat_timeout
     with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
-        _train(config, flags)
+        interrupted = _train(config, flags)
+    if interrupted:
+        sys.exit(flags.interrupted_exit_code)
 
 
-def _train(config: Config, flags: Namespace) -> None:
+def _train(config: Config, flags: Namespace) -> bool:
+    """Whether SIGTERM has stopped the run before its end."""
     from switchjax.analysis.utilization import step_cost
     from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices
@@ -41,14 +48,14 @@ def _train(config: Config, flags: Namespace) -> None:
     emulate_devices(config.mesh)
     if process_index() == 0:
         print(config.to_json(), flush=True)
-    summary = train(config, flags.workdir, perplexity_evaluator, step_cost)
-    if process_index():
-        return
-    if summary.get("interrupted"):
-        print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
-        sys.exit(128 + signal.SIGTERM)  # as a shell has it: whoever waits for the run must not take it for complete
-    else:
-        print(f"done: {summary['steps']} steps; held-out {summary['evaluation']}")
+    summary = train(config, flags.workdir, perplexity_evaluator, step_cost, flags.interrupted_exit_code)
+    interrupted = bool(summary.get("interrupted"))
+    if process_index() == 0:
+        if interrupted:
+            print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
+        else:
+            print(f"done: {summary['steps']} steps; held-out {summary['evaluation']}")
+    return interrupted
 
 
 if __name__ == "__main__":

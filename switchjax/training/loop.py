@@ -61,18 +61,23 @@ MakeCost = Callable[[Config, Mesh], StepCost]
 
 
 def train(
-    config: Config, workdir: Path, make_evaluator: MakeEvaluator, make_cost: MakeCost | None = None
+    config: Config,
+    workdir: Path,
+    make_evaluator: MakeEvaluator,
+    make_cost: MakeCost | None = None,
+    interrupted_exit_code: int = 0,
 ) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
     SIGTERM, to any of several processes, saves a checkpoint and returns early; while there is nothing to save, it ends
-    the process with exit code 0.
+    the process.
 
     Args:
         config: of the run.
         workdir: of the run.
         make_evaluator: as `MakeEvaluator`.
         make_cost: as `MakeCost`; without it, metrics tell of no FLOPs.
+        interrupted_exit_code: of the process, where SIGTERM ends it.
 
     Returns:
         What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
@@ -89,7 +94,7 @@ def train(
     with ExitStack() as resources:
         # Of the processes of one run, the first holds the workdir for them all.
         first_then_others(lambda: process_index() or resources.enter_context(exclusive_run(workdir)))
-        stop = resources.enter_context(preemption())
+        stop = resources.enter_context(preemption(interrupted_exit_code))
         data = prepare_data(config.data)
         _check_data(config, data)
         resources.enter_context(jax.set_mesh(mesh))

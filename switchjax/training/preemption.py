@@ -1,4 +1,4 @@
-"""SIGTERM, which announces that the machine is taken away: what is worth saving is saved, and the exit code is 0."""
+"""SIGTERM, which announces that the machine is taken away: what is worth saving is saved."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 
 class Preempted(Exception):
@@ -17,9 +18,13 @@ class Preemption:
 
     Until there are steps to save it ends the process at once: a start that is cut off is repeated, and a compilation
     may take longer than the time that is left. Within `deferred` it is only noted, and the loop saves first.
+
+    Args:
+        exit_code: of a process that is ended at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exit_code: int = 0) -> None:
+        self._exit_code = exit_code
         self.requested = False
         """Whether it has come; the step under way is finished first."""
         self._deferred = False
@@ -50,7 +55,7 @@ class Preemption:
         with self._lock:
             self.requested = True
             if not self._deferred:
-                exit_at_once()
+                exit_at_once(self._exit_code)
 
 
 class SharedPreemption(Preemption):
@@ -66,22 +71,26 @@ class SharedPreemption(Preemption):
         return self.requested
 
 
-def exit_at_once(*_: object) -> None:
-    """Ends the process with exit code 0; as a handler of SIGTERM, for a script that has nothing to save."""
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process where there is nothing to save."""
     with suppress(OSError):  # of a full disk
         print("stopped: there was nothing to save; the same command resumes", flush=True)
-    os._exit(0)
+    os._exit(code)
 
 
 @contextmanager
-def preemption() -> Iterator[Preemption]:
-    """Handles SIGTERM; only in the main thread."""
+def preemption(exit_code: int = 0) -> Iterator[Preemption]:
+    """Handles SIGTERM; only in the main thread.
+
+    Args:
+        exit_code: as `Preemption` takes it.
+    """
     from switchjax.parallel.processes import process_count  # as above
 
     if process_count() > 1:
         yield SharedPreemption()
         return
-    state = Preemption()
+    state = Preemption(exit_code)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     # Python runs handlers between its own instructions, and so after a compilation; the byte is written at once.

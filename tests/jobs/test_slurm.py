@@ -46,7 +46,8 @@ def test_only_an_interrupted_run_comes_back(sandbox: Sandbox, ended: int, requeu
     assert done.stdout == "environment cuda\n"
     assert done.returncode == ended
     trained, *after = sandbox.calls()
-    assert trained == ["srun", "python", "scripts/train.py", "--config=a", "--workdir=b c"]
+    flags = ["--interrupted_exit_code=143", "--config=a", "--workdir=b c"]
+    assert trained == ["srun", "python", "scripts/train.py", *flags]
     assert after == ([["scontrol", "requeue", "7"]] if requeued else [])
 
 
