@@ -100,8 +100,8 @@ class LastWords:
     def update(self, doing: str) -> None:
         """Says what the process is about."""
         self._write(
-            f"\nerror: {self._name} has been killed while {doing}, or ended by JAX because another process has ended or "
-            "does not answer; checkpoints are intact"
+            f"\nerror: {self._name} has been killed while {doing}, or ended by JAX because another process has ended "
+            "or does not answer; checkpoints are intact"
         )
 
     def say(self, message: str) -> None:
