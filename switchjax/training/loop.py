@@ -197,6 +197,7 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
                 run.evaluate(evaluator)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
                 run.save()
+        run.trace.close()
         if run.step == last:
             run.evaluate(evaluator)
         run.save()
