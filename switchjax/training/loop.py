@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ from switchjax.training.workdir import (
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Metrics of a model on held-out data."""
 
@@ -254,6 +255,7 @@ def _loop(run: _Run, evaluator: Evaluator, stop: Preemption) -> dict[str, Any]:
             run.evaluate_if_due(evaluator, stop)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
                 run.save()
+        run.trace.close()
         run.save()
         run.checkpoints.wait()
     return run.finish() if run.complete else {"steps": run.step, "interrupted": True}

@@ -35,6 +35,7 @@ class Trace:
         if self._first is None:
             options = jax.profiler.ProfileOptions()
             options.session_id = f"step_{number}"  # the same on all hosts, whose files belong together
+            options.python_tracer_level = 0  # every call of a Python function would slow the steps down
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._first = number
         self._step = number
