@@ -103,11 +103,11 @@ class Checkpoints:
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
             state, data = self.restore_state(step, plan), self.restore_data(step)
             found = f"checkpoint {step} in {self._directory}"
-            if int(state.step) != step:
-                raise UserError(f"{found} is of step {int(state.step)}")
             if data["fingerprint"] != fingerprint:
                 raise UserError(f"the data is not what {found} was trained on: corpora or vocabulary have changed")
             check_same_run(self._restore_config(step), plan.config, f"{found} is of another run", "remove it")
+            if int(state.step) != step:
+                raise UserError(f"{found} is of step {int(state.step)}")
             return state, data
 
         newest = self._newest_readable(read)
