@@ -48,6 +48,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel", reason=why)
     monkeypatch.setenv("NOTEBOOK_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("NOTEBOOK_FLAGS", SHORT)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own draws into it
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # as in the tests' own process
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
