@@ -315,5 +315,6 @@ def test_gcloud_knows_every_command_and_flag(sandbox: Sandbox, tmp_path: Path) -
     )
     if not done.stdout:
         pytest.skip(f"this gcloud does not check commands: {done.stderr.splitlines()[:1]}")
-    answers = {answer["command_string"]: answer["success"] for answer in json.loads(done.stdout)}
-    assert answers == dict.fromkeys(commands, True) | {wrong: False}
+    answers = json.loads(done.stdout)
+    assert len(answers) == len(entries)
+    assert [answer["command_string"] for answer in answers if not answer["success"]] == [wrong]
