@@ -6,12 +6,14 @@ What transformers has and the models here lack is refused by name, and so is the
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from switchjax.config import Config, UserError
 from switchjax.interop.families import FAMILIES, family_of, model_type_of
 from switchjax.interop.family import Values
+from switchjax.interop.patterns import find_pattern
 from switchjax.interop.tensors import DTYPES, TensorFolder
 from switchjax.interop.tokenizer import vocabulary_sizes
 
@@ -116,6 +118,8 @@ def write_config(config: Config) -> Values:
     """
     kind = model_type_of(config)
     family = FAMILIES[kind]
+    # Two dense layers in turn are one kind of layer.
+    config = replace(config, model=replace(config.model, pattern=find_pattern([config.model.pattern])))
     for key, wanted in family.ours.items():
         if (value := _get(config, key)) != wanted:
             raise UserError(f"{family.architecture} has no {key}={value!r}, only {wanted!r}")

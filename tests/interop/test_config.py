@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def test_images_that_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
 def test_what_transformers_lacks_is_refused_by_name(family: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_config(FAMILIES[family])
+
+
+def test_a_pattern_may_repeat_itself() -> None:
+    once = config_of(FIXTURES / "t5_v1_1")
+    twice = replace(once, model=replace(once.model, pattern=once.model.pattern * 2))
+    assert write_config(twice) == write_config(once)
 
 
 def test_weights_of_the_routers_losses_count_stacks_and_experts_of_a_token(tmp_path: Path) -> None:
