@@ -102,7 +102,7 @@ def test_sharded_parameters_lie_in_parts_and_are_used_whole(mesh: jax.sharding.M
 
 
 def test_a_layer_of_a_stack_is_sharded_as_all_of_them_are() -> None:
-    assert sharded_spec("layer", "embed", "mlp")[1:] == sharded_spec("embed", "mlp")
+    assert sharded_spec("layer", "embed", "mlp") == P(None, *sharded_spec("embed", "mlp"))
     assert sharded_spec("layer", "embed") == P(None, None)
 
 

@@ -4,7 +4,6 @@ Each (layout, model) is compiled once: the same program is run and its collectiv
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from switchjax.analysis.hlo import parse_compiled
 from switchjax.analysis.hlo_collectives import Traffic
-from switchjax.analysis.layouts import Route, communication
+from switchjax.analysis.layouts import BACKWARD, FORWARD, UPDATE, Route, communication
 from switchjax.config import Config, MeshConfig, OptimizerConfig
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import named_leaves, partition_spec
@@ -136,6 +135,55 @@ def test_adafactor_takes_the_same_steps_sharded(sharded: str) -> None:
         np.testing.assert_allclose(found["total_loss"], wanted["total_loss"], rtol=1e-5)
 
 
-def routes_of(layout: str, keep: Callable[[Route], bool] = lambda _: True) -> dict[tuple, int]:
-    """Counts of the Switch Transformer's routes: (phase, kind, axes) -> how many."""
-    return {tuple(route): found.count for route, found in in_layout(layout, "switch").routes.items() if keep(route)}
+LAYERS = 2
+"""Of the Switch Transformer: attention and MoE each."""
+MATRICES = 7
+"""Of a layer: queries, keys, values, attention's output, router, the experts' two."""
+# Both halves of a layer: what slices of heads or of d_ff make adds up, and so does the gradient of what they were made
+# from. So do the embeddings that each slice of the vocabulary knows, and the softmax over it (largest, sum, target).
+SLICED = {
+    (FORWARD, "all-reduce", ("model",)): 2 * LAYERS + 1 + 3,
+    (BACKWARD, "all-reduce", ("model",)): 2 * LAYERS + 1,
+}
+# There and back.
+EXCHANGED = {(FORWARD, "all-to-all", ("expert",)): 2 * LAYERS, (BACKWARD, "all-to-all", ("expert",)): 2 * LAYERS}
+GATHERED = {
+    (FORWARD, "all-gather", ("data",)): MATRICES * LAYERS + 1,  # the embedding, once
+    (BACKWARD, "all-gather", ("data",)): MATRICES * LAYERS,
+}
+PAPERS = {
+    "data": {},
+    "model": SLICED,
+    "model-data": SLICED,
+    "expert-data": EXCHANGED,
+    "expert-model-data": SLICED | EXCHANGED,
+    "fsdp": GATHERED,
+}
+
+
+@SLOW
+@pytest.mark.parametrize("layout", PAPERS)
+def test_a_layout_communicates_what_the_paper_says(layout: str) -> None:
+    counts = {tuple(route): found.count for route, found in in_layout(layout, "switch").routes.items()}
+    gradients = {
+        (phase, kind, axes)
+        for phase, kind, axes in counts
+        if (phase, kind) == (BACKWARD, "all-reduce") and "model" not in axes
+    }
+    # XLA puts as many gradients into one all-reduce as it likes, and on the CPU has no reduce-scatter.
+    assert bool(gradients) == (layout != "model")
+    assert {route: count for route, count in counts.items() if route not in gradients} == PAPERS[layout]
+
+
+@SLOW
+def test_a_sharded_optimiser_gathers_the_new_parameters_once() -> None:
+    routes = in_layout("optimizer", "switch").routes
+    assert {route[:2] for route in routes} == {(BACKWARD, "all-reduce"), (UPDATE, "all-gather")}
+    assert routes[Route(UPDATE, "all-gather", ("data",))].count == MATRICES + 1  # a stack of layers in one
+
+
+def test_sharding_goes_with_the_exchange() -> None:
+    routes = in_layout(*QUICK).routes
+    assert {route: routes[Route(*route)].count for route in EXCHANGED} == EXCHANGED
+    gathered = {route.axes for route in routes if route.kind == "all-gather"}
+    assert gathered == {("data",), ("data", "expert")}  # experts over their columns, the rest over all
