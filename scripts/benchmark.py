@@ -1,6 +1,9 @@
 """Measures what the README and the docs claim about speed and routing; each table is one command.
 
 python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
+python scripts/benchmark.py step       # the train step beside the dense model's, and on 8 devices beside one
+python scripts/benchmark.py input      # the quickstart's text pipeline beside its train step
+python scripts/benchmark.py compile    # deep models beside shallow ones, and the quickstart's first step
 python scripts/benchmark.py routers    # every router on the quickstart's model and text, for docs/routers.md
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
 python scripts/benchmark.py decode     # tokens a second with a cache of keys and values, and without
@@ -11,62 +14,98 @@ The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
 """
 
 import os
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
+
+_REPORT = partial(print, flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     tables = parser.add_subparsers(required=True, metavar="TABLE")
-    layer = tables.add_parser("layer", help="time of an MoE layer, by experts, tokens and dispatch")
-    layer.add_argument("--repeats", type=int, default=3, help="runs of each program (3: a quarter of an hour)")
-    layer.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    layer.set_defaults(table=_layer)
-    routers = tables.add_parser("routers", help="loss, drops, load and speed of every router; resumes by itself")
+
+    def add(name: str, table: Callable[[Namespace], None], summary: str, repeats: int = 0) -> ArgumentParser:
+        added = tables.add_parser(name, help=summary)
+        if repeats:
+            added.add_argument("--repeats", type=int, default=repeats, help=f"runs of each program ({repeats})")
+        added.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
+        added.add_argument("--json", type=Path, metavar="FILE", help="also writes the table there")
+        added.set_defaults(table=table)
+        return added
+
+    add("layer", _layer, "time of an MoE layer, by experts, tokens and dispatch (a quarter of an hour)", repeats=3)
+    step = add("step", _step, "tokens a second with experts and on a mesh, beside those without", repeats=7)
+    step.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
+    add("input", _input, "tokens a second of the text pipeline, beside those of the train step", repeats=7)
+    add("compile", _compile, "time to compile many layers and few, and to a run's first step", repeats=7)
+    routers = add("routers", _routers, "loss, drops, load and speed of every router; resumes by itself")
     routers.add_argument("--config", default="configs/quickstart.py:study", help="what each of them changes")
     routers.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
-    routers.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    routers.set_defaults(table=_routers)
-    families = tables.add_parser("families", help="loss of each family beside its dense twin; resumes by itself")
+    families = add("families", _families, "loss of each family beside its dense twin; resumes by itself")
     families.add_argument("--config", default="configs/families.py", help="file of the pairs")
     families.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
-    families.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    families.set_defaults(table=_families)
-    decode = tables.add_parser("decode", help="tokens a second with the cache and without")
+    decode = add("decode", _decode, "tokens a second with the cache and without", repeats=3)
     configs = ["configs/families.py:glam-dense", "configs/families.py:glam", "configs/quickstart.py:switch"]
     decode.add_argument("--config", nargs="+", default=configs, metavar="CONFIG", help="of fresh models")
     decode.add_argument("--workdir", type=Path, help="a run, whose latest checkpoint is taken in their place")
     folders = "models of Hugging Face's in their place, beside transformers' generate"
     decode.add_argument("--huggingface", nargs="+", type=Path, metavar="FOLDER", help=folders)
     decode.add_argument("--new_tokens", type=int, default=256, help="tokens that each row is continued by")
-    decode.add_argument("--repeats", type=int, default=3, help="runs of each program")
-    decode.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    decode.set_defaults(table=_decode)
-    layouts = tables.add_parser("layouts", help="collectives of each layout over 8 devices, and what lies where")
+    layouts = add("layouts", _layouts, "collectives of each layout over 8 devices, and what lies where")
     layouts.add_argument("--config", default="configs/layouts.py", help="file of the layouts")
-    layouts.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draws each device's weights and tokens there, as SVG"
-    )
-    layouts.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    layouts.set_defaults(table=_layouts)
-    plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
+    picture = "draws each device's weights and tokens there, as SVG"
+    layouts.add_argument("--picture", type=Path, metavar="FILE", help=picture)
+    plan = add("plan", _plan, "memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
-    plan.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
-    plan.set_defaults(table=_plan)
     flags = parser.parse_args(arguments)
+    if getattr(flags, "repeats", 1) < 1:
+        parser.error(f"argument --repeats: must be positive, got {flags.repeats}")
     flags.table(flags)
 
 
 def _layer(flags: Namespace) -> None:
     from switchjax.analysis.layer_benchmark import benchmark_layer
 
-    _show(flags, "layer", benchmark_layer(flags.repeats, report=print))
+    _show(flags, "layer", benchmark_layer(flags.repeats, report=_REPORT))
+
+
+def _step(flags: Namespace) -> None:
+    if flags.huggingface:
+        from switchjax.interop.step_benchmark import benchmark_beside_transformers
+
+        return _show(flags, "step --huggingface", benchmark_beside_transformers(flags.repeats, _REPORT))
+    from switchjax.analysis.step_benchmark import DENSE, DEVICES, benchmark_step
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(MeshConfig(emulated_devices=DEVICES))
+    _show(flags, "step", benchmark_step(DENSE, flags.repeats, _REPORT))
+
+
+def _input(flags: Namespace) -> None:
+    config = command.load_config("configs/quickstart.py:switch")
+
+    from switchjax.analysis.input_benchmark import benchmark_input
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    _show(flags, "input", benchmark_input(config, flags.repeats, _REPORT))
+
+
+def _compile(flags: Namespace) -> None:
+    config = command.load_config("configs/switch.py:runlocal")
+    first = command.load_config("configs/quickstart.py:switch")
+
+    from switchjax.analysis.compile_benchmark import benchmark_compile
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    _show(flags, "compile", benchmark_compile(config, first, flags.repeats, _REPORT))
 
 
 def _routers(flags: Namespace) -> None:
@@ -76,7 +115,7 @@ def _routers(flags: Namespace) -> None:
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(config.mesh)
-    _show(flags, "routers", study_routers(config, flags.workdir, report=print))
+    _show(flags, "routers", study_routers(config, flags.workdir, report=_REPORT))
 
 
 def _families(flags: Namespace) -> None:
@@ -87,15 +126,14 @@ def _families(flags: Namespace) -> None:
 
     from switchjax.analysis.family_study import study_families
 
-    _show(flags, "families", study_families(load, flags.workdir, report=print))
+    _show(flags, "families", study_families(load, flags.workdir, report=_REPORT))
 
 
 def _decode(flags: Namespace) -> None:
-    report = partial(print, flush=True)
     if flags.huggingface:
         from switchjax.interop.decode_benchmark import benchmark_beside_transformers
 
-        table = benchmark_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats, report)
+        table = benchmark_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats, _REPORT)
         return _show(flags, "decode --huggingface", table)
     if flags.workdir:
         load_workdir_config(flags.workdir)  # a missing run is refused before JAX is started
@@ -105,7 +143,7 @@ def _decode(flags: Namespace) -> None:
 
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
-    _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, report))
+    _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, _REPORT))
 
 
 def _layouts(flags: Namespace) -> None:
@@ -128,21 +166,27 @@ def _layouts(flags: Namespace) -> None:
 
 def _plan(flags: Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
 
     from switchjax.analysis.plan_table import tabulate_plans
 
     def load(name: str, overrides: Sequence[str]) -> Config:
         return command.load_config(str(flags.configs / name), overrides)
 
-    _show(flags, "plan", tabulate_plans(load, flags.workdir, report=partial(print, flush=True)))
+    _show(flags, "plan", tabulate_plans(load, flags.workdir, report=_REPORT))
 
 
 def _show(flags: Namespace, table: str, text: str) -> None:
-    from switchjax.analysis.document import write_table
+    from switchjax.analysis.document import origin, read_tables, show_origin, write_table
+    from switchjax.analysis.plan_report import write_json
 
-    print(text)
+    found = origin(f"python scripts/benchmark.py {table}")
+    shown = f"{text}\n\n{show_origin(found)}"
+    print(shown)
+    if flags.json:
+        write_json(flags.json, found, {"tables": read_tables(text)})
     if flags.write:
-        write_table(flags.write, f"python scripts/benchmark.py {table}", text)
+        write_table(flags.write, found["command"], shown)
 
 
 if __name__ == "__main__":

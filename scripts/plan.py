@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     flags, config = command.parse_with_config(parser, arguments)
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
 
     from switchjax.analysis.accounting import account
     from switchjax.analysis.hardware import find_chip, parse_slice

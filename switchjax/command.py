@@ -14,7 +14,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from switchjax.config import Config, UserError, check_key, suggest
+from switchjax.config import Config, UserError, check_key, suggest, user_cache
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -26,6 +26,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    _keep_compiled_programs()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -33,6 +34,24 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, for the next process that asks for the same.
+
+    JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR where, JAX_ENABLE_COMPILATION_CACHE=false not at all.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = user_cache() / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):  # JAX would warn of every program that it cannot write
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        # Of the hundred small programs of a start, most take less than JAX's limit of a second.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 class _Parser(ArgumentParser):

@@ -28,8 +28,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers and runs share what they compile, in pytest's cache folder."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    folder = str(config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # So do the scripts and runs that tests start.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """The scripts: `--help` at once, and bad input in one line with a non-zero exit, never a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["benchmark.py", "decode"], "cannot read"),
         (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
         (["benchmark.py", "families", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
+        (["benchmark.py", "decode", "--repeats=0"], "argument --repeats: must be positive, got 0"),
+        (["train.py", QUICKSTART, "--config.train.trace_steps=-1"], "train.trace_steps must not be negative, got -1"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -117,3 +120,34 @@ def test_a_broken_config_file_is_one_line(tmp_path: Path, code: str, message: st
     done = run("scripts/train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert done.stderr == f"error: {path}: {message}\n"
+
+
+def compilation_cache(home: Path, **environment: str) -> list[str]:
+    """Where a script has JAX keep what it compiles, and whether it does."""
+    code = (
+        "from switchjax import command\n"
+        "def main(arguments):\n"
+        "    import jax\n"
+        "    print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)\n"
+        "command.run(main)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "XDG_CACHE"))}
+    environment = kept | {"HOME": str(home)} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_scripts_keep_compiled_programs_in_the_users_cache_unless_told_otherwise(tmp_path: Path) -> None:
+    default = tmp_path / ".cache" / "switchjax" / "compiled"
+    assert compilation_cache(tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == ["/elsewhere", "True"]
+    assert not default.exists()
+    assert compilation_cache(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[1] == "False"
+    assert compilation_cache(tmp_path) == [str(default), "True"]
+    assert default.stat().st_mode & 0o077 == 0
+
+
+def test_without_a_cache_folder_scripts_run_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / ".cache").write_text("")
+    assert compilation_cache(tmp_path) == ["None", "True"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from switchjax.analysis.layer_benchmark import median_times
+from switchjax.analysis.timing import median_times
 from switchjax.config import Config, DecodingConfig, MeshConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate

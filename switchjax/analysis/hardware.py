@@ -1,4 +1,4 @@
-"""TPU chips and the slices that they come in: what a plan is measured against.
+"""TPU chips and the slices that they come in, and GPUs' peaks: what plans and runs are measured against.
 
 Figures are a chip's, from Google's pages (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; read in 2026). Those give
 the interconnect's bandwidth of all links and of both directions together; here it is one link's in one direction, which
@@ -35,6 +35,8 @@ class Chip:
     """JAX devices a chip: `memory` is one's, the other figures are shared by them all."""
     shapes: tuple[str, ...]
     """Slices by growing size, those of Google's tables up to the largest that one job may have."""
+    kinds: tuple[str, ...]
+    """`jax.Device.device_kind` of its devices."""
 
 
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
@@ -45,17 +47,28 @@ CHIPS = {
     for chip in (
         # 275 TFLOP/s, 32 GiB, 1200 GB/s; 6 links; bisection of 16x16x16: 24 TB/s = 256 rings x 2 links x 50 GB/s.
         # Two cores, which work as one device (megacore); so v5p. A dimension of the 4x4x4 cubes closes into a ring.
-        Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 4, 1, _CUBES),
+        Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 4, 1, _CUBES, ("TPU v4",)),
         # 197 TFLOP/s, 16 GB, 819 GB/s; 4 links, 400 GB/s in both directions. Only a pod's full side of 16 is a ring.
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 16, 1, _SQUARES),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 16, 1, _SQUARES, ("TPU v5 lite", "TPU v5e")),
         # 459 TFLOP/s, 95 GiB, 2765 GB/s; 6 links, 1200 GB/s in both directions.
-        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 100e9, 3, 4, 1, (*_CUBES, "16x16x24")),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 100e9, 3, 4, 1, (*_CUBES, "16x16x24"), ("TPU v5", "TPU v5p")),
         # 918 TFLOP/s, 32 GB, 1638 GB/s; 4 links, 800 GB/s in both directions.
-        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 100e9, 2, 16, 1, _SQUARES),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 100e9, 2, 16, 1, _SQUARES, ("TPU v6 lite", "TPU v6e")),
         # Ironwood: 2307 TFLOP/s, 192 GiB, 7380 GB/s; 6 links, 1200 GB/s in both directions. Two chiplets, two devices.
-        Chip("tpu7x", int(94.75 * GIB), 2307e12, 7380e9, 100e9, 3, 4, 2, (*_CUBES, "16x16x24")),
+        Chip("tpu7x", int(94.75 * GIB), 2307e12, 7380e9, 100e9, 3, 4, 2, (*_CUBES, "16x16x24"), ("TPU7x",)),
     )
 }
+
+_GPU_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""Peak dense bfloat16 FLOP/s by the beginning of `device_kind`, from NVIDIA's data sheets; H100 is the SXM one."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one device of this `jax.Device.device_kind`; None where it is not known."""
+    for chip in CHIPS.values():
+        if device_kind in chip.kinds:
+            return chip.flops / chip.devices
+    return next((flops for name, flops in _GPU_FLOPS.items() if device_kind.startswith(name)), None)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """How long an MoE layer takes beside the dense feed-forward network of the same FLOPs."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from switchjax.analysis.timing import median_times
 from switchjax.config import ModelConfig, MoEConfig
 from switchjax.models.layers import FeedForward
 from switchjax.moe.assignment import balanced_assignment, sinkhorn
@@ -125,19 +124,6 @@ def time_assignment(case: LayerCase, num_tokens: int, repeats: int) -> dict[str,
     )
     plan = jax.jit(partial(sinkhorn, iterations=config.sinkhorn_iterations))
     return median_times({"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats)
-
-
-def median_times(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each program, run in turn so that a machine's moods meet them all alike."""
-    for program in programs.values():
-        jax.block_until_ready(program())
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def benchmark_layer(repeats: int, report: Callable[[str], None]) -> str:

@@ -11,6 +11,7 @@ from switchjax.analysis.accounting import account
 from switchjax.analysis.hardware import GIB, Chip, Slice, find_chip, parse_slice
 from switchjax.analysis.plan_report import show_count, show_seconds
 from switchjax.analysis.planning import StepPlan, plan_step, smallest_fit
+from switchjax.analysis.utilization import model_flops
 from switchjax.config import Config
 
 Load = Callable[[str, Sequence[str]], Config]
@@ -134,14 +135,10 @@ def _routed_runs(config: Config) -> int:
 
 
 def utilization(config: Config, slice_: Slice, plan: dict[str, Any]) -> float:
-    """Model FLOPs utilisation (MFU) of a step that takes as long as its largest bound of the roofline: no run has more.
-
-    The model's FLOPs are three forward passes as papers count them, with neither recomputation nor empty slots.
-    """
+    """Model FLOPs utilisation (MFU) of a step that takes as long as the largest bound of its roofline: at most that."""
     chip: Chip = slice_.chip
     seconds = max(plan["roofline"][f"{bound}_seconds"] for bound in ("compute", "hbm", "network"))
-    flops = 3 * account(config).forward_flops * config.data.batch_size
-    return flops / (slice_.chips * chip.flops * seconds)
+    return model_flops(config) / (slice_.chips * chip.flops * seconds)
 
 
 def _ratio_row(name: str, aim: float, *sides: Sequence[dict[str, Any]]) -> str:

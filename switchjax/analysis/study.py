@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from switchjax.analysis.utilization import step_cost
 from switchjax.config import Config, UserError
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training.loop import train
@@ -15,7 +16,7 @@ def complete_run(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: as `train`, or if the run was told to stop.
     """
-    summary = train(config, workdir, perplexity_evaluator)
+    summary = train(config, workdir, perplexity_evaluator, step_cost)
     if summary.get("interrupted"):
         raise UserError(f"stopped at step {summary['steps']} of {workdir}; the same command resumes")
     return json.loads((workdir / "summary.json").read_text())

@@ -12,6 +12,7 @@ from switchjax.config.data import DataConfig
 from switchjax.config.decoding import DecodingConfig
 from switchjax.config.model import ModelConfig
 from switchjax.config.moe import MoEConfig
+from switchjax.config.places import user_cache
 from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "differences",
     "load_workdir_config",
     "suggest",
+    "user_cache",
 ]

@@ -61,11 +61,15 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
+    trace_first_step: int = 10
+    trace_steps: int = 0
+    """Steps, from `trace_first_step` on, of which a profiler's trace is written into the workdir; 0: none."""
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints", "trace_first_step")
         check_positive("train", {name: getattr(self, name) for name in sizes})
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
+        require(self.trace_steps >= 0, f"train.trace_steps must not be negative, got {self.trace_steps}")
 
 
 @dataclass(frozen=True)

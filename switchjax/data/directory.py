@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from switchjax.config import UserError
+from switchjax.config import UserError, user_cache
 
 
 def data_directory(configured: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Where prepared data lives: as configured, $SWITCHJAX_DATA, or the user's cache folder."""
     if configured or environment.get("SWITCHJAX_DATA"):
         return Path(configured or environment["SWITCHJAX_DATA"]).expanduser()
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchjax"
+    return user_cache(environment)
 
 
 @contextlib.contextmanager

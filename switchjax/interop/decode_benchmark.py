@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from switchjax.analysis.decode_benchmark import ROWS, make_prompts
-from switchjax.analysis.layer_benchmark import median_times
+from switchjax.analysis.timing import median_times
 from switchjax.config import DecodingConfig, MeshConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate

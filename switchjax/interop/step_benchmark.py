@@ -1,24 +1,18 @@
 """How many tokens a second a train step takes here, and how many transformers' own model in PyTorch."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-from jaxtyping import Int
-
-from switchjax.analysis.layer_benchmark import median_times
-from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from switchjax.analysis.step_benchmark import random_rows, train_program
+from switchjax.analysis.timing import Program, Ratio, interleaved_seconds
+from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from switchjax.interop.check import import_transformers
 from switchjax.interop.config import write_config
 from switchjax.interop.families import family_of
-from switchjax.parallel.mesh import make_mesh
-from switchjax.training.state import plan_state
-from switchjax.training.step import lower_train_step
 
 EXPERTS = (0, 8, 32)
 """Of every other layer; 0: a dense T5."""
-NumpyBatch = dict[str, Int[np.ndarray, "B L"]]
 THREADS = 2
 """That PyTorch computes with; XLA takes the cores that there are."""
 
@@ -65,52 +59,18 @@ def benchmark_beside_transformers(repeats: int, report: Callable[[str], None]) -
     for dropout in (0.0, 0.1):
         for experts in EXPERTS:
             config = make_config(experts, dropout)
-            batch = random_batch(config)
-            tokens = batch["encoder_tokens"].size + batch["decoder_inputs"].size
-            programs = {"here": our_step(config, batch), "there": their_step(config, batch, module)}
-            times = median_times(programs, repeats)
-            here, there = (1000 * tokens / times[name] for name in ("here", "there"))
-            speeds = f"{here:,.0f} | {there:,.0f} | {here / there:.2f}"
-            lines.append(f"| {experts or 'dense'} | {dropout} | {tokens:,} | {speeds} |")
+            programs = {"here": train_program(config), "there": their_program(config, module)}
+            tokens = config.data.batch_size * sum(config.stack_lengths.values())
+            seconds = interleaved_seconds(programs, repeats)
+            speeds = [f"{tokens / statistics.median(seconds[name]):,.0f}" for name in programs]
+            ratio = Ratio.of(seconds["there"], seconds["here"])
+            lines.append(f"| {experts or 'dense'} | {dropout} | {tokens:,} | {' | '.join(speeds)} | {ratio} |")
             report(lines[-1])
     return "\n".join(lines)
 
 
-def random_batch(config: Config, seed: int = 0) -> NumpyBatch:
-    """Rows of random ids without padding."""
-    rng, data = np.random.default_rng(seed), config.data
-
-    def ids(length: int) -> Int[np.ndarray, "B L"]:
-        return rng.integers(3, config.model.vocab_size, (data.batch_size, length)).astype(np.int32)
-
-    encoder, targets = ids(data.encoder_length), ids(data.decoder_length)
-    return {
-        "encoder_tokens": encoder,
-        "encoder_segments": np.ones_like(encoder),
-        "decoder_inputs": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-        "decoder_targets": targets,
-        "decoder_segments": np.ones_like(targets),
-    }
-
-
-def our_step(config: Config, batch: NumpyBatch) -> Callable[[], Any]:
-    """One step at each call, on one device; returns its loss."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    plan = plan_state(config, mesh)
-    step = lower_train_step(config, plan, mesh).compile()
-    placed = jax.device_put(batch, jax.devices()[0])
-    state = plan.create()
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step(state, placed)
-        return jax.block_until_ready((state, metrics))[1]["loss"]
-
-    return run
-
-
-def their_step(config: Config, batch: NumpyBatch, module: Any) -> Callable[[], Any]:
-    """As `our_step`, of transformers' model of the same config."""
+def their_program(config: Config, module: Any) -> Program:
+    """As `train_program`, of transformers' model of the same config."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -119,14 +79,15 @@ def their_step(config: Config, batch: NumpyBatch, module: Any) -> Callable[[], A
     settings = getattr(module, architecture.replace("ForConditionalGeneration", "Config"))(**theirs)
     model = getattr(module, architecture)(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
+    batch = random_rows(config)
     ids, labels = (torch.from_numpy(batch[name]).long() for name in ("encoder_tokens", "decoder_targets"))
     mask = torch.ones_like(ids)
 
-    def run() -> Any:
+    def step() -> object:
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    return run
+    return step

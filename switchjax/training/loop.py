@@ -24,11 +24,13 @@ from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import partition_spec
 from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.clock import Clock, StepCost, device_memory
 from switchjax.training.hashing import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
 from switchjax.training.optimizer import count_trained
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
+from switchjax.training.trace import Trace
 from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path, write_summary
 
 _log = logging.getLogger(__name__)
@@ -36,16 +38,26 @@ _log = logging.getLogger(__name__)
 Evaluator = Callable[[Model], dict[str, float]]
 MakeEvaluator = Callable[[Config, Data, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
+MakeCost = Callable[[Config, Mesh], StepCost]
+"""Accounts for a train step."""
 
 
 class NonFiniteError(UserError):
     """The loss has become infinite or NaN; the message says where."""
 
 
-def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[str, Any]:
+def train(
+    config: Config, workdir: Path, make_evaluator: MakeEvaluator, make_cost: MakeCost | None = None
+) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
     SIGTERM saves a checkpoint and returns early.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        make_evaluator: as `MakeEvaluator`.
+        make_cost: as `MakeCost`; without it, metrics tell of no FLOPs.
 
     Returns:
         What `summary.json` holds when the run is complete, or else the step that it has reached.
@@ -61,7 +73,7 @@ def train(config: Config, workdir: Path, make_evaluator: MakeEvaluator) -> dict[
     data = prepare_data(config.data)
     _check_data(config, data)
     with jax.set_mesh(mesh):
-        run = _start(config, workdir, data, mesh, plan)
+        run = _start(config, workdir, data, mesh, plan, Clock(make_cost(config, mesh) if make_cost else None))
         try:
             return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
         finally:
@@ -99,16 +111,17 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    clock: Clock
+    trace: Trace
     pending: deque[tuple[int, Metrics]] = field(default_factory=deque)
     """Metrics that the devices may still be working on."""
-    clock: "_Clock" = field(default_factory=lambda: _Clock())
 
     def advance(self) -> None:
         """Takes one step; does not wait for the devices to finish it."""
-        started = time.perf_counter()
-        batch = next(self.batches)
-        self.clock.waited += time.perf_counter() - started
-        self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
+        with self.clock.measure("data_wait"):
+            batch = next(self.batches)
+        with self.clock.measure("step"):
+            self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
         self.step += 1
         self.pending.append((self.step, metrics))
 
@@ -116,33 +129,33 @@ class _Run:
         """Logs what is pending but for the last `keep` steps, and refuses a loss that is not finite."""
         while len(self.pending) > keep:
             step, metrics = self.pending.popleft()
-            values = jax.device_get(metrics)
+            with self.clock.measure("step"):
+                values = jax.device_get(metrics)
             norms = values.pop("gradient_norms")
             _check_finite(step, values, norms)
-            self.clock.tokens += int(values["tokens"])
+            self.clock.count_step(int(values["tokens"]))
             shown = None
             if step % self.config.train.log_every == 0 or step == self.config.train.steps:
                 speed = self.clock.lap()
-                self.writer.write("train", step, values | speed)
+                with self.clock.measure("logging"):
+                    self.writer.write("train", step, values | speed | device_memory())
                 shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{speed['tokens_per_second']:.0f}"}
             self.progress.update(step, shown)
 
     def evaluate(self, evaluator: Evaluator) -> None:
         """Settles, and evaluates the present parameters."""
         self.settle(0)
-        started = time.perf_counter()
-        results = evaluator(self.state.model)
-        self.writer.write("evaluate", self.step, results)
-        self.progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
-        self.clock.exclude(time.perf_counter() - started)
+        with self.clock.measure("evaluation"):
+            results = evaluator(self.state.model)
+            self.writer.write("evaluate", self.step, results)
+            self.progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
 
     def save(self) -> None:
         """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
         self.settle(0)
-        started = time.perf_counter()
-        data = {"iterator": self.batches.get_state(), "fingerprint": self.data.fingerprint}
-        self.checkpoints.save(self.state, data, self.config)
-        self.clock.exclude(time.perf_counter() - started)
+        with self.clock.measure("checkpoint"):
+            data = {"iterator": self.batches.get_state(), "fingerprint": self.data.fingerprint}
+            self.checkpoints.save(self.state, data, self.config)
 
     def finish(self) -> dict[str, Any]:
         """Writes `summary.json`."""
@@ -166,26 +179,7 @@ class _Run:
         self.checkpoints.close()
         self.writer.close()
         self.progress.close()
-
-
-@dataclass
-class _Clock:
-    """Time and tokens since the last log record."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    tokens: int = 0
-
-    def exclude(self, seconds: float) -> None:
-        """Takes time that was not spent on steps out of the count."""
-        self.started += seconds
-
-    def lap(self) -> dict[str, float]:
-        """tokens_per_second and data_wait_fraction; starts anew."""
-        elapsed = time.perf_counter() - self.started
-        speed = {"tokens_per_second": self.tokens / elapsed, "data_wait_fraction": self.waited / elapsed}
-        self.started, self.waited, self.tokens = time.perf_counter(), 0.0, 0
-        return speed
+        self.trace.close()
 
 
 def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
@@ -195,12 +189,15 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     run.clock.lap()
     with _sigterm() as stop:
         while run.step < last and not stop.requested:
-            run.advance()
-            run.settle(in_flight)
+            with run.trace.step(run.step + 1):
+                run.advance()
+                run.settle(in_flight)
+            run.trace.stop_after(run.step, run.state)
             if config.evaluate.every and run.step % config.evaluate.every == 0 and run.step < last:
                 run.evaluate(evaluator)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
                 run.save()
+        run.trace.close()
         if run.step == last:
             run.evaluate(evaluator)
         run.save()
@@ -208,7 +205,7 @@ def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
     return run.finish() if run.step == last else {"steps": run.step, "interrupted": True}
 
 
-def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan) -> _Run:
+def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan, clock: Clock) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     batches = data.train_batches(jax.process_index(), jax.process_count())
     restored = checkpoints.restore_latest(plan)
@@ -226,7 +223,10 @@ def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePla
         record_run(workdir, config, data.vocabulary)
         compiled = _compile(config, plan, mesh)
     writer, progress = MetricsWriter(workdir, step), Progress(step, config.train.steps)
-    return _Run(config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled)
+    trace = Trace(workdir, config.train)
+    return _Run(
+        config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled, clock, trace
+    )
 
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:

@@ -20,6 +20,7 @@ _FREE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.trace_",
 )
 """Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them."""
 

@@ -16,15 +16,17 @@ from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.clock import StepCost
 from switchjax.training.metrics import read_metrics
 from tests.tiny import changed, losses
+from tests.training.test_trace import traced_steps
 
 
 @pytest.fixture(scope="module")
 def complete(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of an undisturbed run of 6 steps."""
     workdir = tmp_path_factory.mktemp("complete")
-    loop.train(tiny, workdir, perplexity_evaluator)
+    loop.train(tiny, workdir, perplexity_evaluator, lambda config, mesh: StepCost(1e6, 1e12 * mesh.size))
     return workdir
 
 
@@ -45,7 +47,14 @@ def test_every_record_holds_the_metrics_that_are_promised(tiny: Config, complete
     for record in read_metrics(complete, "train"):
         assert promised <= set(record)
         assert np.shape(record["expert_load"]) == (2, tiny.moe.num_experts)
-        assert 0 <= record["data_wait_fraction"] <= 1
+        assert record["mfu"] == pytest.approx(record["model_flops_per_second"] / 8e12)
+        parts = [record[f"{part}_fraction"] for part in ("data_wait", "step", "logging", "evaluation", "checkpoint")]
+        assert min(parts) >= 0
+        assert sum(parts) <= 1
+    # The checkpoint of step 2 and the evaluation of step 3 are part of what follows.
+    third, fourth = read_metrics(complete, "train")[2:4]
+    assert third["checkpoint_fraction"] > 0 == third["evaluation_fraction"]
+    assert fourth["evaluation_fraction"] > 0 == fourth["checkpoint_fraction"]
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
@@ -57,10 +66,12 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     assert losses(tmp_path / "other")[2] != losses(complete)[2]
 
 
-def test_a_longer_run_goes_on_from_the_last_checkpoint_bit_for_bit(
+def test_a_longer_run_goes_on_from_the_last_checkpoint_bit_for_bit_traced_or_not(
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
-    loop.train(changed(tiny, train={"steps": 3}), tmp_path, perplexity_evaluator)
+    short = changed(tiny, train={"steps": 3, "trace_first_step": 2, "trace_steps": 5})
+    loop.train(short, tmp_path, perplexity_evaluator)
+    assert traced_steps(tmp_path) == {"step_2": [2, 3]}
     loop.train(tiny, tmp_path, perplexity_evaluator)
     assert losses(tmp_path) == losses(complete)
 

@@ -1,0 +1,102 @@
+"""Whether the text pipeline keeps up: the tokens a second that it yields beside those that a train step eats."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grain
+import jax
+import numpy as np
+
+from switchjax.analysis.timing import Ratio, interleaved_seconds
+from switchjax.config import Config
+from switchjax.data.prepare import prepare_data
+from switchjax.data.rows import Batch
+from switchjax.models.model import Batch as Placed
+from switchjax.parallel.mesh import make_mesh, one_at_a_time
+from switchjax.training.clock import Clock
+from switchjax.training.loop import place_batch
+from switchjax.training.state import TrainState, plan_state
+from switchjax.training.step import Metrics, lower_train_step
+
+BATCHES = 64
+"""Read in a round: many more than lie ready before they are asked for."""
+STEPS = 4
+"""Taken in a round."""
+
+
+@dataclass
+class Consumer:
+    """A train step and what feeds it, each to be timed alone and both together."""
+
+    batches: grain.DatasetIterator[Batch]
+    place: Callable[[Batch], Placed]
+    compiled: Callable[[TrainState, Placed], tuple[TrainState, Metrics]]
+    state: TrainState
+
+    def read(self, count: int) -> list[int]:
+        """The tokens of as many batches, which go no further."""
+        return [count_tokens(next(self.batches)) for _ in range(count)]
+
+    def step(self, batch: Batch) -> int:
+        """One train step; the tokens that it says it has seen."""
+        self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
+        return int(metrics["tokens"])
+
+    def train(self, count: int) -> float:
+        """As many steps as a run takes them; the fraction of their time in which they waited for data."""
+        clock = Clock()
+        for _ in range(count):
+            with clock.measure("data_wait"):
+                batch = next(self.batches)
+            with clock.measure("step"):
+                self.step(batch)
+        return clock.lap()["data_wait_fraction"]
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch of text without padding, as the metrics of a run count them."""
+    return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
+
+
+def benchmark_input(config: Config, repeats: int, report: Callable[[str], None]) -> str:
+    """Times reading and stepping in turn, then both together as in training, and returns the table.
+
+    Args:
+        config: of text; its mesh is over all devices.
+        repeats: rounds, whose medians count.
+        report: is told what goes on.
+
+    Raises:
+        UserError: if the data or the devices do not fit the config.
+    """
+    prepare_data(config.data)  # fetches and tokenises, unless that has been done
+    started = time.perf_counter()
+    data = prepare_data(config.data)
+    prepared = time.perf_counter() - started
+    mesh = make_mesh(config.mesh)
+    plan = plan_state(config, mesh)
+    report("compiling the train step")
+    with jax.set_mesh(mesh):
+        compiled = lower_train_step(config, plan, mesh).compile()
+        consumer = Consumer(data.train_batches(), lambda batch: place_batch(batch, mesh), compiled, plan.create())
+        fixed = next(consumer.batches)
+        read: list[int] = []
+        programs = {
+            "read": lambda: read.append(sum(consumer.read(BATCHES))),
+            "step": lambda: [consumer.step(fixed) for _ in range(STEPS)],
+        }
+        report(f"{repeats} rounds")
+        seconds = interleaved_seconds(programs, repeats)
+        waits = [consumer.train(STEPS) for _ in range(repeats)]
+    yielded = [tokens / s for tokens, s in zip(read[-repeats:], seconds["read"], strict=True)]
+    eaten = [STEPS * count_tokens(fixed) / s for s in seconds["step"]]
+    rows = [
+        ("text pipeline, tokens/s", f"{statistics.median(yielded):,.0f}", ""),
+        ("train step, tokens/s", f"{statistics.median(eaten):,.0f}", ""),
+        ("pipeline over step", str(Ratio.of(yielded, eaten)), "at least 10"),
+        ("waiting for data in training, of its time", f"{100 * statistics.median(waits):.2f} %", "below 1 %"),
+        ("data that is on disk already, ready after", f"{prepared:.2f} s", ""),
+    ]
+    return "\n".join(["| | | aim |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)])

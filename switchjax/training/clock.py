@@ -1,0 +1,76 @@
+"""Where the time of a run goes, and what its devices make of it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+
+_STEPS = ("data_wait", "step", "logging")
+"""Waiting for a batch; handing it to the devices and waiting for them; writing metrics."""
+_BETWEEN = ("evaluation", "checkpoint")
+"""What interrupts training; speed is measured without."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a train step takes."""
+
+    flops: float
+    """The model's, of one step on all devices together."""
+    peak_flops: float | None
+    """FLOP/s of all devices at their best; None where that is not known, as of CPUs."""
+
+
+class Clock:
+    """Time, tokens and steps since the last log record."""
+
+    def __init__(self, cost: StepCost | None = None) -> None:
+        self._cost = cost
+        self._start()
+
+    def _start(self) -> None:
+        self._seconds = dict.fromkeys((*_STEPS, *_BETWEEN), 0.0)
+        self._steps = self._tokens = 0
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Counts the time within as that of `part`: data_wait, step, logging, evaluation or checkpoint."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - started
+
+    def count_step(self, tokens: int) -> None:
+        """Counts a step that the devices have finished."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def lap(self) -> dict[str, float]:
+        """Metrics of the time since the last lap; starts anew.
+
+        Returns:
+            `tokens_per_second` of the time that was not spent on evaluation or checkpoints; likewise
+            `model_flops_per_second` and, where the devices' peak is known, `mfu` (model FLOPs utilisation);
+            `PART_fraction` of all the time that has passed, for each part that `measure` knows.
+        """
+        passed = time.perf_counter() - self._started
+        training = passed - sum(self._seconds[part] for part in _BETWEEN)
+        metrics = {"tokens_per_second": self._tokens / training}
+        if self._cost is not None:
+            metrics["model_flops_per_second"] = self._cost.flops * self._steps / training
+            if self._cost.peak_flops is not None:
+                metrics["mfu"] = metrics["model_flops_per_second"] / self._cost.peak_flops
+        metrics |= {f"{part}_fraction": seconds / passed for part, seconds in self._seconds.items()}
+        self._start()
+        return metrics
+
+
+def device_memory() -> dict[str, float]:
+    """`device_peak_bytes`, the most that a device of this process has held so far; empty where none keeps account."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [float(found["peak_bytes_in_use"]) for found in stats if "peak_bytes_in_use" in found]
+    return {"device_peak_bytes": max(peaks)} if peaks else {}

@@ -1,0 +1,64 @@
+"""A profiler's trace of some steps of a run."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from switchjax.config import TrainConfig
+
+_log = logging.getLogger(__name__)
+
+
+class Trace:
+    """What host and devices do in the steps that `train.trace_first_step` and `train.trace_steps` choose.
+
+    It lies beside the events of metrics, in `plugins/profile/step_N` as xprof and TensorBoard's profile plugin read it.
+    A run that is resumed within these steps traces those that are left.
+    """
+
+    def __init__(self, workdir: Path, config: TrainConfig) -> None:
+        self._folder = workdir / "tensorboard"
+        self._steps = range(config.trace_first_step, config.trace_first_step + config.trace_steps)
+        self._first: int | None = None
+        self._step = 0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step, numbered from 1: starts the trace if it is the first, and marks it as a step in it."""
+        if number not in self._steps:
+            yield
+            return
+        if self._first is None:
+            options = jax.profiler.ProfileOptions()
+            options.session_id = f"step_{number}"  # the same on all hosts, whose files belong together
+            options.python_tracer_level = 0  # every call of a Python function would slow the steps down
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._first = number
+        self._step = number
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def stop_after(self, number: int, results: Any) -> None:
+        """Writes the trace if step `number` is its last, once the devices have finished the step's `results`."""
+        if self._first is not None and number >= self._steps[-1]:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been traced so far, if anything."""
+        if self._first is None:
+            return
+        jax.profiler.stop_trace()
+        _log.info(
+            "trace of steps %d to %d in %s/plugins/profile/step_%d: pip install xprof; xprof --logdir=%s",
+            self._first,
+            self._step,
+            self._folder,
+            self._first,
+            self._folder,
+        )
+        self._first = None

@@ -1,0 +1,40 @@
+"""Tokens are counted alike on both sides of the ratio, and every figure has its row."""
+
+import jax
+import pytest
+
+from switchjax.analysis import input_benchmark
+from switchjax.analysis.document import read_tables
+from switchjax.analysis.input_benchmark import Consumer, benchmark_input, count_tokens
+from switchjax.config import Config
+from switchjax.data.text import TextData
+from switchjax.parallel.mesh import make_mesh
+from switchjax.training.loop import place_batch
+from switchjax.training.state import plan_state
+from switchjax.training.step import lower_train_step
+
+
+@pytest.mark.slow
+def test_the_pipelines_tokens_are_those_that_steps_count(tiny: Config) -> None:
+    mesh = make_mesh(tiny.mesh)
+    plan = plan_state(tiny, mesh)
+    with jax.set_mesh(mesh):
+        compiled = lower_train_step(tiny, plan, mesh).compile()
+        batches = TextData.prepare(tiny.data).train_batches()
+        consumer = Consumer(batches, lambda batch: place_batch(batch, mesh), compiled, plan.create())
+        for batch in (next(batches), next(batches)):
+            assert consumer.step(batch) == count_tokens(batch) <= 24 * (96 + 32)
+        assert 0 < consumer.train(2) < 1
+    assert int(consumer.state.step) == 4
+    assert all(tokens > 24 * 32 for tokens in consumer.read(2))
+
+
+@pytest.mark.slow
+def test_the_table_has_every_figure(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_benchmark, "BATCHES", 3)
+    monkeypatch.setattr(input_benchmark, "STEPS", 1)
+    _, read, eaten, ratio, wait, ready = read_tables(benchmark_input(tiny, 2, report=lambda line: None))[0]
+    assert float(read[1].replace(",", "")) > 0 < float(eaten[1].replace(",", ""))
+    assert float(ratio[1].split(" ")[0]) > 0
+    assert 0 <= float(wait[1].removesuffix(" %")) <= 100
+    assert ready[1].endswith(" s")
