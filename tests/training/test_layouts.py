@@ -165,8 +165,8 @@ PAPERS = {
 @pytest.mark.parametrize("layout", PAPERS)
 def test_a_layout_communicates_what_the_paper_says(layout: str) -> None:
     counts = {tuple(route): found.count for route, found in in_layout(layout, "switch").routes.items()}
-    # XLA puts as many gradients into one all-reduce as it likes, a sum of the forward pass too, under the name of any of
-    # them; and on the CPU it has no reduce-scatter.
+    # XLA puts as many gradients into one all-reduce as it likes, and sums of the forward pass with them, under the name
+    # of any; on the CPU it has no reduce-scatter.
     gradients = {route for route in counts if route[1] == "all-reduce" and "model" not in route[2]}
     assert bool(gradients) == (layout != "model")
     assert {route: count for route, count in counts.items() if route not in gradients} == PAPERS[layout]
