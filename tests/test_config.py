@@ -63,7 +63,7 @@ def test_every_section_is_frozen_and_described(section: str) -> None:
     [
         ({"modle": {}}, "unknown config key 'modle' (did you mean 'model'?)"),
         ({"moe": {"num_expert": 8}}, "unknown config key 'moe.num_expert' (did you mean 'num_experts'?)"),
-        ({"mesh": {"zzz": 8}}, "unknown config key 'mesh.zzz' (known: data, expert, model, emulated_devices)"),
+        ({"mesh": {"zzz": 8}}, "unknown config key 'mesh.zzz' (known: data, expert, model, sharded, emulated_devices)"),
         ({"moe": 3}, "moe must hold keys and values, got 3"),
         ({"moe": {"num_experts": 8.0}}, "moe.num_experts must be of type int, got 8.0"),
         ({"moe": {"num_experts": True}}, "moe.num_experts must be of type int, got True"),
