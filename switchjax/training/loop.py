@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,15 +41,8 @@ from switchjax.training.workdir import (
 
 _log = logging.getLogger(__name__)
 
-
-class Evaluator(Protocol):
-    """Metrics of a model on held-out data."""
-
-    def __call__(self, model: Model, check: Callable[[], None] = ...) -> dict[str, float]:
-        """Calls `check` before each batch, which raises where the evaluation is to be dropped."""
-        ...
-
-
+Evaluator = Callable[[Model, Callable[[], None]], dict[str, float]]
+"""Metrics of a model on held-out data. The second argument is called before each batch, and raises to drop the rest."""
 MakeEvaluator = Callable[[Config, Data, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
 
