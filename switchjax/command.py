@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -24,7 +25,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's remarks, and the errors that it raises as well
+    _quieten_orbax()
     if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
         # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
@@ -60,6 +61,19 @@ def _keep_compiled_programs() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         # Of the hundred small programs of a start, most take less than JAX's limit of a second.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _quieten_orbax() -> None:
+    """Its remarks, the errors that it raises as well, and what becomes of other writes when one has failed."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def report(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = report
 
 
 class _Parser(ArgumentParser):

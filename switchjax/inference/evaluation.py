@@ -48,7 +48,7 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     if not corpora:
         raise UserError(f"no corpus has anything in its {evaluate.split} split")
 
-    def evaluator(model: Model, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def evaluator(model: Model, check: Callable[[], None]) -> dict[str, float]:
         totals = {}
         for corpus in corpora:
             sums = []
@@ -74,7 +74,7 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
         if checkpoints.restore_data(step)["fingerprint"] != data.fingerprint:
             _log.warning("the corpora here are not those that %s was trained on", workdir)
-        return step, perplexity_evaluator(config, data, mesh)(model)
+        return step, perplexity_evaluator(config, data, mesh)(model, lambda: None)
 
 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,6 @@ class Checkpoints:
         self._directory = (workdir / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=keep is not None,
             read_only=keep is None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut off
@@ -50,7 +49,10 @@ class Checkpoints:
             "config": ocp.JsonCheckpointHandler(),
         }
         self._in_progress = False
+        self._failed = False
         try:
+            if keep is not None:
+                self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
         except OSError as error:
             raise UserError(f"cannot use {self._directory} for checkpoints: {error.strerror}") from None
@@ -202,6 +204,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of the file system, in as many types as there are layers
+            self._failed = True
             whole = [step for step in self._numbered() if self._is_whole(step)]
             raise UserError(
                 f"cannot write a checkpoint to {self._directory}: {_reason(error)}; those of steps {whole} are intact"
@@ -280,7 +283,7 @@ class Checkpoints:
         Raises:
             UserError: as `wait`, but for an error that has been raised already.
         """
-        with self._writing():
+        with suppress(Exception) if self._failed else self._writing():
             self._manager.close()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,16 +45,8 @@ from switchjax.training.workdir import (
 
 _log = logging.getLogger(__name__)
 
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """Metrics of a model on held-out data."""
-
-    def __call__(self, model: Model, check: Callable[[], None] = ...) -> dict[str, float]:
-        """Calls `check` before each batch, which raises where the evaluation is to be dropped."""
-        ...
-
-
+Evaluator = Callable[[Model, Callable[[], None]], dict[str, float]]
+"""Metrics of a model on held-out data. The second argument is called before each batch, and raises to drop the rest."""
 MakeEvaluator = Callable[[Config, Data, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
 MakeCost = Callable[[Config, Mesh], StepCost]

@@ -18,7 +18,6 @@ from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from tests.tiny import changed
-from tests.training.full_disk import full_disk
 
 
 @pytest.fixture(scope="module")
@@ -224,30 +223,6 @@ def test_what_is_no_checkpoint_of_this_run_is_passed_over_and_its_step_can_be_sa
 def test_other_data_is_refused(workdir: Path, plan: StatePlan) -> None:
     with pytest.raises(UserError, match="corpora or vocabulary have changed"):
         Checkpoints(workdir, keep=2).restore_latest(plan, "other text")
-
-
-@pytest.mark.parametrize("size", [1, 10_000], ids=["nothing can be written", "small files can"])
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(
-    size: int, workdir: Path, tiny: Config, plan: StatePlan, state: TrainState
-) -> None:
-    checkpoints = Checkpoints(workdir, keep=2)
-    four = restored_at(4, state)
-
-    def save() -> None:
-        checkpoints.save(four, position(4), tiny)
-        checkpoints.wait()
-
-    with full_disk(size), pytest.raises(UserError, match=r"cannot write .*: File too large; .* \[2, 3\] are intact$"):
-        save()
-    checkpoints.close()
-    again = Checkpoints(workdir, keep=2)
-    restored = again.restore_latest(plan, "text")
-    assert restored is not None
-    assert int(restored[0].step) == 3
-    again.save(four, position(4), tiny)
-    again.close()
-    assert Checkpoints(workdir).steps() == [3, 4]
-    assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:

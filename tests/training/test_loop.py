@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -25,7 +26,6 @@ from switchjax.training.metrics import read_metrics
 from switchjax.training.non_finite import NonFiniteError
 from switchjax.training.state import plan_state
 from tests.tiny import changed, losses
-from tests.training.full_disk import full_disk
 from tests.training.test_trace import traced_steps
 
 
@@ -155,24 +155,6 @@ def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing
         loop.train(wild, tmp_path, perplexity_evaluator)
 
 
-def test_a_full_disk_stops_the_run_which_resumes_when_there_is_space(
-    tiny: Config, complete: Path, tmp_path: Path
-) -> None:
-    def make_evaluator(config: Config, data: TextData, mesh: object) -> loop.Evaluator:
-        def evaluator(model: object, check: object = None) -> dict[str, float]:
-            limit = (tmp_path / "metrics.jsonl").stat().st_size + 2**13  # less than the arrays of a checkpoint
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            return {"neg_log_perplexity": -1.0}
-
-        return evaluator
-
-    with full_disk(resource.RLIM_INFINITY), pytest.raises(UserError, match=r"File too large; .* \[2\] are intact"):
-        loop.train(tiny, tmp_path, make_evaluator)
-    assert list(losses(tmp_path))[:4] == [1, 2, 3, 4]
-    loop.train(tiny, tmp_path, perplexity_evaluator)
-    assert losses(tmp_path) == losses(complete)
-
-
 @pytest.mark.parametrize(("every", "step"), [(3, 3), (0, 6)], ids=["on the way", "at the end"])
 def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
     tiny: Config, complete: Path, tmp_path: Path, every: int, step: int
@@ -210,10 +192,15 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tiny: Config, tmp_path: Pa
         loop.train(tiny, tmp_path / "file" / "workdir", perplexity_evaluator)
 
 
+SMALL_RUN = (
+    "from switchjax import command; from tests.training.small_run import main; command.run(lambda flags: main(*flags))"
+)
+
+
 def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes]:
     path = folder / "config.json"
     path.write_text(config.to_json())
-    command = [sys.executable, "-m", "tests.training.small_run", str(path), str(workdir)]
+    command = [sys.executable, "-c", SMALL_RUN, str(path), str(workdir)]
     with (folder / "stderr.log").open("wb") as log:
         return subprocess.Popen(command, stderr=log)
 
@@ -267,3 +254,24 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(
     assert Checkpoints(tmp_path / "run").steps()[-1] == reached < 40
     assert start(long, tmp_path / "run", tmp_path).wait() == 0
     assert losses(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_in_one_line_and_it_resumes_when_there_is_space(
+    long: Config, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    process = start(long, tmp_path / "run", tmp_path)
+    wait_for_step(process, tmp_path / "run", 8)
+    logs = [tmp_path / "run" / "metrics.jsonl", *(tmp_path / "run" / "tensorboard").iterdir()]
+    size = max(log.stat().st_size for log in logs) + 2**14  # room for the logs of a few steps, not for a checkpoint
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    assert process.wait() == 2
+    (line,) = [line for line in (tmp_path / "stderr.log").read_text().splitlines() if "step/s" not in line]
+    assert re.fullmatch(
+        r"error: cannot write a checkpoint to .*: File too large; those of steps \[.*6.*\] are intact", line
+    )
+    reached = max(losses(tmp_path / "run"))
+    assert reached < 16
+    assert start(long, tmp_path / "run", tmp_path).wait() == 0
+    assert losses(tmp_path / "run") == undisturbed
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
