@@ -106,7 +106,7 @@ def _may_be(cluster: type[ClusterEnv]) -> bool:
     """False for what JAX would look for in vain, and loudly."""
     if cluster is K8sCluster:  # any pod looks like a cluster to JAX, but only an indexed job can be one
         return "JOB_COMPLETION_INDEX" in os.environ
-    return "tpu" not in cluster.name or (jax.config.jax_platforms or "tpu").startswith("tpu")
+    return "tpu" not in cluster.name or (jax.config.values["jax_platforms"] or "tpu").startswith("tpu")
 
 
 def process_index() -> int:

@@ -187,7 +187,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """
     sharding = NamedSharding(mesh, partition_spec("batch"))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in held for row in range(*rows.indices(batch_size))})
+    return sorted({row for index in held if index for row in range(*index[0].indices(batch_size))})
 
 
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
