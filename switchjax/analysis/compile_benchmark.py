@@ -29,7 +29,7 @@ SHALLOW, DEEP = 2, 12
 @contextmanager
 def compiled_programs_in(folder: Path | None) -> Iterator[None]:
     """JAX has forgotten what it compiled so far, and keeps what it compiles in `folder`, or for None nowhere."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
 
     def keep_in(directory: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", directory)
@@ -44,9 +44,9 @@ def compiled_programs_in(folder: Path | None) -> Iterator[None]:
 
 
 def with_layers(config: Config, layers: int) -> Config:
-    """`config` with as many layers in each of its stacks."""
-    stacks = {f"num_{stack}_layers": layers for stack in config.model.stacks}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **stacks))
+    """`config` with as many layers in the encoder, and as many in the decoder."""
+    model = dataclasses.replace(config.model, num_encoder_layers=layers, num_decoder_layers=layers)
+    return dataclasses.replace(config, model=model)
 
 
 def compile_step(config: Config) -> None:

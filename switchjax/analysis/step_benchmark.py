@@ -52,11 +52,11 @@ class StepCase:
 def cases(dense: Config) -> tuple[StepCase, ...]:
     """The dense model, Switch Transformers of more and more experts, and one of them on more and more devices."""
 
-    def switch(num_experts: int, **moe: int) -> Config:
+    def switch(num_experts: int, group_size: int = dense.moe.group_size) -> Config:
         model = replace(dense.model, pattern=("dense", "moe"))
-        return replace(dense, model=model, moe=replace(dense.moe, num_experts=num_experts, **moe))
+        return replace(dense, model=model, moe=replace(dense.moe, num_experts=num_experts, group_size=group_size))
 
-    small_groups = switch(32, group_size=dense.data.batch_size // DEVICES * dense.data.decoder_length)
+    small_groups = switch(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
     one = f"Switch, 32 experts, groups for {DEVICES} devices"
     return (
         StepCase("dense T5", dense),
