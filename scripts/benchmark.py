@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     faults = tables.add_parser("faults", help="what runs survive, fault by fault; resumes by itself")
     faults.add_argument("--config", default="configs/quickstart.py:faults", help="what is trained")
     faults.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="one run a fault")
+    faults.add_argument("--tries", type=int, default=20, metavar="N", help="no more than N of a fault (20: all)")
     faults.add_argument("--write", type=Path, metavar="FILE", help="puts the table into this document")
     faults.set_defaults(table=_faults)
     plan = tables.add_parser("plan", help="memory, collectives and compile time on TPU slices; resumes by itself")
@@ -116,7 +117,7 @@ def _faults(flags: Namespace) -> None:
     emulate_devices(config.mesh)
     training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
     report = partial(print, flush=True)
-    _show(flags, "faults", study_faults(training, config, flags.workdir, report))
+    _show(flags, "faults", study_faults(training, config, flags.workdir, flags.tries, report))
 
 
 def _plan(flags: Namespace) -> None:
