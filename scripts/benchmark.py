@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import Config, load_workdir_config
+from switchjax.config import Config, UserError, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -109,6 +109,8 @@ def _decode(flags: Namespace) -> None:
 
 
 def _faults(flags: Namespace) -> None:
+    if flags.tries < 1:
+        raise UserError(f"--tries must be positive, got {flags.tries}")
     config = command.load_config(flags.config)
 
     from switchjax.analysis.fault_study import study_faults
