@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     faults = add("faults", _faults, "what runs survive, fault by fault; resumes by itself")
     faults.add_argument("--config", default="configs/quickstart.py:faults", help="what is trained")
     faults.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="one run a fault")
+    faults.add_argument("--tries", type=int, default=20, metavar="N", help="no more than N of a fault (20: all)")
     plan = add("plan", _plan, "memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
@@ -170,6 +171,8 @@ def _layouts(flags: Namespace) -> None:
 
 
 def _faults(flags: Namespace) -> None:
+    if flags.tries < 1:
+        raise UserError(f"--tries must be positive, got {flags.tries}")
     config = command.load_config(flags.config)
 
     from switchjax.analysis.fault_study import study_faults
@@ -177,7 +180,7 @@ def _faults(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
-    _show(flags, "faults", study_faults(training, config, flags.workdir, _REPORT))
+    _show(flags, "faults", study_faults(training, config, flags.workdir, flags.tries, _REPORT))
 
 
 def _plan(flags: Namespace) -> None:

@@ -87,6 +87,8 @@ class Process:
         """The exit code, once it has ended."""
         code = self._process.wait()
         self._reader.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         return code
 
     def stop(self) -> None:
@@ -100,10 +102,10 @@ class Process:
         return "".join(self._lines)
 
     @property
-    def resumed_from(self) -> int:
-        """The step of its checkpoint; 0 for a fresh start."""
+    def resumed_from(self) -> int | None:
+        """The step of the checkpoint that it has read; None if it did not come to that."""
         found = re.search(r"resuming .* from step (\d+)$", self.output, re.MULTILINE)
-        return int(found[1]) if found else 0
+        return int(found[1]) if found else None
 
 
 def last_step(workdir: Path) -> int:

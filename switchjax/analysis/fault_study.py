@@ -180,11 +180,13 @@ class FaultStudy:
         command: the training, without its workdir.
         config: what it trains.
         workdir: one folder a fault.
+        report: is told of each try.
     """
 
     command: Sequence[str]
     config: Config
     workdir: Path
+    report: Callable[[str], None]
 
     def start(self, workdir: Path) -> Process:
         """A process of the run in `workdir`."""
@@ -219,7 +221,8 @@ class FaultStudy:
             (folder / f"{attempt}.log").write_text(process.output)
             if tries:
                 found = records(workdir)
-                tries[-1].lost = reached - process.resumed_from
+                # Where it did not come to that either, the loss is the next one's to show.
+                tries[-1].lost = 0 if process.resumed_from is None else reached - process.resumed_from
                 # The last process goes on to the end.
                 tries[-1].identical = found == (expected[: len(found)] if struck else expected)
             if struck:
@@ -227,6 +230,7 @@ class FaultStudy:
                 tries.append(Try(ended_well, time.monotonic() - struck, unfinished_checkpoint(workdir)))
                 fault.damage(workdir, attempt, self._chance(fault, attempt))
             notes.write_text(json.dumps([asdict(entry) for entry in tries]))
+            self.report(f"{fault.name}: {attempt} of {fault.tries}")
         return tries
 
     def _strike(self, fault: Fault, attempt: int, process: Process) -> float:
@@ -264,26 +268,29 @@ class FaultStudy:
         return read_metrics(folder / "undisturbed", "train")[-1]["skipped_steps"], tries
 
 
-def study_faults(command: Sequence[str], config: Config, workdir: Path, report: Callable[[str], None]) -> str:
+def study_faults(
+    command: Sequence[str], config: Config, workdir: Path, most: int, report: Callable[[str], None]
+) -> str:
     """Tries every fault under `workdir` and returns their table; resumes where it was cut off.
 
     Args:
         command: trains `config`, given a `--workdir`.
         config: a small model, with many checkpoints.
         workdir: of the study.
-        report: is told of each fault that is done, by its row of the table.
+        most: largest number of tries of a fault.
+        report: is told of each try, and of each fault that is done by its row of the table.
 
     Raises:
         UserError: if the run fails that nothing happens to.
     """
-    study = FaultStudy(command, config, workdir)
+    study = FaultStudy(command, config, workdir, report)
     lines = [
         "| fault | tried | ended as it should | resumed identically | steps of work lost, mean | most "
         "| seconds to the end, most |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for fault in FAULTS:
-        tries = study.try_fault(fault)
+        tries = study.try_fault(dataclasses.replace(fault, tries=min(most, fault.tries)))
         unfinished = sum(entry.in_save for entry in tries)
         note = f" ({unfinished} left one unfinished)" if fault.moment is _in_save else ""
         lines.append(_row(fault.name + note, tries))

@@ -17,7 +17,7 @@ from tests.tiny import changed
 
 
 def test_each_try_has_a_moment_with_checkpoints_before_and_after_it(tiny: Config, tmp_path: Path) -> None:
-    study = FaultStudy([], changed(tiny, train={"steps": 60, "checkpoint_every": 4}), tmp_path)
+    study = FaultStudy([], changed(tiny, train={"steps": 60, "checkpoint_every": 4}), tmp_path, print)
     for fault in FAULTS:
         moments = study._moments(fault)
         assert moments == sorted(set(moments)) == study._moments(fault)
@@ -85,7 +85,7 @@ def test_a_fault_is_tried_and_judged_by_the_process_after_it(tiny: Config, tmp_p
         tiny, train={"steps": 40, "checkpoint_every": 3}, evaluate={"every": 0}, mesh={"emulated_devices": 8}
     )
     (tmp_path / "config.json").write_text(config.to_json())
-    study = FaultStudy([sys.executable, "-c", SMALL_RUN, str(tmp_path / "config.json")], config, tmp_path)
+    study = FaultStudy([sys.executable, "-c", SMALL_RUN, str(tmp_path / "config.json")], config, tmp_path, print)
     fault = Fault(
         "killed and damaged", 1, fault_study._at_step, fault_study._kill, -signal.SIGKILL, fault_study._truncate
     )
