@@ -31,7 +31,11 @@ def test_an_interrupted_run_is_not_taken_for_complete(
 ) -> None:
     summary = {"steps": 3} | ({"interrupted": True} if interrupted else {"evaluation": {}})
     monkeypatch.setattr(loop, "train", lambda *_: summary)
-    arguments = [f"--config={ROOT}/configs/quickstart.py:runlocal", f"--workdir={tmp_path}"]
+    arguments = [
+        f"--config={ROOT}/configs/quickstart.py:runlocal",
+        f"--workdir={tmp_path}",
+        "--interrupted_exit_code=143",
+    ]
     if interrupted:
         with pytest.raises(SystemExit, match="143"):
             script.main(arguments)
