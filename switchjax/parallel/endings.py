@@ -58,7 +58,7 @@ def _end(error: BaseException, resource: _Closable) -> NoReturn:
         code, message = 2, str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, message = 130, "interrupted"
-    elif isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ABSENCE):
+    elif another_has_gone(error):
         patience, message = 0, f"another process has ended or does not answer ({str(error).splitlines()[0]})"
     else:
         traceback.print_exception(error)
@@ -68,6 +68,11 @@ def _end(error: BaseException, resource: _Closable) -> NoReturn:
     closing.start()
     closing.join(patience)
     os._exit(code)  # an orderly exit would wait for the others
+
+
+def another_has_gone(error: BaseException) -> bool:
+    """Whether JAX says so: it could not reach one of the other processes."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ABSENCE)
 
 
 def _close_quietly(resource: _Closable) -> None:

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
+from switchjax.parallel.endings import another_has_gone
 from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
@@ -205,6 +206,8 @@ class Checkpoints:
             yield
         except Exception as error:  # of the file system, in as many types as there are layers
             self._failed = True
+            if another_has_gone(error):
+                raise
             whole = [step for step in self._numbered() if self._is_whole(step)]
             raise UserError(
                 f"cannot write a checkpoint to {self._directory}: {_reason(error)}; those of steps {whole} are intact"

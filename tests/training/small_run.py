@@ -3,6 +3,7 @@
 import logging
 import time
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
@@ -16,7 +17,7 @@ from switchjax.training.loop import train
 from tests.stories import small_source
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("workdir", type=Path)
@@ -24,8 +25,8 @@ def main() -> None:
     parser.add_argument("--stuck_at", type=int, help="the first row of training that is never read")
     parser.add_argument("--own_workdir", action="store_true", help="as on a host with a disk of its own")
     command.add_process_flags(parser)
-    flags = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
+    flags = parser.parse_args(arguments)
+    logging.getLogger("switchjax").setLevel(logging.WARNING)
     SOURCES.update({name: small_source(name, first) for name, first in {"tales": 0, "yarns": 1000}.items()})
     if flags.rows or flags.stuck_at is not None:
         spy(flags.rows, flags.stuck_at)
@@ -53,4 +54,4 @@ def spy(path: Path | None, stuck_at: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
