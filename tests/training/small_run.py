@@ -1,6 +1,5 @@
-"""Trains the tiny model in a process of its own: `python -m tests.training.small_run CONFIG_JSON WORKDIR`."""
+"""Trains the tiny model in a process of its own: `python -m tests.training.small_run CONFIG_JSON --workdir=DIR`."""
 
-import logging
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from tests.stories import small_source
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser()
     parser.add_argument("config", type=Path)
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--rows", type=Path, help="where to write the number of each row that this process reads")
     parser.add_argument("--stuck_at", type=int, help="the first row of training that is never read")
     parser.add_argument("--own_workdir", action="store_true", help="as on a host with a disk of its own")
     command.add_process_flags(parser)
     flags = parser.parse_args(arguments)
-    logging.getLogger("switchjax").setLevel(logging.WARNING)
     SOURCES.update({name: small_source(name, first) for name, first in {"tales": 0, "yarns": 1000}.items()})
     if flags.rows or flags.stuck_at is not None:
         spy(flags.rows, flags.stuck_at)

@@ -83,7 +83,7 @@ def start(pytestconfig: pytest.Config) -> Start:
             path.write_text((changed(config, data={"directory": str(own)}) if own_disks else config).to_json())
             if own_disks:
                 shutil.copytree(Path(config.data.directory, "datasets"), own / "datasets")
-            command = [sys.executable, "-m", "tests.training.small_run", str(path), str(workdir)]
+            command = [sys.executable, "-m", "tests.training.small_run", str(path), f"--workdir={workdir}"]
             command += [f"--rows={folder / f'rows.{index}'}", *(options if index == count - 1 else ())]
             variables = environment
             if slurm:
