@@ -28,8 +28,8 @@ SIZES = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
 
 
 def get_config(arg: str = "switch") -> ConfigDict:
-    """One of the two models; of the first, the form for `scripts/benchmark.py routers` or the smallest."""
-    check_choice("configs/quickstart.py", arg, [*SIZES, "study", "runlocal"])
+    """One of the two models; of the first, the forms for `benchmark.py routers` and `faults`, or the smallest."""
+    check_choice("configs/quickstart.py", arg, [*SIZES, "study", "faults", "runlocal"])
     config = Config(
         model=ModelConfig(
             vocab_size=2048,
@@ -58,8 +58,19 @@ def get_config(arg: str = "switch") -> ConfigDict:
     )
     if arg == "study":  # short, on one device
         config = dataclasses.replace(config, mesh=MeshConfig(), train=TrainConfig(steps=200, log_every=10))
-    if arg == "runlocal":
+    if arg in ("faults", "runlocal"):
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, corpora=("kjv",)), train=TrainConfig(steps=2, log_every=1)
+        )
+    if arg == "faults":  # tiny, on two devices; every step is logged, and checkpoints are many
+        sizes = {"d_model": 16, "d_ff": 32, "num_heads": 2, "d_head": 8, "num_encoder_layers": 2}
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, tie_embeddings=False, **sizes),
+            moe=dataclasses.replace(config.moe, num_experts=4),
+            mesh=MeshConfig(expert=2, emulated_devices=2),
+            data=dataclasses.replace(config.data, batch_size=4),
+            train=TrainConfig(steps=60, log_every=1, checkpoint_every=4),
+            evaluate=EvaluateConfig(every=20, batches=16),
         )
     return config.to_config_dict()

@@ -8,12 +8,14 @@ python scripts/benchmark.py routers    # every router on the quickstart's model 
 python scripts/benchmark.py families   # a tiny model of each family beside its dense twin, for docs/families.md
 python scripts/benchmark.py decode     # tokens a second with a cache of keys and values, and without
 python scripts/benchmark.py layouts    # what each layout over a mesh communicates, and its picture, for docs/layouts.md
+python scripts/benchmark.py faults     # runs that are killed, filled up and poisoned, for docs/faults.md
 python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
 
 The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
 """
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str]) -> None:
     layouts.add_argument("--config", default="configs/layouts.py", help="file of the layouts")
     picture = "draws each device's weights and tokens there, as SVG"
     layouts.add_argument("--picture", type=Path, metavar="FILE", help=picture)
+    faults = add("faults", _faults, "what runs survive, fault by fault; resumes by itself")
+    faults.add_argument("--config", default="configs/quickstart.py:faults", help="what is trained")
+    faults.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="one run a fault")
+    faults.add_argument("--tries", type=int, default=20, metavar="N", help="no more than N of a fault (20: all)")
     plan = add("plan", _plan, "memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
@@ -162,6 +168,19 @@ def _layouts(flags: Namespace) -> None:
             raise UserError(f"--picture: cannot write {flags.picture} ({error.strerror})") from None
     counted = {name: count_layout(config) for name, config in layouts.items()}
     _show(flags, "layouts", tabulate_layouts(counted))
+
+
+def _faults(flags: Namespace) -> None:
+    if flags.tries < 1:
+        raise UserError(f"--tries must be positive, got {flags.tries}")
+    config = command.load_config(flags.config)
+
+    from switchjax.analysis.fault_study import study_faults
+    from switchjax.parallel.mesh import emulate_devices
+
+    emulate_devices(config.mesh)
+    training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
+    _show(flags, "faults", study_faults(training, config, flags.workdir, flags.tries, _REPORT))
 
 
 def _plan(flags: Namespace) -> None:

@@ -1,34 +1,61 @@
-"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir.
+"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir. SIGTERM saves first.
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 [--config.train.steps=500 ...]
 
 --config.train.trace_steps=5 writes a profiler's trace of steps 10 to 14. What XLA compiles is kept in the user's cache
 folder: JAX_COMPILATION_CACHE_DIR=DIR keeps it elsewhere, JAX_ENABLE_COMPILATION_CACHE=false does not keep it.
+In several processes, on one host or many: see docs/processes.md.
 """
 
+import signal
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
+from switchjax.config import Config
+from switchjax.training.preemption import exit_at_once
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
+    code = "of a run that SIGTERM stops before it is complete (0): for schedulers to which 0 means complete"
+    parser.add_argument("--interrupted_exit_code", type=int, default=0, metavar="CODE", help=code)
+    command.add_process_flags(parser)
     flags, config = command.parse_with_config(parser, arguments)
+    # While modules are imported, and when all is saved.
+    signal.signal(signal.SIGTERM, lambda number, frame: exit_at_once(flags.interrupted_exit_code))
 
+    from switchjax.parallel.processes import joined_processes
+
+    timeout = config.train.heartbeat_timeout
+    with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
+        interrupted = _train(config, flags)
+    if interrupted:
+        sys.exit(flags.interrupted_exit_code)
+
+
+def _train(config: Config, flags: Namespace) -> bool:
+    """Whether SIGTERM has stopped the run before its end."""
     from switchjax.analysis.utilization import step_cost
     from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.parallel.processes import process_index
     from switchjax.training.loop import train
 
     emulate_devices(config.mesh)
-    print(config.to_json(), flush=True)
-    summary = train(config, flags.workdir, perplexity_evaluator, step_cost)
-    if summary.get("interrupted"):
-        print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
-    else:
-        print(f"done: {summary['steps']} steps; held-out {summary['evaluation']}")
+    if process_index() == 0:
+        print(config.to_json(), flush=True)
+    summary = train(config, flags.workdir, perplexity_evaluator, step_cost, flags.interrupted_exit_code)
+    interrupted = bool(summary.get("interrupted"))
+    if process_index() == 0:
+        if interrupted:
+            print(f"stopped at step {summary['steps']} of {config.train.steps}; the same command resumes")
+        else:
+            print(f"done: {summary['steps']} steps; held-out {summary['evaluation']}")
+    return interrupted
 
 
 if __name__ == "__main__":

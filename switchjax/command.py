@@ -1,27 +1,31 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import ast
+import errno
 import glob
 import logging
 import os
 import sys
 import textwrap
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
 from switchjax.config import Config, UserError, check_key, suggest, user_cache
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's remarks on its own start-up
+    _quieten_orbax()
     if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
         # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
@@ -31,6 +35,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -54,6 +63,19 @@ def _keep_compiled_programs() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+def _quieten_orbax() -> None:
+    """Its remarks, the errors that it raises as well, and what becomes of other writes when one has failed."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def report(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = report
+
+
 class _Parser(ArgumentParser):
     """argparse's own `error` prints the usage as well, over several lines."""
 
@@ -64,6 +86,14 @@ class _Parser(ArgumentParser):
 def make_parser(description: str | None) -> ArgumentParser:
     """A parser whose `--help` shows a script's docstring as it is written; bad arguments raise `UserError`."""
     return _Parser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def add_process_flags(parser: ArgumentParser) -> None:
+    """The flags by which several processes find each other where JAX does not find them: see `joined_processes`."""
+    help = "of process 0, where several share the work; TPU pods, SLURM, Open MPI and Kubernetes jobs are found"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=help)
+    parser.add_argument("--process_count", type=int, metavar="N", help="how many they are; 1: this one, in any cluster")
+    parser.add_argument("--process_index", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:

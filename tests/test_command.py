@@ -70,6 +70,7 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["benchmark.py", "families", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
         (["benchmark.py", "decode", "--repeats=0"], "argument --repeats: must be positive, got 0"),
         (["train.py", QUICKSTART, "--config.train.trace_steps=-1"], "train.trace_steps must not be negative, got -1"),
+        (["benchmark.py", "faults", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -129,6 +129,8 @@ INFINITE, NAN = float("inf"), float("nan")
         ("optimizer", "clip_norm", -1.0),
         ("train", "steps", 0),
         ("train", "z_loss_weight", -1.0),
+        ("train", "step_timeout", -1),
+        ("train", "heartbeat_timeout", 0),
         ("evaluate", "split", "dev"),
         ("evaluate", "batches", -1),
     ],

@@ -31,9 +31,11 @@ class Collective(NamedTuple):
 def collectives(program: Program) -> list[Collective]:
     """All that run; of an asynchronous pair the start.
 
-    The TPU compiler may do one in steps, each fused with other work: these have one channel, and count as one.
+    The TPU compiler may do one in steps, each fused with other work: these have one channel, and count as one. It
+    writes a reduce-scatter as an all-reduce and what slices its result, in a computation called all-reduce-scatter.
     """
     found, chains = [], set()
+    scatters = [body for name, body in program.computations.items() if name.startswith("all-reduce-scatter")]
     for computation, instruction, times in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -51,6 +53,8 @@ def collectives(program: Program) -> list[Collective]:
                     if len(instruction.operands) == 1
                     else (size * max(len(group), 1))
                 )
+            if kind == "all-reduce" and any(computation is body for body in scatters):
+                kind = "reduce-scatter"
             found.append(Collective(kind, size, times, group, instruction.source))
     return found
 

@@ -16,7 +16,7 @@ class MeshConfig:
     """What the devices that divide the batch (data x expert) divide among themselves: none; optimizer, its state (ZeRO
     stage 1); parameters, these with their gradients and the optimiser's state (ZeRO stage 3, FSDP)."""
     emulated_devices: int = 0
-    """Where the CPU is the only device: how many to emulate (0: leave as it is)."""
+    """Where the CPU is the only device: how many to emulate, all processes together (0: leave as it is)."""
 
     def __post_init__(self) -> None:
         check_positive("mesh", {"expert": self.expert, "model": self.model})
@@ -64,10 +64,30 @@ class TrainConfig:
     trace_first_step: int = 10
     trace_steps: int = 0
     """Steps, from `trace_first_step` on, of which a profiler's trace is written into the workdir; 0: none."""
+    non_finite: str = "stop"
+    """What a loss or gradient that is not finite does: stop the run, or skip the step, which then leaves parameters and
+    optimiser, its count of updates too, as they are."""
+    max_skipped_steps: int = 10
+    """Largest number of steps that are skipped in a row; one more stops the run."""
+    step_timeout: int = 1800
+    """Seconds after which a step, or the reading of its batch, is given up and the run ended; 0: never."""
+    heartbeat_timeout: int = 100
+    """Of several processes: seconds after which one that does not answer is taken for dead and the run ended."""
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints", "trace_first_step")
+        sizes = (
+            "steps",
+            "accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "trace_first_step",
+            "max_skipped_steps",
+            "heartbeat_timeout",
+        )
         check_positive("train", {name: getattr(self, name) for name in sizes})
+        check_choice("train.non_finite", self.non_finite, ["stop", "skip"])
+        require(self.step_timeout >= 0, f"train.step_timeout must not be negative, got {self.step_timeout}")
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
         require(self.trace_steps >= 0, f"train.trace_steps must not be negative, got {self.trace_steps}")
 

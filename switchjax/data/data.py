@@ -21,8 +21,8 @@ _PREFETCHED_BATCHES = 4
 class Data(abc.ABC):
     """Corpora as training and evaluation batches.
 
-    Row r of global batch b is the same however many processes there are, and each computes only its own: process i has
-    rows [i * B / n, (i + 1) * B / n).
+    Row r of global batch b is the same however many processes there are, and each computes only its own: those that its
+    devices hold (`process_rows`).
 
     Attributes:
         corpora: names of those that could be had, in the config's order.
@@ -38,13 +38,14 @@ class Data(abc.ABC):
         self.fingerprint = fingerprint
         self._config = config
 
-    def train_batches(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+    def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[Batch]:
         """Endless training batches; every epoch of a corpus has another order and is drawn anew.
 
-        The iterator's `get_state()` is small and JSON-able; `set_state()` continues with the very next batch.
+        The iterator's `get_state()` is small and JSON-able; `set_state()` continues with the very next batch, whatever
+        rows the iterator was for.
 
-        Raises:
-            UserError: if the global batch cannot be divided over the processes.
+        Args:
+            own: rows of each global batch that are computed, in this order; all of them by default.
         """
         config = self._config
         sources = {corpus: self._train_source(corpus) for corpus in self.corpora}
@@ -56,12 +57,12 @@ class Data(abc.ABC):
         rows = grain.MapDataset.mix(corpora, self._rates(sources)).random_map(
             self._train_row, seed=derived_seed(config.seed, "corrupt")
         )
-        own = ProcessRows(rows, config.batch_size, process_index, process_count)
+        part = ProcessRows(rows, config.batch_size, own)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-        return iter(grain.MapDataset.source(own).batch(own.num_rows).to_iter_dataset(options))
+        return iter(grain.MapDataset.source(part).batch(part.num_rows).to_iter_dataset(options))
 
     def evaluation_batches(
-        self, corpus: str, split: str, limit: int = 0, process_index: int = 0, process_count: int = 1
+        self, corpus: str, split: str, limit: int = 0, own: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """One pass over a split, the same whatever the seed of the training is.
 
@@ -71,27 +72,26 @@ class Data(abc.ABC):
             corpus: one of `corpora`.
             split: `train`, `validation` or `test`.
             limit: largest number of batches; 0 is all.
-            process_index: as in `train_batches`.
-            process_count: as in `train_batches`.
+            own: as in `train_batches`.
 
         Yields:
             Batches of full shape; the last one is filled up with empty rows, whose segments are 0 or label -1.
 
         Raises:
-            UserError: for an unknown corpus or split, or a batch that cannot be divided.
+            UserError: for an unknown corpus or split.
         """
         check_choice("corpus", corpus, self.corpora)
         check_choice("split", split, SPLITS)
         rows = self._evaluation_rows(corpus, split)
-        own = ProcessRows(rows, self._config.batch_size, process_index, process_count)
+        part = ProcessRows(rows, self._config.batch_size, own)
         num_batches = -(-len(rows) // self._config.batch_size)
-        return self._evaluation_batches(own, min(num_batches, limit or num_batches))
+        return self._evaluation_batches(part, min(num_batches, limit or num_batches))
 
-    def _evaluation_batches(self, own: ProcessRows, num_batches: int) -> Iterator[Batch]:
+    def _evaluation_batches(self, part: ProcessRows, num_batches: int) -> Iterator[Batch]:
         empty = self._empty_row()
         for batch in range(num_batches):
-            indices = map(own.global_index, range(batch * own.num_rows, (batch + 1) * own.num_rows))
-            rows = [own.rows[index] if index < len(own.rows) else empty for index in indices]
+            indices = map(part.global_index, range(batch * part.num_rows, (batch + 1) * part.num_rows))
+            rows = [part.rows[index] if index < len(part.rows) else empty for index in indices]
             yield {name: np.stack([row[name] for row in rows]) for name in empty}
 
     def _rates(self, sources: dict[str, grain.sources.RandomAccessDataSource[Any]]) -> list[float]:

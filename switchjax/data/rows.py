@@ -6,7 +6,6 @@ import grain
 import numpy as np
 from jaxtyping import Integer
 
-from switchjax.config import UserError
 from switchjax.data.objective import Tokens
 from switchjax.data.packing import Chunks, Rows
 from switchjax.data.vocabulary import EOS, PAD
@@ -71,12 +70,11 @@ class RowSource:
 class ProcessRows:
     """The rows of global batches that belong to one process, one after the other."""
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, process_index: int, process_count: int) -> None:
-        if batch_size % process_count:
-            raise UserError(f"data.batch_size={batch_size} is not a multiple of the {process_count} processes")
+    def __init__(self, rows: grain.MapDataset, batch_size: int, own: Sequence[int] | None) -> None:
+        """See `Data.train_batches` for `own`."""
         self.rows = rows
-        self.num_rows = batch_size // process_count
-        self._batch_size, self._process_index = batch_size, process_index
+        self._batch_size, self._own = batch_size, range(batch_size) if own is None else own
+        self.num_rows = len(self._own)
 
     def __len__(self) -> int:
         return 2**40 * self.num_rows  # Endless in practice, and far from where lengths overflow.
@@ -87,4 +85,4 @@ class ProcessRows:
     def global_index(self, index: int) -> int:
         """Where this process' row `index` stands in the sequence of all rows."""
         batch, row = divmod(index, self.num_rows)
-        return batch * self._batch_size + self._process_index * self.num_rows + row
+        return batch * self._batch_size + int(self._own[row])

@@ -2,21 +2,21 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchjax.config import Config, UserError
 from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
-from switchjax.parallel.sharding import gather
+from switchjax.parallel.sharding import gather, process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.state import plan_state
@@ -35,11 +35,11 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     capacity.
     """
     evaluate = config.evaluate
-    step = jax.jit(_sums)
+    step = jax.jit(_sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    own = process_rows(mesh, config.data.batch_size)
 
     def batches(corpus: str) -> Iterator[Batch]:
-        processes = jax.process_index(), jax.process_count()
-        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, *processes)
+        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, own)
         return (place_batch(batch, mesh) for batch in rows)
 
     corpora = [corpus for corpus in data.corpora if next(batches(corpus), None) is not None]
@@ -48,10 +48,13 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     if not corpora:
         raise UserError(f"no corpus has anything in its {evaluate.split} split")
 
-    def evaluator(model: Model) -> dict[str, float]:
+    def evaluator(model: Model, check: Callable[[], None]) -> dict[str, float]:
         totals = {}
         for corpus in corpora:
-            sums = [one_at_a_time(step(model, batch)) for batch in batches(corpus)]
+            sums = []
+            for batch in batches(corpus):
+                check()
+                sums.append(one_at_a_time(step(model, batch)))
             totals[corpus] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
         return _results(totals)
 
@@ -71,7 +74,7 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
         if checkpoints.restore_data(step)["fingerprint"] != data.fingerprint:
             _log.warning("the corpora here are not those that %s was trained on", workdir)
-        return step, perplexity_evaluator(config, data, mesh)(model)
+        return step, perplexity_evaluator(config, data, mesh)(model, lambda: None)
 
 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:

@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from switchjax.config import Config, MeshConfig, UserError
+from switchjax.parallel.processes import process_count
 
 DATA, EXPERT, MODEL = "data", "expert", "model"
 AXES = (DATA, EXPERT, MODEL)
@@ -18,15 +19,21 @@ Tree = TypeVar("Tree")
 
 
 def emulate_devices(config: MeshConfig) -> None:
-    """Makes the CPU look like `config.emulated_devices` devices; to be called before JAX is first used.
+    """Makes the CPUs of all processes look like `config.emulated_devices` devices, before JAX is first used.
 
     Raises:
-        UserError: if JAX has already started with fewer devices than that.
+        UserError: if the processes cannot have equally many, or JAX has already started with fewer devices than that.
     """
     if not config.emulated_devices:
         return
+    each, rest = divmod(config.emulated_devices, process_count())
+    if rest:
+        raise UserError(
+            f"mesh.emulated_devices={config.emulated_devices} are those of all processes, "
+            f"and do not divide over {process_count()}"
+        )
     try:
-        jax.config.update("jax_num_cpu_devices", config.emulated_devices)
+        jax.config.update("jax_num_cpu_devices", each)
     except RuntimeError:  # JAX has started: fine as long as it has the devices
         if jax.device_count() < config.emulated_devices:
             raise UserError(

@@ -179,6 +179,17 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that the devices of this process hold, in order.
+
+    They need not lie side by side, as a pod's mesh follows its network, nor be this process' alone: over `model`,
+    processes divide the weights and share rows.
+    """
+    sharding = NamedSharding(mesh, partition_spec("batch"))
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in held if index for row in range(*index[0].indices(batch_size))})
+
+
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Of what an optimiser keeps of a parameter, in Adafactor's state under the name `field`."""
     spec, whole = list(_update_spec(variable)), variable.shape

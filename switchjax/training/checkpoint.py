@@ -1,17 +1,25 @@
 """Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
 
+import json
 import logging
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from switchjax.config import Config, UserError
+from switchjax.parallel.endings import another_has_gone
+from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
+from switchjax.training.workdir import check_same_run
 
 _log = logging.getLogger(__name__)
 
@@ -28,16 +36,27 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int | None = None):
         self._directory = (workdir / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
+            max_to_keep=keep,
+            read_only=keep is None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut off
+            lightweight_initialize=True,  # times of checkpoints are of no use here, and may not be readable
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        self._in_progress = False
+        self._failed = False
+        try:
+            if keep is not None:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
+        except OSError as error:
+            raise UserError(f"cannot use {self._directory} for checkpoints: {error.strerror}") from None
 
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
         """Starts writing; the state may be donated as soon as this returns. What is there already is not written again.
@@ -46,18 +65,23 @@ class Checkpoints:
             state: what is saved; its step names the checkpoint.
             data: state of the data iterator, JSON-able.
             config: of the run.
+
+        Raises:
+            UserError: if this or the one before cannot be written.
         """
         step = int(state.step)
         if step in self.steps():
             return
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(named_leaves(state)),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(config.to_dict()),
-            ),
-        )
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(named_leaves(state)),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(config.to_dict()),
+                ),
+            )
+        self._in_progress = True
         if not saved:
             raise UserError(f"step {step} cannot be saved beside the checkpoints {self.steps()} in {self._directory}")
 
@@ -65,24 +89,43 @@ class Checkpoints:
         """Steps with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def restore_latest(self, plan: StatePlan) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_latest(self, plan: StatePlan, fingerprint: str) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with the data iterator's state; None if there is none at all.
 
-        Those that are damaged are passed over with a message, and set aside so that their steps can be saved anew.
+        Those that are damaged, or of another run, are passed over with a message, and set aside so that their steps can
+        be saved anew.
+
+        Args:
+            plan: of the run.
+            fingerprint: of its data.
 
         Raises:
-            UserError: if checkpoints are there but none can be read, or they belong to another model.
+            UserError: if checkpoints are there but none can be read, or they belong to another model or other data.
         """
-        newest = self._newest_readable(lambda step: (self.restore_state(step, plan), self.restore_data(step)))
+
+        def read(step: int) -> tuple[TrainState, dict[str, Any]]:
+            state, data = self.restore_state(step, plan), self.restore_data(step)
+            found = f"checkpoint {step} in {self._directory}"
+            if data["fingerprint"] != fingerprint:
+                raise UserError(f"the data is not what {found} was trained on: corpora or vocabulary have changed")
+            check_same_run(self._restore_config(step), plan.config, f"{found} is of another run", "remove it")
+            if int(state.step) != step:
+                raise UserError(f"{found} is of step {int(state.step)}")
+            return state, data
+
+        newest = self._newest_readable(read)
         if newest is None:
             return None
         step, restored = newest
-        for damaged in [other for other in self.steps() if other > step]:
-            target = self._directory.with_name("damaged_checkpoints") / f"{damaged}-{time.time_ns()}"
-            target.parent.mkdir(exist_ok=True)
-            (self._directory / str(damaged)).rename(target)
+        first_then_others(lambda: self._clear_way(step))
         self._manager.reload()
         return restored
+
+    def _clear_way(self, step: int) -> None:
+        """Sets aside what stands where later steps are to be saved, and whatever is no checkpoint."""
+        for other in self._numbered() if process_index() == 0 else ():
+            if other > step or not self._is_whole(other):
+                self._set_aside(other)
 
     def load_model(self, plan: StatePlan, step: int = -1) -> tuple[int, Any]:
         """Step and model of a checkpoint without its optimiser; for -1, of the newest that can be read.
@@ -105,21 +148,77 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} in {self._directory} cannot be read: {_first_line(error)}") from None
 
     def _newest_readable(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        steps = self.steps()
+        """The newest step that every process can read: damage may be in the part of one of them."""
+        passed_over: list[str] = []
+        misfit: UserError | None = None
+        steps: list[int] = json.loads(exchange(json.dumps(self._numbered()))[0])
         for step in reversed(steps):
+            found, problem = None, ""
             try:
-                return step, read(step)
-            except UserError:
-                raise
+                if not self._is_whole(step):
+                    raise FileNotFoundError(f"it does not hold {', '.join(self._handlers)}")
+                found = read(step)
+            except UserError as error:  # foreign, or all of them are and this is not their config
+                misfit = misfit or error
+                problem = f"checkpoint {step} is not of this run and is passed over: {error}"
             except Exception as error:  # whatever a damaged file makes of the reader
-                _log.warning("checkpoint %d cannot be read and is passed over: %s", step, _first_line(error))
-        if steps:
+                problem = f"checkpoint {step} cannot be read and is passed over: {_first_line(error)}"
+            problem = next(filter(None, exchange(problem)), "")
+            if found is not None and not problem:
+                for message in passed_over:
+                    _log.warning(message)
+                return step, found
+            passed_over.append(problem)
+        if misfit:
+            raise misfit
+        if passed_over:
             raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
         return None
 
+    def _numbered(self) -> list[int]:
+        """The steps that anything in the folder is named after, in order."""
+        return sorted(
+            int(path.name)
+            for path in self._directory.iterdir()
+            if path.name.isdecimal() and str(int(path.name)) == path.name
+        )
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether what is named after a step has the parts of a checkpoint."""
+        try:
+            return all((self._directory / str(step) / item).is_dir() for item in self._handlers)
+        except OSError:  # not ours to read
+            return False
+
+    def _set_aside(self, step: int) -> None:
+        target = self._directory.with_name("damaged_checkpoints") / f"{step}-{time.time_ns()}"
+        try:
+            target.parent.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(target)
+        except OSError as error:
+            raise UserError(
+                f"{self._directory / str(step)} is in the way and cannot be moved to {target}: {error.strerror}"
+            ) from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the file system, in as many types as there are layers
+            self._failed = True
+            if another_has_gone(error):
+                raise
+            whole = [step for step in self._numbered() if self._is_whole(step)]
+            raise UserError(
+                f"cannot write a checkpoint to {self._directory}: {_reason(error)}; those of steps {whole} are intact"
+            ) from error
+
     def restore_data(self, step: int) -> dict[str, Any]:
         """The data iterator's state of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        return self._restore_item(step, "data", ocp.args.JsonRestore())
+
+    def _restore_config(self, step: int) -> Config:
+        return Config.from_dict(self._restore_item(step, "config", ocp.args.JsonRestore()))
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
         """The state of a step, laid out as `plan` says.
@@ -151,20 +250,44 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=bool(prefix),
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._restore_item(step, "state", arguments)
+
+    def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
+        # The manager would wait for the other processes, which may have failed where this one has not.
+        return self._handlers[item].restore(epath.Path(self._directory) / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of a checkpoint, read without any config."""
         metadata = self._manager.item_metadata(step)["state"]
         return {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
 
+    def check(self) -> None:
+        """Notices at once, and not at the next save, that the one in progress has failed; waits for nothing.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        if self._in_progress and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._in_progress = False
 
     def close(self) -> None:
-        """Waits and releases the writer."""
-        self._manager.close()
+        """Waits and releases the writer.
+
+        Raises:
+            UserError: as `wait`, but for an error that has been raised already.
+        """
+        with suppress(Exception) if self._failed else self._writing():
+            self._manager.close()
 
 
 def _check_same(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], step: int, complete: bool) -> None:
@@ -182,3 +305,11 @@ def _check_same(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], step
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, if it was the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+    return os.strerror(int(code[1])) if code else _first_line(error)

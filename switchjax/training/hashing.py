@@ -41,19 +41,19 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
             return model
     if moe.hash_table == "balanced":
         counts = count_tokens(data.train_batches(), config.model.vocab_size)
-        table = jnp.asarray(balanced_table(counts, moe.num_experts))
+        table = balanced_table(counts, moe.num_experts)
     else:
         cluster = partial(clustered_table, num_experts=moe.num_experts, seed=config.train.seed)
         table = jax.jit(cluster)(named_leaves(model)["embedding/vectors"])
     return with_leaves(model, {name: _replace(name, leaf, table) for name, leaf in named_leaves(model).items()})
 
 
-def _replace(name: str, leaf: Array, table: Int[Array, "V"]) -> Array:
+def _replace(name: str, leaf: Array, table: Int[Array, "V"] | Int[np.ndarray, "V"]) -> Array:
     """Tables are stacked over layers."""
     if not name.endswith("router/table"):
         return leaf
-    stacked = jnp.broadcast_to(table.astype(leaf.dtype)[None], leaf.shape)
-    return jax.device_put(stacked, leaf.sharding)
+    stack = partial(jnp.broadcast_to, shape=leaf.shape)
+    return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
 
 
 def count_tokens(batches: Iterable[Batch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:

@@ -1,15 +1,14 @@
 """The run: set up or resume, step, log, evaluate, checkpoint, summarise."""
 
+import dataclasses
 import logging
-import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -21,63 +20,80 @@ from switchjax.data.data import Data
 from switchjax.data.images import ImageData
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
+from switchjax.parallel.endings import Watchdog, closing_together
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
-from switchjax.parallel.sharding import partition_spec
+from switchjax.parallel.processes import exchange, first_then_others, process_index
+from switchjax.parallel.sharding import partition_spec, process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.clock import Clock, StepCost, device_memory
 from switchjax.training.hashing import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
+from switchjax.training.non_finite import SkippedSteps
 from switchjax.training.optimizer import count_trained
+from switchjax.training.preemption import Preempted, Preemption, preemption
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
 from switchjax.training.trace import Trace
-from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path, write_summary
+from switchjax.training.workdir import (
+    exclusive_run,
+    load_vocabulary,
+    open_workdir,
+    record_run,
+    vocabulary_path,
+    write_summary,
+)
 
 _log = logging.getLogger(__name__)
 
-Evaluator = Callable[[Model], dict[str, float]]
+Evaluator = Callable[[Model, Callable[[], None]], dict[str, float]]
+"""Metrics of a model on held-out data. The second argument is called before each batch, and raises to drop the rest."""
 MakeEvaluator = Callable[[Config, Data, Mesh], Evaluator]
 """Prepares the held-out evaluation of a run."""
 MakeCost = Callable[[Config, Mesh], StepCost]
 """Accounts for a train step."""
 
 
-class NonFiniteError(UserError):
-    """The loss has become infinite or NaN; the message says where."""
-
-
 def train(
-    config: Config, workdir: Path, make_evaluator: MakeEvaluator, make_cost: MakeCost | None = None
+    config: Config,
+    workdir: Path,
+    make_evaluator: MakeEvaluator,
+    make_cost: MakeCost | None = None,
+    interrupted_exit_code: int = 0,
 ) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
-    SIGTERM saves a checkpoint and returns early.
+    SIGTERM, to any of several processes, saves a checkpoint and returns early; while there is nothing to save, it ends
+    the process.
 
     Args:
         config: of the run.
         workdir: of the run.
         make_evaluator: as `MakeEvaluator`.
         make_cost: as `MakeCost`; without it, metrics tell of no FLOPs.
+        interrupted_exit_code: of the process, where SIGTERM ends it.
 
     Returns:
-        What `summary.json` holds when the run is complete, or else the step that it has reached.
+        What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
+        it has reached.
 
     Raises:
-        UserError: if the config does not fit the devices, the data or what `workdir` holds, or (`NonFiniteError`) the
-            loss is no longer finite.
+        UserError: if the config does not fit the devices, the data or what `workdir` holds, if `workdir` cannot be
+            written (a full disk) or another process trains in it, or (`NonFiniteError`) the loss is no longer finite.
     """
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
     open_workdir(workdir, config)
-    data = prepare_data(config.data)
-    _check_data(config, data)
-    with jax.set_mesh(mesh):
-        run = _start(config, workdir, data, mesh, plan, Clock(make_cost(config, mesh) if make_cost else None))
-        try:
-            return run.finish() if run.step >= config.train.steps else _loop(run, make_evaluator(config, data, mesh))
-        finally:
-            run.close()
+    with ExitStack() as resources:
+        # Of the processes of one run, the first holds the workdir for them all.
+        first_then_others(lambda: process_index() or resources.enter_context(exclusive_run(workdir)))
+        stop = resources.enter_context(preemption(interrupted_exit_code))
+        data = prepare_data(config.data)
+        _check_data(config, data)
+        resources.enter_context(jax.set_mesh(mesh))
+        clock = Clock(make_cost(config, mesh) if make_cost else None)
+        with closing_together(_start(config, workdir, data, mesh, plan, clock)) as run:
+            return run.finish() if run.complete else _loop(run, make_evaluator(config, data, mesh), stop)
 
 
 def _check_data(config: Config, data: Data) -> None:
@@ -106,33 +122,48 @@ class _Run:
     mesh: Mesh
     state: TrainState
     step: int
+    skipped: SkippedSteps
     batches: Any
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
+    watchdog: Watchdog
     compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     clock: Clock
     trace: Trace
     pending: deque[tuple[int, Metrics]] = field(default_factory=deque)
     """Metrics that the devices may still be working on."""
+    evaluated: int = 0
+    """Step of the last evaluation."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are taken and the last is evaluated."""
+        return self.step >= self.config.train.steps and self.evaluated == self.step
 
     def advance(self) -> None:
         """Takes one step; does not wait for the devices to finish it."""
+        self.watchdog.mark(f"reading the batch of step {self.step + 1}")
         with self.clock.measure("data_wait"):
             batch = next(self.batches)
+        self.watchdog.mark(f"computing step {self.step + 1}")
         with self.clock.measure("step"):
             self.state, metrics = one_at_a_time(self.compiled(self.state, place_batch(batch, self.mesh)))
         self.step += 1
         self.pending.append((self.step, metrics))
 
     def settle(self, keep: int) -> None:
-        """Logs what is pending but for the last `keep` steps, and refuses a loss that is not finite."""
+        """Logs what is pending but for the last `keep` steps, and refuses or counts what is not finite."""
         while len(self.pending) > keep:
             step, metrics = self.pending.popleft()
             with self.clock.measure("step"):
                 values = jax.device_get(metrics)
-            norms = values.pop("gradient_norms")
-            _check_finite(step, values, norms)
+            norms, finite = values.pop("gradient_norms"), bool(values.pop("finite"))
+            skipped = self.skipped.count(step, finite, values, norms, self.config.train)
+            if skipped:
+                self.progress.say(skipped)
+            if self.config.train.non_finite == "skip":
+                values["skipped_steps"] = self.skipped.total
             self.clock.count_step(int(values["tokens"]))
             shown = None
             if step % self.config.train.log_every == 0 or step == self.config.train.steps:
@@ -142,24 +173,43 @@ class _Run:
                 shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{speed['tokens_per_second']:.0f}"}
             self.progress.update(step, shown)
 
-    def evaluate(self, evaluator: Evaluator) -> None:
-        """Settles, and evaluates the present parameters."""
+    def evaluate_if_due(self, evaluator: Evaluator, stop: Preemption) -> None:
+        """Settles, and evaluates the present parameters, after the steps for which that is asked.
+
+        SIGTERM cuts it short: then it is done when the run is resumed.
+        """
+        every, last = self.config.evaluate.every, self.config.train.steps
+        due = self.step >= last or (every and self.step and self.step % every == 0)
+        if not due or self.evaluated == self.step:
+            return
         self.settle(0)
+        self.watchdog.mark(None)
         with self.clock.measure("evaluation"):
-            results = evaluator(self.state.model)
+            try:
+                results = evaluator(self.state.model, stop.check)
+            except Preempted:
+                return
             self.writer.write("evaluate", self.step, results)
+            self.evaluated = self.step
             self.progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
 
     def save(self) -> None:
         """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
         self.settle(0)
+        self.watchdog.mark(None)
         with self.clock.measure("checkpoint"):
-            data = {"iterator": self.batches.get_state(), "fingerprint": self.data.fingerprint}
+            data = {
+                "iterator": self.batches.get_state(),
+                "fingerprint": self.data.fingerprint,
+                "skipped": dataclasses.asdict(self.skipped),
+            }
             self.checkpoints.save(self.state, data, self.config)
 
     def finish(self) -> dict[str, Any]:
         """Writes `summary.json`."""
         self.checkpoints.wait()
+        if process_index():
+            return {"steps": self.step}
         train, evaluate = read_metrics(self.workdir, "train"), read_metrics(self.workdir, "evaluate")
         last = evaluate[-1] if evaluate else {}
         summary = {
@@ -176,57 +226,75 @@ class _Run:
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written and closes the files."""
-        self.checkpoints.close()
-        self.writer.close()
-        self.progress.close()
-        self.trace.close()
+        self.watchdog.close()
+        with closing(self.progress), closing(self.writer), closing(self.trace):
+            self.checkpoints.close()
 
 
-def _loop(run: _Run, evaluator: Evaluator) -> dict[str, Any]:
+def _loop(run: _Run, evaluator: Evaluator, stop: Preemption) -> dict[str, Any]:
     config, last = run.config, run.config.train.steps
     # On real devices the next step is dispatched before the metrics of the last one are waited for.
     in_flight = 0 if jax.default_backend() == "cpu" else 1
     run.clock.lap()
-    with _sigterm() as stop:
-        while run.step < last and not stop.requested:
+    with stop.deferred():
+        run.evaluate_if_due(evaluator, stop)  # what SIGTERM had cut short
+        while run.step < last and not stop.reached(run.step):
             with run.trace.step(run.step + 1):
                 run.advance()
                 run.settle(in_flight)
             run.trace.stop_after(run.step, run.state)
-            if config.evaluate.every and run.step % config.evaluate.every == 0 and run.step < last:
-                run.evaluate(evaluator)
+            run.checkpoints.check()
+            run.evaluate_if_due(evaluator, stop)
             if run.step % config.train.checkpoint_every == 0 and run.step < last:
                 run.save()
         run.trace.close()
-        if run.step == last:
-            run.evaluate(evaluator)
         run.save()
         run.checkpoints.wait()
-    return run.finish() if run.step == last else {"steps": run.step, "interrupted": True}
+    return run.finish() if run.complete else {"steps": run.step, "interrupted": True}
 
 
 def _start(config: Config, workdir: Path, data: Data, mesh: Mesh, plan: StatePlan, clock: Clock) -> _Run:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    batches = data.train_batches(jax.process_index(), jax.process_count())
-    restored = checkpoints.restore_latest(plan)
+    batches = data.train_batches(process_rows(mesh, config.data.batch_size))
+    restored = checkpoints.restore_latest(plan, data.fingerprint)
+    skipped = SkippedSteps()
     if restored is None:
         state = _initial_state(config, plan, data)
     else:
         state, saved = restored
-        if saved["fingerprint"] != data.fingerprint:
-            raise UserError(f"the data is not what {workdir} was trained on: corpora or vocabulary have changed")
         batches.set_state(saved["iterator"])
+        skipped = SkippedSteps(**saved.get("skipped", {}))
         _log.info("resuming %s from step %d", workdir, int(state.step))
     step = int(state.step)
     compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = _nothing_to_do
     if step < config.train.steps:
         record_run(workdir, config, data.vocabulary)
         compiled = _compile(config, plan, mesh)
-    writer, progress = MetricsWriter(workdir, step), Progress(step, config.train.steps)
-    trace = Trace(workdir, config.train)
+        exchange("compiled")  # the first to enter a step would give up waiting for the others after a while
     return _Run(
-        config, workdir, data, mesh, state, step, batches, checkpoints, writer, progress, compiled, clock, trace
+        config=config,
+        workdir=workdir,
+        data=data,
+        mesh=mesh,
+        state=state,
+        step=step,
+        skipped=skipped,
+        batches=batches,
+        checkpoints=checkpoints,
+        writer=MetricsWriter(workdir, step),
+        progress=Progress(step, config.train.steps),
+        watchdog=Watchdog(config.train.step_timeout),
+        compiled=compiled,
+        clock=clock,
+        trace=Trace(workdir, config.train),
+        evaluated=_last_evaluation(workdir),
     )
+
+
+def _last_evaluation(workdir: Path) -> int:
+    """The step of it, which process 0, whose records these are, says to all."""
+    records = read_metrics(workdir, "evaluate") if process_index() == 0 else []
+    return int(exchange(str(max((record["step"] for record in records), default=0)))[0])
 
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
@@ -262,37 +330,3 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """Rows from the host, laid over the mesh."""
     sharding = NamedSharding(mesh, partition_spec("batch"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-def _check_finite(step: int, values: Metrics, gradient_norms: Metrics) -> None:
-    if np.isfinite(values["total_loss"]) and np.isfinite(values["gradient_norm"]):
-        return
-    bad = [name for name, norm in gradient_norms.items() if not np.isfinite(norm)]
-    shown = ", ".join(
-        f"{name} {values[name]:.4g}" for name in ("loss", "total_loss", "learning_rate", "parameter_norm")
-    )
-    raise NonFiniteError(
-        f"step {step}: not finite: {shown}; first of {len(bad)} parameters whose gradient is not finite: "
-        f"{bad[0] if bad else 'none'}; checkpoints of earlier steps are intact"
-    )
-
-
-@dataclass
-class _Stop:
-    """Whether SIGTERM has come; the step under way is finished first."""
-
-    requested: bool = False
-
-
-@contextmanager
-def _sigterm() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)

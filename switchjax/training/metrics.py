@@ -1,55 +1,126 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard events and a progress bar."""
 
+import contextlib
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+from switchjax.config import UserError
+from switchjax.parallel.processes import process_index
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir.
+    """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir, in process 0.
+
+    Both hold whole records at any moment, on a full disk too.
 
     Args:
         workdir: of the run.
         resume_step: records of later steps, of a run that was cut off, are dropped: they will be written again.
+
+    Raises:
+        UserError: here and in `write`, if the disk is full or the workdir cannot be written.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
         self._path = workdir / "metrics.jsonl"
-        _keep_until(self._path, resume_step)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._silent = process_index() > 0
+        if self._silent:
+            return
+        with _writing(self._path):
+            _keep_until(self._path, resume_step)
+            self._file = self._path.open("ab", buffering=0)
+        self._events = _Events(workdir / "tensorboard", resume_step)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one record: `kind` is train or evaluate; in TensorBoard, an array shows its rows' least and most."""
+        if self._silent:
+            return
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         record = {"kind": kind, "step": step} | {name: value.tolist() for name, value in values.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with _writing(self._path):
+            _append(self._file, (json.dumps(record) + "\n").encode())
+        scalars = {}
         for name, value in values.items():
             if value.ndim == 0:
-                self._events.add_scalar(f"{kind}/{name}", float(value), step)
+                scalars[f"{kind}/{name}"] = float(value)
                 continue
             for layer, row in enumerate(value):
-                self._events.add_scalar(f"{kind}/{name}_max/layer_{layer}", float(np.max(row)), step)
-                self._events.add_scalar(f"{kind}/{name}_min/layer_{layer}", float(np.min(row)), step)
+                scalars[f"{kind}/{name}_max/layer_{layer}"] = float(np.max(row))
+                scalars[f"{kind}/{name}_min/layer_{layer}"] = float(np.min(row))
+        self._events.write(step, scalars)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Closes both files."""
+        if self._silent:
+            return
         self._file.close()
         self._events.close()
 
 
+class _Events:
+    """TensorBoard events, written by the thread that calls: `SummaryWriter`'s own dies of a full disk, and the training
+    then waits for it for ever."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self._folder = folder
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+        # Events from here on, of the run that was cut off, are hidden.
+        self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        summary = Summary(value=[scalar(name, value).value[0] for name, value in scalars.items()])
+        self._add(Event(step=step, summary=summary))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with _writing(self._folder):
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a disk that is full still; what failed has been reported
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was written before is intact") from None
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    """All of `line` or none of it."""
+    before = file.seek(0, io.SEEK_END)
+    try:
+        written = 0
+        while written < len(line):
+            written += file.write(line[written:])
+    except OSError:
+        file.truncate(before)
+        raise
+
+
 def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind, in the order of their steps."""
+    """The records of a kind, in the order of their steps; half a line that a kill has left is none."""
     with (workdir / "metrics.jsonl").open() as lines:
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in records if record["kind"] == kind]
 
 
@@ -71,12 +142,15 @@ def _step_of(line: str) -> int | float:
 
 
 class Progress:
-    """A bar with loss, tokens a second and the time left."""
+    """A bar with loss, tokens a second and the time left, in process 0."""
 
     def __init__(self, first: int, last: int):
         # In a log file, where a bar cannot be drawn over, a line now and then.
         interval = 0.1 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval)
+        others = process_index() > 0
+        self._bar = tqdm(
+            total=last, initial=first, unit="step", dynamic_ncols=True, mininterval=interval, disable=others
+        )
 
     def update(self, step: int, shown: Mapping[str, str] | None = None) -> None:
         """Moves the bar to `step`; `shown` are values beside it."""
@@ -86,7 +160,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(message)
+        if not self._bar.disable:
+            self._bar.write(message)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -61,7 +61,8 @@ def train_step(
     Returns:
         The next state, and metrics: scalars, `expert_load` [MoE layers, E] with the encoder's layers first, and
         `gradient_norms` by the names of parameters. `gradient_norm` and `parameter_norm` are of those that the
-        optimiser moves.
+        optimiser moves. `finite` is whether loss and gradient are; where they are not, and `train.non_finite` is skip,
+        only the step of the state is another.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     num_targets = jnp.maximum(jnp.sum(state.model.targets(batch)[1] > 0, dtype=jnp.float32), 1)
@@ -79,15 +80,22 @@ def train_step(
 
     gradient, sums = _accumulate(contribution, state.model, batch, step_key, config)
     gradients, parameters = leaves_for_update(gradient), leaves_for_update(state.model)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
-    parameters = optax.apply_updates(parameters, updates)
     norms = {name: jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for name, leaf in gradients.items()}
     trained = [name for name, rule in update_rules(state.model).items() if rule == GRADIENT]
+    gradient_norm = jnp.sqrt(sum(jnp.square(norms[name]) for name in trained))
+    finite = jnp.isfinite(sums["total_loss"]) & jnp.isfinite(gradient_norm + sum(norms.values()))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
+    updated = (optax.apply_updates(parameters, updates), opt_state)
+    if config.train.non_finite == "skip":
+        # Not optax's `apply_if_finite`: its counters would be part of the state, and of every checkpoint.
+        updated = optax.tree.where(finite, updated, (parameters, state.opt_state))
+    parameters, opt_state = updated
     metrics = {
         **{name: sums[name] for name in ("loss", "total_loss", "z_loss")},
         **routing_metrics([run for stack in routed for run in sums["routing"][stack]]),
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
-        "gradient_norm": jnp.sqrt(sum(jnp.square(norms[name]) for name in trained)),
+        "gradient_norm": gradient_norm,
+        "finite": finite,
         "parameter_norm": optax.tree.norm({name: parameters[name] for name in trained}),
         "tokens": sum(routed.values()),
         "gradient_norms": norms,

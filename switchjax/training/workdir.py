@@ -1,13 +1,18 @@
 """What a run keeps beside its checkpoints and metrics: config, vocabulary, summary."""
 
+import fcntl
 import json
 import logging
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
+from switchjax.parallel.processes import exchange, first_then_others, process_count, process_index
 
 _log = logging.getLogger(__name__)
 
@@ -21,25 +26,41 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.trace_",
+    "train.step_timeout",
+    "train.heartbeat_timeout",
+    "train.non_finite",
+    "train.max_skipped_steps",
 )
-"""Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them."""
+"""Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them, or (the last
+two) only where the run would otherwise end."""
+
+_OF_A_HOST = ("data.directory", "data.vocabulary")
+"""Keys that may differ between the processes of a run; that their data are the same is checked by itself."""
 
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
+_LOCK = "run.lock"
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, or if the folder cannot be made.
+        UserError: naming the first key that differs, from that run or between processes; or if the folder cannot be
+            made, or not all processes see it.
     """
+    _check_mounted(workdir)
+    first_then_others(lambda: _open(workdir, config))
+    if process_count() > 1:
+        _check_shared(workdir)
+        _check_same(config)
+
+
+def _open(workdir: Path, config: Config) -> None:
     if _has_checkpoints(workdir):
-        for key, change in differences(load_workdir_config(workdir), config).items():
-            if not key.startswith(_FREE):
-                raise UserError(
-                    f"{workdir} holds a run with another config ({key}: {change}); choose another --workdir"
-                )
+        saved = load_workdir_config(workdir)
+        check_same_run(saved, config, f"{workdir} holds a run with another config", "choose another --workdir")
+        for key, change in differences(saved, config).items():
             _log.info("resuming with another %s: %s", key, change)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -47,11 +68,69 @@ def open_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
 
 
+def check_same_run(saved: Config, config: Config, found: str, advice: str) -> None:
+    """Refuses a run whose steps would be others.
+
+    Raises:
+        UserError: `found`, the first key that differs, and `advice`.
+    """
+    for key, change in differences(saved, config).items():
+        if not key.startswith(_FREE):
+            raise UserError(f"{found} ({key}: {change}); {advice}")
+
+
+@contextmanager
+def exclusive_run(workdir: Path) -> Iterator[None]:
+    """Holds a workdir against other runs on this machine; a process that is killed lets go of it.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    try:
+        lock = (workdir / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {workdir} already; wait for it or choose another") from None
+        except OSError as error:  # a file system without locks
+            _log.warning("%s cannot be locked (%s): see to it that no other run uses it", workdir, error.strerror)
+        yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
+    name = exchange(f".shared.{uuid.uuid4().hex}")[0]
+    if process_index() == 0:
+        (workdir / name).touch()
+    exchange("written")
+    seen = exchange(str((workdir / name).exists()))
+    if process_index() == 0:
+        (workdir / name).unlink()
+    if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
+        raise UserError(
+            f"{workdir} must lie on a disk that all processes share: "
+            f"process {', '.join(blind)} does not see there what process 0 writes"
+        )
+
+
+def _check_same(config: Config) -> None:
+    first, *others = map(Config.from_json, exchange(config.to_json()))
+    for index, other in enumerate(others, 1):
+        for key, change in differences(first, other).items():
+            if key not in _OF_A_HOST:
+                raise UserError(f"process {index} has another config than process 0 ({key}: {change})")
+
+
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
-    """Writes `config.json` and `vocabulary.model` once nothing speaks against the run any more.
+    """Writes `config.json` and `vocabulary.model`, in process 0, once nothing speaks against the run any more.
 
     A summary of a shorter run is removed: it would pass for this one's.
     """
+    if process_index():
+        return
     _write_atomically(workdir / "config.json", config.to_json().encode())
     if vocabulary is not None:
         _write_atomically(workdir / _VOCABULARY, vocabulary.model)
@@ -82,7 +161,17 @@ def _has_checkpoints(workdir: Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def _check_mounted(workdir: Path) -> None:
+    # Otherwise it would be made as a folder of this machine, and gone with it.
+    if workdir.parts and workdir.parts[0].endswith(":"):
+        raise UserError(f"{workdir} is no folder: mount the bucket and name the folder there (docs/pods.md)")
+
+
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -101,6 +101,28 @@ def test_steps_of_one_collective_count_as_one() -> None:
     assert traffic(collectives(hlo.parse(STEPS))) == {"all-gather": Traffic(2, 2 * 16 * 8 * 4)}
 
 
+SCATTER = """
+%all-reduce-scatter.5 (p: f32[16,8]) -> f32[2,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  %sum = f32[16,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}
+  %i = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,8]{1,0} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={2,8}
+}
+
+ENTRY %main (a: f32[16,8]) -> f32[2,8] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %whole = f32[16,8]{1,0} all-reduce(%a), replica_groups={}
+  ROOT %f = f32[2,8]{1,0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.5
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter_on_tpus() -> None:
+    whole = Traffic(1, 16 * 8 * 4)
+    assert traffic(collectives(hlo.parse(SCATTER))) == {"all-reduce": whole, "reduce-scatter": whole}
+
+
 def test_shapes_say_their_bytes_and_where_they_lie() -> None:
     text = "(f32[8,128]{1,0:T(8,128)S(1)}, bf16[3]{0}, pred[7], s4[3,3], f8e4m3fn[2], s32[], token[])"
     shapes = hlo.parse_shapes(text)

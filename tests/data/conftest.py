@@ -60,6 +60,12 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
             np.testing.assert_array_equal(one[name], other[name])
 
 
+def divided(processes: int, batch_size: int = 8) -> list[range]:
+    """The rows of each process, first to last."""
+    share = batch_size // processes
+    return [range(start, start + share) for start in range(0, batch_size, share)]
+
+
 def joined(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
     """Batches of the processes as one."""
     return [

@@ -11,7 +11,7 @@ from switchjax.data.causal import Causal
 from switchjax.data.rows import Batch
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
-from tests.data.conftest import assert_resumes, assert_same, joined, take
+from tests.data.conftest import assert_resumes, assert_same, divided, joined, take
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def test_evaluation_is_one_full_pass(causal: TextData, causal_config: DataConfig
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_batches_do_not_depend_on_the_number_of_processes(causal: TextData, processes: int) -> None:
-    shares = [take(causal.train_batches(process, processes), 6) for process in range(processes)]
+    shares = [take(causal.train_batches(own), 6) for own in divided(processes)]
     assert_same(joined(shares), take(causal.train_batches(), 6))
-    shares = [list(causal.evaluation_batches("tales", "test", 0, process, processes)) for process in range(processes)]
+    shares = [list(causal.evaluation_batches("tales", "test", own=own)) for own in divided(processes)]
     assert_same(joined(shares), list(causal.evaluation_batches("tales", "test")))
 
 

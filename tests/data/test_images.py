@@ -14,7 +14,7 @@ from switchjax.data.datasets import ImageDataset
 from switchjax.data.images import ImageData, shifted_and_flipped
 from switchjax.data.rows import Batch
 from switchjax.data.splits import SPLITS
-from tests.data.conftest import assert_resumes, assert_same, joined, take
+from tests.data.conftest import assert_resumes, assert_same, divided, joined, take
 from tests.data.pictures import CLASSES, SHAPE, pictures
 
 NUM_TRAIN = 57
@@ -93,9 +93,9 @@ def test_evaluation_ignores_the_training_seed(augmented: ImageData, image_config
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_batches_do_not_depend_on_the_number_of_processes(augmented: ImageData, processes: int) -> None:
-    shares = [take(augmented.train_batches(process, processes), 10) for process in range(processes)]
+    shares = [take(augmented.train_batches(own), 10) for own in divided(processes)]
     assert_same(joined(shares), take(augmented.train_batches(), 10))
-    shares = [list(augmented.evaluation_batches("doodles", "test", 0, p, processes)) for p in range(processes)]
+    shares = [list(augmented.evaluation_batches("doodles", "test", own=own)) for own in divided(processes)]
     assert_same(joined(shares), list(augmented.evaluation_batches("doodles", "test")))
 
 

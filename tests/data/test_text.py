@@ -11,7 +11,7 @@ from switchjax.data.rows import Batch
 from switchjax.data.span_corruption import restore
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
-from tests.data.conftest import assert_resumes, assert_same, joined, padded, take
+from tests.data.conftest import assert_resumes, assert_same, divided, joined, padded, take
 
 
 def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
@@ -86,8 +86,20 @@ def test_an_epoch_holds_every_chunk_once(data: TextData, config: DataConfig, pac
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_batches_do_not_depend_on_the_number_of_processes(data: TextData, processes: int) -> None:
-    shares = [take(data.train_batches(process, processes), 6) for process in range(processes)]
+    shares = [take(data.train_batches(own), 6) for own in divided(processes)]
     assert_same(joined(shares), take(data.train_batches(), 6))
+
+
+def test_a_process_may_have_rows_that_do_not_lie_side_by_side(data: TextData) -> None:
+    whole = take(data.train_batches(), 6)
+    own = [0, 1, 4, 7]
+    expected = [{name: rows[own] for name, rows in batch.items()} for batch in whole]
+    batches = data.train_batches(own)
+    assert_same(take(batches, 3), expected[:3])
+    # The position is the same for all rows, and so good for a process with others.
+    other = data.train_batches([2])
+    other.set_state(batches.get_state())
+    assert_same(take(other, 3), [{name: rows[[2]] for name, rows in batch.items()} for batch in whole[3:]])
 
 
 def test_resumes_exactly_in_the_middle_of_an_epoch(data: TextData) -> None:
@@ -124,7 +136,7 @@ def test_evaluation_ignores_the_training_seed(data: TextData, config: DataConfig
 
 
 def test_evaluation_divides_over_processes(data: TextData) -> None:
-    shares = [list(data.evaluation_batches("tales", "test", 0, process, 2)) for process in range(2)]
+    shares = [list(data.evaluation_batches("tales", "test", own=own)) for own in divided(2)]
     assert_same(joined(shares), list(data.evaluation_batches("tales", "test")))
 
 
@@ -197,10 +209,8 @@ def test_refuses_what_cannot_work(data: TextData, config: DataConfig, changes: d
         TextData.prepare(dataclasses.replace(config, **changes))
 
 
-def test_refuses_unknown_names_and_odd_divisions(data: TextData) -> None:
+def test_refuses_unknown_names(data: TextData) -> None:
     with pytest.raises(UserError, match="did you mean 'tales'"):
         data.evaluation_batches("tale", "test")
     with pytest.raises(UserError, match="unknown value 'dev'"):
         data.evaluation_batches("tales", "dev")
-    with pytest.raises(UserError, match="batch_size=8 is not a multiple of the 3 processes"):
-        data.train_batches(0, 3)

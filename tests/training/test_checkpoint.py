@@ -1,8 +1,11 @@
 """Checkpoints come back bit for bit, on any mesh; what does not fit or is damaged is named."""
 
+import json
 import logging
 import math
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -33,9 +36,13 @@ def saved(tiny: Config, state: TrainState, tmp_path_factory: pytest.TempPathFact
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(workdir, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(restored_at(step, state), {"position": step}, tiny)
+        checkpoints.save(restored_at(step, state), position(step), tiny)
     checkpoints.close()
     return workdir
+
+
+def position(step: int) -> dict[str, object]:
+    return {"iterator": step, "fingerprint": "text"}
 
 
 @pytest.fixture
@@ -55,9 +62,9 @@ def test_the_newest_comes_back_bit_for_bit_and_laid_out_as_asked(
 ) -> None:
     checkpoints = Checkpoints(workdir, keep=2)
     assert checkpoints.steps() == [2, 3]
-    restored = checkpoints.restore_latest(plan)
+    restored = checkpoints.restore_latest(plan, "text")
     assert restored is not None
-    assert restored[1] == {"position": 3}
+    assert restored[1] == position(3)
     assert int(restored[0].step) == 3
     assert_equal(restored[0].model, state.model)
     assert_equal(restored[0].opt_state, state.opt_state)
@@ -95,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
 ) -> None:
     damage(workdir, 3)
     with caplog.at_level(logging.WARNING):
-        restored = Checkpoints(workdir, keep=2).restore_latest(plan)
+        restored = Checkpoints(workdir, keep=2).restore_latest(plan, "text")
     assert restored is not None
     assert int(restored[0].step) == 2
     assert "checkpoint 3 cannot be read" in caplog.text
@@ -106,9 +113,9 @@ def test_after_a_damaged_checkpoint_its_step_can_be_saved_again(
 ) -> None:
     damage(workdir, 3)
     checkpoints = Checkpoints(workdir, keep=2)
-    checkpoints.restore_latest(plan)
+    checkpoints.restore_latest(plan, "text")
     assert checkpoints.steps() == [2]
-    checkpoints.save(restored_at(3, state), {"position": 3}, tiny)
+    checkpoints.save(restored_at(3, state), position(3), tiny)
     checkpoints.close()
     step, model = Checkpoints(workdir).load_model(plan)
     assert step == 3
@@ -127,7 +134,7 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(workdir: Pa
     damage(workdir, 2)
     damage(workdir, 3)
     with pytest.raises(UserError, match=r"none of the checkpoints \[2, 3\]"):
-        Checkpoints(workdir, keep=2).restore_latest(plan)
+        Checkpoints(workdir, keep=2).restore_latest(plan, "text")
 
 
 def damage(workdir: Path, step: int) -> None:
@@ -147,7 +154,7 @@ def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
 def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
     gated = plan_state(changed(tiny, model={"activation": "geglu"}), make_mesh(tiny.mesh))
     with pytest.raises(UserError, match=r"it has no .*w_gate"):
-        Checkpoints(workdir, keep=2).restore_latest(gated)
+        Checkpoints(workdir, keep=2).restore_latest(gated, "text")
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
@@ -158,3 +165,67 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, 
 def test_reading_a_workdir_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoints in"):
         Checkpoints(tmp_path)
+
+
+def another_programs(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "_CHECKPOINT_METADATA").write_text("[]")
+    (folder / "model.bin").write_bytes(b"weights")
+
+
+def of_another_run(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3"), folder)
+    config = folder / "config" / "metadata"
+    values = json.loads(config.read_text())
+    values["train"]["seed"] = 17
+    config.write_text(json.dumps(values))
+
+
+def without_a_description(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3"), folder)
+    (folder / "state" / "_METADATA").unlink()
+
+
+def half_copied(folder: Path) -> None:
+    shutil.copytree(folder.with_name("3") / "state", folder / "state")
+
+
+STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (Path.mkdir, "cannot be read and is passed over: it does not hold state, data, config"),
+    "another program's": (another_programs, "cannot be read and is passed over: it does not hold state, data, config"),
+    "a file": (Path.touch, "cannot be read and is passed over: it does not hold state, data, config"),
+    "half copied": (half_copied, "cannot be read and is passed over: it does not hold state, data, config"),
+    "no description": (without_a_description, "cannot be read and is passed over"),
+    "renamed": (lambda folder: shutil.copytree(folder.with_name("3"), folder), "is not of this run .* is of step 3"),
+    "another run's": (of_another_run, r"is not of this run and is passed over: .* \(train\.seed: 17 -> 0\)"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_is_no_checkpoint_of_this_run_is_passed_over_and_its_step_can_be_saved(
+    name: str, workdir: Path, tiny: Config, plan: StatePlan, state: TrainState, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, message = STRANGERS[name]
+    make(workdir / "checkpoints" / "7")
+    checkpoints = Checkpoints(workdir, keep=2)
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoints.restore_latest(plan, "text")
+    assert restored is not None
+    assert int(restored[0].step) == 3
+    assert re.search(f"checkpoint 7 {message}", caplog.text)
+    assert len(list((workdir / "damaged_checkpoints").glob("7-*"))) == 1
+    checkpoints.save(restored_at(7, state), position(7), tiny)
+    checkpoints.close()
+    assert Checkpoints(workdir).steps() == [3, 7]
+    assert Checkpoints(workdir).load_model(plan)[0] == 7
+
+
+def test_other_data_is_refused(workdir: Path, plan: StatePlan) -> None:
+    with pytest.raises(UserError, match="corpora or vocabulary have changed"):
+        Checkpoints(workdir, keep=2).restore_latest(plan, "other text")
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"cannot use .*checkpoints for checkpoints"):
+        Checkpoints(tmp_path, keep=2)

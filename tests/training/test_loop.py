@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,14 @@ import pytest
 from switchjax.config import Config, UserError
 from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import named_leaves
 from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.clock import StepCost
 from switchjax.training.metrics import read_metrics
+from switchjax.training.non_finite import NonFiniteError
+from switchjax.training.state import plan_state
 from tests.tiny import changed, losses
 from tests.training.test_trace import traced_steps
 
@@ -114,16 +121,63 @@ def test_the_objective_is_not_changed_half_way(tiny: Config, complete: Path) -> 
         loop.train(changed(tiny, train={"z_loss_weight": 0.5}), complete, perplexity_evaluator)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tiny: Config, tmp_path: Path) -> None:
-    # AdamW at this rate sends the parameters to 1e30 at the first step, and the loss to infinity or NaN after it.
-    wild = changed(
+@pytest.fixture(scope="module")
+def wild(tiny: Config) -> Config:
+    """AdamW at this rate sends the parameters to 1e30 at the first step, and the loss to infinity or NaN after it."""
+    return changed(
         tiny,
         optimizer={"name": "adamw", "schedule": "constant", "learning_rate": 1e30, "warmup_steps": 0},
-        train={"checkpoint_every": 1},
+        train={"checkpoint_every": 1, "keep_checkpoints": 5},
     )
-    with pytest.raises(loop.NonFiniteError, match=r"step 2: not finite: loss .* parameters .*: model|step 2: .*: \w+/"):
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(wild: Config, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 2: not finite: loss .* parameters .*: model|step 2: .*: \w+/"):
         loop.train(wild, tmp_path, perplexity_evaluator)
     assert Checkpoints(tmp_path).steps() == [1]
+
+
+def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing(wild: Config, tmp_path: Path) -> None:
+    skipping = changed(wild, train={"non_finite": "skip", "max_skipped_steps": 2})
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row were skipped before it"):
+        loop.train(skipping, tmp_path, perplexity_evaluator)
+    assert [record["skipped_steps"] for record in read_metrics(tmp_path, "train")] == [0, 1, 2]
+    checkpoints, plan = Checkpoints(tmp_path), plan_state(wild, make_mesh(wild.mesh))
+    assert checkpoints.steps() == [1, 2, 3]
+    first, third = (named_leaves(checkpoints.restore_state(step, plan)) for step in (1, 3))
+    assert (first.pop("step"), third.pop("step")) == (1, 3)
+    for name, leaf in first.items():
+        np.testing.assert_array_equal(third[name], leaf, err_msg=name)
+    # The count goes on where it was, and the answer may change.
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row"):
+        loop.train(skipping, tmp_path, perplexity_evaluator)
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; checkpoints of earlier steps are intact"):
+        loop.train(wild, tmp_path, perplexity_evaluator)
+
+
+@pytest.mark.parametrize(("every", "step"), [(3, 3), (0, 6)], ids=["on the way", "at the end"])
+def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
+    tiny: Config, complete: Path, tmp_path: Path, every: int, step: int
+) -> None:
+    def make_evaluator(config: Config, data: TextData, mesh: object) -> loop.Evaluator:
+        def evaluator(model: object, check: Callable[[], None]) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                check()
+                time.sleep(0.01)
+            raise AssertionError("SIGTERM was not noticed")
+
+        return evaluator
+
+    config = changed(tiny, evaluate={"every": every})
+    for _ in range(2):  # the second does nothing but begin the evaluation again
+        assert loop.train(config, tmp_path, make_evaluator) == {"steps": step, "interrupted": True}
+    assert Checkpoints(tmp_path).steps()[-1] == step
+    assert read_metrics(tmp_path, "evaluate") == []
+    assert loop.train(config, tmp_path, perplexity_evaluator)["evaluation"]["neg_log_perplexity"] < 0
+    expected = read_metrics(complete, "evaluate")
+    assert read_metrics(tmp_path, "evaluate") == (expected if every else expected[1:])
+    assert losses(tmp_path) == losses(complete)
 
 
 def test_weights_are_taken_from_another_run(tiny: Config, complete: Path, tmp_path: Path) -> None:
@@ -141,7 +195,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tiny: Config, tmp_path: Pa
 def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes]:
     path = folder / "config.json"
     path.write_text(config.to_json())
-    command = [sys.executable, "-m", "tests.training.small_run", str(path), str(workdir)]
+    command = [sys.executable, "-m", "tests.training.small_run", str(path), f"--workdir={workdir}"]
     with (folder / "stderr.log").open("wb") as log:
         return subprocess.Popen(command, stderr=log)
 
@@ -195,3 +249,27 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(
     assert Checkpoints(tmp_path / "run").steps()[-1] == reached < 40
     assert start(long, tmp_path / "run", tmp_path).wait() == 0
     assert losses(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_in_one_line_and_it_resumes_when_there_is_space(
+    long: Config, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    process = start(long, tmp_path / "run", tmp_path)
+    wait_for_step(process, tmp_path / "run", 8)
+    logs = [tmp_path / "run" / "metrics.jsonl", *(tmp_path / "run" / "tensorboard").iterdir()]
+    size = max(log.stat().st_size for log in logs) + 2**14  # room for the logs of a few steps, not for a checkpoint
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    assert process.wait() == 2
+    stderr = (tmp_path / "stderr.log").read_text()
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    # That of step 6 may still have been on its way.
+    assert re.fullmatch(
+        r"error: cannot write a checkpoint to .*: File too large; those of steps \[3(, 6)?\] are intact", line
+    )
+    reached = max(losses(tmp_path / "run"))
+    assert reached < 16
+    assert start(long, tmp_path / "run", tmp_path).wait() == 0
+    assert losses(tmp_path / "run") == undisturbed
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))

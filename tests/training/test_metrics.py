@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from switchjax.training.metrics import MetricsWriter, read_metrics
+from switchjax.config import UserError
+from switchjax.training.metrics import MetricsWriter, _Events, read_metrics
+from tests.training.full_disk import full_disk
 
 
 def test_records_come_back_as_written(tmp_path: Path) -> None:
@@ -24,3 +27,28 @@ def test_resuming_drops_later_records_and_a_half_written_line(tmp_path: Path) ->
     path.write_text("\n".join(lines) + '\n{"kind": "tr')
     MetricsWriter(tmp_path, resume_step=3).close()
     assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2, 3]
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_can_be_read(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    writer.write("train", 1, {"loss": 2.5})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with full_disk(size + 10), pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: File too large"):
+        writer.write("train", 2, {"loss": 2.25})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    writer.write("train", 2, {"loss": 2.25})
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2]
+
+
+def test_events_that_a_full_disk_does_not_take_are_an_error_and_no_run_waits_for_them(tmp_path: Path) -> None:
+    events = _Events(tmp_path / "tensorboard", 0)
+    scalars = {f"train/a_metric_of_a_long_name_{i}": 0.5 for i in range(200)}
+    with full_disk(2000), pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
+        events.write(1, scalars)
+    events.close()
+
+
+def test_a_run_that_was_killed_can_be_read_while_its_last_line_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert read_metrics(tmp_path, "train") == [{"kind": "train", "step": 1}]

@@ -85,6 +85,12 @@ def test_micro_batches_change_nothing(tiny: Config, batch: dict[str, np.ndarray]
         np.testing.assert_allclose(actual[1]["gradient_norms"][name], norm, rtol=2e-5, atol=1e-7, err_msg=name)
 
 
+def test_finite_steps_are_the_same_where_others_are_skipped(
+    tiny: Config, batch: dict[str, np.ndarray], reference: tuple[TrainState, Metrics]
+) -> None:
+    assert_same(take_steps(changed(tiny, train={"non_finite": "skip"}), batch, 3), reference)
+
+
 def test_padding_rows_change_nothing(tiny: Config, batch: dict[str, np.ndarray]) -> None:
     quiet = changed(tiny, moe={"jitter_noise": 0.0})
     empty = {name: np.concatenate([rows, np.zeros_like(rows)]) for name, rows in batch.items()}

@@ -1,0 +1,52 @@
+"""What a run keeps beside its checkpoints and metrics: whole files, and one run at a time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchjax.config import Config, UserError
+from switchjax.training.workdir import exclusive_run, open_workdir, write_summary
+from tests.training.full_disk import full_disk
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from switchjax.training.workdir import exclusive_run
+with exclusive_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_killed_or_not(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process trains in"), exclusive_run(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with exclusive_run(tmp_path):
+        pass
+    with exclusive_run(tmp_path):
+        pass
+
+
+def test_a_summary_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"steps": 1})
+    before = (tmp_path / "summary.json").read_bytes()
+    with full_disk(4), pytest.raises(UserError, match=r"cannot write .*summary\.json: File too large"):
+        write_summary(tmp_path, {"steps": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_url_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="mount the bucket"):
+        open_workdir(Path(url), Config())
+    assert not list(tmp_path.iterdir())
