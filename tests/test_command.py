@@ -1,5 +1,6 @@
 """The scripts: `--help` at once, and bad input in one line with a non-zero exit, never a traceback."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -152,3 +153,30 @@ def test_scripts_keep_compiled_programs_in_the_users_cache_unless_told_otherwise
 def test_without_a_cache_folder_scripts_run_all_the_same(tmp_path: Path) -> None:
     (tmp_path / ".cache").write_text("")
     assert compilation_cache(tmp_path) == ["None", "True"]
+
+
+PIECES = """
+import ctypes, resource
+from switchjax import command
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def main(arguments):
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        piece = libc.malloc(2**28)
+        ctypes.memset(piece, 1, 2**28)
+        libc.free(ctypes.c_void_p(piece))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+command.run(main)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_memory_that_is_freed_is_not_cleared_by_the_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that the kernel hands out for a piece of 256 MiB, as XLA asks for at each step, the second time."""
+    assert int(run("-c", PIECES).stdout) < 100
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")  # settings of the user's own
+    assert int(run("-c", PIECES).stdout) > 1000

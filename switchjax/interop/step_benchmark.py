@@ -30,6 +30,7 @@ def make_config(num_experts: int, dropout: float) -> Config:
             num_decoder_layers=4,
             pattern=("dense", "moe") if num_experts else ("dense",),
             dropout=dropout,
+            scan_layers=False,  # as PyTorch has it
         ),
         moe=moe,
         data=DataConfig(batch_size=16, encoder_length=128, decoder_length=32),

@@ -1,6 +1,7 @@
 """Multi-head attention: grouped heads, T5's relative position bias, rotary positions."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
 from switchjax.models.cache import KeyValues
-from switchjax.models.layers import INIT_SCALE, add_bias, bias, dropout, kernel
+from switchjax.models.layers import INIT_SCALE, add_bias, bias, dropout, kernel, project
 
 
 def attention_mask(
@@ -138,8 +139,8 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: Float[Array, "B L D"], positions: Int[Array, "B L"] | None = None) -> KeyValues:
         """The keys, rotated by `positions` if there are any, and the values of `context`."""
-        keys = add_bias(jnp.einsum("bld,dha->blha", context, self.key[...].astype(context.dtype)), self.key_bias)
-        values = add_bias(jnp.einsum("bld,dha->blha", context, self.value[...].astype(context.dtype)), self.value_bias)
+        keys = add_bias(project(context, self.key[...].astype(context.dtype)), self.key_bias)
+        values = add_bias(project(context, self.value[...].astype(context.dtype)), self.value_bias)
         return KeyValues(keys if positions is None else rotate(keys, positions, self.config.rotary_base), values)
 
     def __call__(
@@ -161,13 +162,13 @@ class Attention(nnx.Module):
             key: for dropout of the attention weights; None in evaluation.
             positions: by which queries are rotated; None: they are not.
         """
-        query = add_bias(jnp.einsum("bqd,dha->bqha", x, self.query[...].astype(x.dtype)), self.query_bias)
+        query = add_bias(project(x, self.query[...].astype(x.dtype)), self.query_bias)
         if positions is not None:
             query = rotate(query, positions, self.config.rotary_base)
         if self.config.scale_scores:
             query = query * jnp.asarray(self.config.d_head**-0.5, query.dtype)
         mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, key)
-        return add_bias(jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), self.out_bias)
+        return add_bias(project(mixed, self.out[...].astype(x.dtype), num_inputs=2), self.out_bias)
 
 
 def attend(
@@ -188,7 +189,28 @@ def attend(
     scores = jnp.einsum("bqnga,blna->bngql", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, heads, queries, -1)
     if bias is not None:
-        scores += bias
+        scores += _over_rows(bias, rows) if bias.shape[0] == 1 else bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(query.dtype)
     weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
     return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _over_rows(bias: Float[Array, "1 H Q L"], rows: int) -> Float[Array, "B H Q L"]:
+    """The same `bias` for each row.
+
+    Its gradient is a sum over rows, for which XLA takes the CPU many times as long as for a product with ones.
+    """
+    return jnp.broadcast_to(bias, (rows, *bias.shape[1:]))
+
+
+def _over_rows_forward(bias: Array, rows: int) -> tuple[Array, None]:
+    return _over_rows(bias, rows), None
+
+
+def _over_rows_backward(rows: int, _: None, gradient: Array) -> tuple[Array]:
+    ones = jnp.ones((1, rows), gradient.dtype)
+    return (jnp.einsum("rb,bhql->rhql", ones, gradient, precision=jax.lax.Precision.HIGHEST),)
+
+
+_over_rows.defvjp(_over_rows_forward, _over_rows_backward)

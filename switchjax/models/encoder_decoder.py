@@ -7,7 +7,7 @@ from switchjax.config import Config
 from switchjax.models.attention import attention_mask
 from switchjax.models.cache import Cache
 from switchjax.models.inputs import CrossInputs
-from switchjax.models.layers import Embedding, kernel, split_key
+from switchjax.models.layers import Embedding, kernel, project, split_key
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
 from switchjax.moe.layer import RoutingSums
@@ -69,7 +69,7 @@ class EncoderDecoder(Model):
         return self._predict(x), cache
 
     def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        return self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
+        return self.embedding.logits(x) if self.logits is None else project(x, self.logits[...].astype(x.dtype))
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

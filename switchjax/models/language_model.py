@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from switchjax.config import Config, UserError
 from switchjax.models.attention import positions_in_segments, sinusoids
 from switchjax.models.cache import Cache
-from switchjax.models.layers import Embedding, kernel, learned_positions
+from switchjax.models.layers import Embedding, kernel, learned_positions, project
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
 from switchjax.parallel.sharding import constrain
@@ -65,7 +65,7 @@ class LanguageModel(Model):
         return constrain(x + jnp.take(table.astype(x.dtype), positions, axis=0), "batch", "length", "embed")
 
     def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        return self.embedding.logits(x) if self.logits is None else x @ self.logits[...].astype(x.dtype)
+        return self.embedding.logits(x) if self.logits is None else project(x, self.logits[...].astype(x.dtype))
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

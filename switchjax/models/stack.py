@@ -28,9 +28,10 @@ from switchjax.parallel.stacking import stack
 def _all_but_gathered(primitive: jex.core.Primitive, *_: object, **__: object) -> bool:
     """Keeps of a sharded parameter what the device has of it, not the whole.
 
-    That is what a constraint was applied to and not its result, nor what an island makes of that at its border.
+    That is what a constraint was applied to and not its result, nor what an island makes of that at its border or a
+    projection of its shape.
     """
-    return primitive.name not in ("sharding_constraint", "pvary")
+    return primitive.name not in ("sharding_constraint", "pvary", "reshape")
 
 
 REMAT_POLICIES: dict[str, Callable] = {

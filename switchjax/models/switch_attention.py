@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from switchjax.config import Config
 from switchjax.models.attention import attend
 from switchjax.models.cache import KeyValues
-from switchjax.models.layers import INIT_SCALE, kernel, split_key
+from switchjax.models.layers import INIT_SCALE, kernel, project, split_key
 from switchjax.moe.layer import MoELayer, RoutingSums
 
 
@@ -70,4 +70,4 @@ class SwitchAttention(nnx.Module):
         query, sums = self.query(x, token_mask, query_key, token_ids)
         query = query.reshape(*x.shape[:2], -1, self.config.d_head)
         mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, dropout_key)
-        return jnp.einsum("bqha,had->bqd", mixed, self.out[...].astype(x.dtype)), sums
+        return project(mixed, self.out[...].astype(x.dtype), num_inputs=2), sums

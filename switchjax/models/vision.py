@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from switchjax.config import Config
-from switchjax.models.layers import add_bias, bias, kernel, learned_positions
+from switchjax.models.layers import add_bias, bias, kernel, learned_positions, project
 from switchjax.models.model import Batch, Model, Routing
 from switchjax.models.stack import Stack
 from switchjax.parallel.sharding import constrain
@@ -32,7 +32,7 @@ class VisionTransformer(Model):
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
         """Logits of each image's class, as the only target of a row, and the encoder's routing sums."""
         x = patch_vectors(batch["images"], self.config.patch_size).astype(self.config.dtype)
-        x = add_bias(x @ self.patches[...].astype(x.dtype), self.patches_bias)
+        x = add_bias(project(x, self.patches[...].astype(x.dtype)), self.patches_bias)
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([first, x], axis=1)
         if self.positions is not None:

@@ -77,7 +77,10 @@ def cut_arrays(workdir: Path, attempt: int, chance: random.Random) -> None:
 
 
 @pytest.mark.slow
-def test_a_fault_is_tried_and_judged_by_the_process_after_it(tiny: Config, tmp_path: Path) -> None:
+def test_a_fault_is_tried_and_judged_by_the_process_after_it(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than running what is compiled
     TextData.prepare(tiny.data)  # the small corpora can be fetched in this process only
     config = changed(
         tiny, train={"steps": 40, "checkpoint_every": 3}, evaluate={"every": 0}, mesh={"emulated_devices": 8}

@@ -95,6 +95,21 @@ def test_attention_is_its_equation_head_by_head() -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
 
 
+def test_the_gradient_of_a_bias_that_rows_share_is_the_sum_of_those_of_each_row() -> None:
+    rows, heads, length, width = 3, 2, 5, 4
+    query, keys, values = jax.random.normal(KEY, (3, rows, length, heads, width))
+    shared = jax.random.normal(jax.random.key(1), (1, heads, length, length))
+    mask = jnp.ones((rows, 1, length, length), bool)
+
+    def loss(bias: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(attend(query, keys, values, mask, bias, 0.0, None)))
+
+    alike = jnp.repeat(shared, rows, axis=0)
+    np.testing.assert_allclose(loss(shared), loss(alike), rtol=1e-6)
+    expected = jnp.sum(jax.grad(loss)(alike), axis=0, keepdims=True)
+    np.testing.assert_allclose(jax.grad(loss)(shared), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_query_with_nothing_to_see_gives_finite_values_and_gradients() -> None:
     attention = random_parameters(lambda: Attention(CONFIG, KEY))
     mask = jnp.zeros((1, 1, 2, 2), bool)

@@ -20,12 +20,29 @@ from switchjax.models.layers import (
     dropout,
     kernel,
     make_norm,
+    project,
     split_key,
 )
 from tests.parameters import random_parameters
 
 CONFIG = ModelConfig(vocab_size=96, d_model=16, d_ff=32, num_heads=2, d_head=8)
 KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "equation"), [((6,), (3, 4), "bld,dha->blha"), ((2, 3), (5,), "blha,had->bld")]
+)
+def test_a_projection_and_its_gradients_are_those_of_the_einsum(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], equation: str
+) -> None:
+    x = jax.random.normal(KEY, (2, 7, *inputs))
+    weight = jax.random.normal(jax.random.key(1), (*inputs, *outputs))
+    back = jax.random.normal(jax.random.key(2), (2, 7, *outputs))
+    y, gradients = jax.vjp(lambda x, w: project(x, w, num_inputs=len(inputs)), x, weight)
+    expected, expected_gradients = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 6 terms
+    for found, wanted in zip(gradients(back), expected_gradients(back), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_rms_norm_is_x_over_its_root_mean_square() -> None:
