@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
+from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
 
 _REPORT = partial(print, flush=True)
 
@@ -40,7 +40,11 @@ def main(arguments: Sequence[str]) -> None:
         added.set_defaults(table=table)
         return added
 
-    add("layer", _layer, "time of an MoE layer, by experts, tokens and dispatch (a quarter of an hour)", repeats=3)
+    layer = add(
+        "layer", _layer, "time of an MoE layer, by experts, tokens and dispatch (a quarter of an hour)", repeats=3
+    )
+    layer.add_argument("--d_model", type=int, default=512, metavar="D", help="of its tokens; d_ff is 4 D (512)")
+    layer.add_argument("--dtype", default="float32", help="float32 or bfloat16, of weights and tokens (float32)")
     step = add("step", _step, "tokens a second with experts and on a mesh, beside those without", repeats=7)
     step.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
     add("input", _input, "tokens a second of the text pipeline, beside those of the train step", repeats=7)
@@ -76,9 +80,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _layer(flags: Namespace) -> None:
+    model = ModelConfig(d_model=flags.d_model, d_ff=4 * flags.d_model, dtype=flags.dtype)
+
     from switchjax.analysis.layer_benchmark import benchmark_layer
 
-    _show(flags, "layer", benchmark_layer(flags.repeats, report=_REPORT))
+    _show(flags, "layer", benchmark_layer(model, flags.repeats, report=_REPORT))
 
 
 def _step(flags: Namespace) -> None:
