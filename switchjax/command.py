@@ -88,13 +88,15 @@ def _keep_compiled_programs() -> None:
 
 
 def _quieten_orbax() -> None:
-    """Its remarks, the errors that it raises as well, and what becomes of other writes when one has failed."""
+    """Its remarks, the errors that it raises as well, and what becomes of other reads or writes when one has failed."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def report(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        code = getattr(found.object, "cr_code", None)  # of a read or write that went on when another had failed
+        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+        if not closed and (code is None or "orbax" not in code.co_filename):
             sys.__unraisablehook__(found)
 
     sys.unraisablehook = report

@@ -180,3 +180,37 @@ def test_memory_that_is_freed_is_not_cleared_by_the_kernel_again(monkeypatch: py
     assert int(run("-c", PIECES).stdout) < 100
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")  # settings of the user's own
     assert int(run("-c", PIECES).stdout) > 1000
+
+
+ABANDONED = """
+from switchjax import command
+
+SOURCE = '''
+import types
+
+@types.coroutine
+def wait():
+    yield
+
+async def read():
+    try:
+        await wait()
+    finally:
+        raise ValueError(FILE)
+'''
+
+def main(arguments):
+    for file in ("/site-packages/orbax/reading.py", "/elsewhere.py"):
+        scope = {"FILE": file}
+        exec(compile(SOURCE, file, "exec"), scope)
+        scope["read"]().send(None)
+
+command.run(main)
+"""
+
+
+def test_what_becomes_of_orbaxs_other_reads_is_not_printed() -> None:
+    done = run("-c", ABANDONED)
+    assert done.returncode == 0
+    assert "ValueError: /elsewhere.py" in done.stderr
+    assert "orbax" not in done.stderr
