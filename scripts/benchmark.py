@@ -20,11 +20,19 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from switchjax import command
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
 
 _REPORT = partial(print, flush=True)
+_LAYER = {
+    "d_model": [256, 512, 1024],
+    "dtype": ["float32", "bfloat16"],
+    "experts": [8, 64],
+    "dispatch": ["gather"],
+    "tokens": 16384,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,13 +48,20 @@ def main(arguments: Sequence[str]) -> None:
         added.set_defaults(table=table)
         return added
 
-    layer = add(
-        "layer", _layer, "time of an MoE layer, by experts, tokens and dispatch (a quarter of an hour)", repeats=3
-    )
-    layer.add_argument("--d_model", type=int, default=512, metavar="D", help="of its tokens; d_ff is 4 D (512)")
-    layer.add_argument("--dtype", default="float32", help="float32 or bfloat16, of weights and tokens (float32)")
+    layer = add("layer", _layer, "time of an MoE layer beside a dense network (half an hour on two cores)", repeats=7)
+    layer.add_argument("--d_model", type=int, nargs="+", metavar="D", help="of its tokens; d_ff is 4 D")
+    layer.add_argument("--dtype", nargs="+", metavar="T", help="float32, bfloat16: of weights and tokens")
+    layer.add_argument("--experts", type=int, nargs="+", metavar="E", help="of 8, 16, 64, 128, 512")
+    layer.add_argument("--dispatch", nargs="+", choices=["gather", "einsum", "ragged"], help="forms of it")
+    layer.add_argument("--tokens", type=int, metavar="N", help="of all groups together")
+    layer.set_defaults(**_LAYER)
     step = add("step", _step, "tokens a second with experts and on a mesh, beside those without", repeats=7)
-    step.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
+    models = step.add_mutually_exclusive_group()
+    models.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
+    models.add_argument(
+        "--config", metavar="CONFIG", help="of the models, in the place of small ones; --config.SECTION.KEY=VALUE too"
+    )
+    step.set_defaults(overrides=[])
     add("input", _input, "tokens a second of the text pipeline, beside those of the train step", repeats=7)
     add("compile", _compile, "time to compile many layers and few, and to a run's first step", repeats=7)
     routers = add("routers", _routers, "loss, drops, load and speed of every router; resumes by itself")
@@ -73,18 +88,29 @@ def main(arguments: Sequence[str]) -> None:
     plan = add("plan", _plan, "memory, collectives and compile time on TPU slices; resumes by itself")
     plan.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
     plan.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
-    flags = parser.parse_args(arguments)
+    flags, rest = parser.parse_known_args(arguments)
+    if flags.table is _step and flags.config and all(word.startswith("--config.") for word in rest):
+        flags.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(flags, "repeats", 1) < 1:
         parser.error(f"argument --repeats: must be positive, got {flags.repeats}")
     flags.table(flags)
 
 
 def _layer(flags: Namespace) -> None:
-    model = ModelConfig(d_model=flags.d_model, d_ff=4 * flags.d_model, dtype=flags.dtype)
+    models = [ModelConfig(d_model=size, d_ff=4 * size, dtype=dtype) for size in flags.d_model for dtype in flags.dtype]
 
-    from switchjax.analysis.layer_benchmark import benchmark_layer
+    from switchjax.analysis.layer_benchmark import benchmark_layer, cases_of
 
-    _show(flags, "layer", benchmark_layer(model, flags.repeats, report=_REPORT))
+    cases = cases_of(flags.experts)
+    table = benchmark_layer(models, cases, flags.tokens, flags.dispatch, flags.repeats, _REPORT)
+    changed = {name: getattr(flags, name) for name, default in _LAYER.items() if getattr(flags, name) != default}
+    words = (
+        f"--{name} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in changed.items()
+    )
+    _show(flags, " ".join(["layer", *words]), table)
 
 
 def _step(flags: Namespace) -> None:
@@ -92,11 +118,16 @@ def _step(flags: Namespace) -> None:
         from switchjax.interop.step_benchmark import benchmark_beside_transformers
 
         return _show(flags, "step --huggingface", benchmark_beside_transformers(flags.repeats, _REPORT))
+    dense = command.load_config(flags.config, flags.overrides) if flags.config else None
+
     from switchjax.analysis.step_benchmark import DENSE, DEVICES, benchmark_step
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(MeshConfig(emulated_devices=DEVICES))
-    _show(flags, "step", benchmark_step(DENSE, flags.repeats, _REPORT))
+    if dense is None:
+        return _show(flags, "step", benchmark_step(DENSE, flags.repeats, _REPORT))
+    table = benchmark_step(dense, flags.repeats, _REPORT)
+    _show(flags, " ".join(["step --config", flags.config, *flags.overrides]), table)
 
 
 def _input(flags: Namespace) -> None:

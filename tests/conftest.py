@@ -15,8 +15,10 @@ install_import_hook(
     [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference", "interop")],
     "beartype.beartype",
 )
-jax.config.update("jax_platforms", "cpu")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the scripts that tests start: libtpu complains where no TPU is
+# The scripts that tests start read the variable: libtpu complains where no TPU is.
+if not os.environ.get("JAX_PLATFORMS", "").startswith("cpu,"):  # as tests/test_accelerators.py wants it
+    os.environ["JAX_PLATFORMS"] = "cpu"
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 # As `emulate_devices` has it: programs in flight at once can wait for each other's threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

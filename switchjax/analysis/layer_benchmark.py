@@ -1,6 +1,8 @@
 """How long an MoE layer takes beside the dense feed-forward network of the same FLOPs."""
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from switchjax.analysis.timing import median_times
+from switchjax.analysis.timing import Ratio, interleaved_seconds, median_times
 from switchjax.config import ModelConfig, MoEConfig
+from switchjax.config.checks import require
 from switchjax.models.layers import FeedForward
 from switchjax.moe.assignment import balanced_assignment, sinkhorn
 from switchjax.moe.layer import MoELayer, RoutingSums
@@ -20,53 +23,73 @@ from switchjax.moe.slots import capacity_of
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One row of the table: experts, tokens of a group, selected experts."""
+    """Experts, tokens of a group, selected experts."""
 
     num_experts: int
     num_tokens: int
     num_selected: int
 
     def __str__(self) -> str:
-        return f"E={self.num_experts} S={self.num_tokens} K={self.num_selected}"
+        return f"{self.num_experts}, {self.num_tokens}, {self.num_selected}"
 
 
 CASES = (
-    LayerCase(8, 512, 2),
     LayerCase(8, 2048, 1),
+    LayerCase(8, 2048, 2),
     LayerCase(16, 2048, 2),
     LayerCase(64, 4096, 1),
     LayerCase(64, 4096, 2),
     LayerCase(128, 4096, 1),
     LayerCase(512, 4096, 1),
 )
-"""From small groups to many experts."""
+"""From few to many experts."""
 ASSIGNED = LayerCase(64, 4096, 1)
-"""The case whose tokens are also assigned in balance."""
-TOKENS = 16384
-"""Of all groups together, as a device has them in a train step."""
+"""The tokens that are assigned in balance."""
 CAPACITY_FACTOR = 1.25
+
+
+def cases_of(experts: Sequence[int]) -> list[LayerCase]:
+    """The cases of so many experts.
+
+    Raises:
+        UserError: for a number that no case has.
+    """
+    known = sorted({case.num_experts for case in CASES})
+    for count in experts:
+        require(count in known, f"no case has {count} experts (known: {', '.join(map(str, known))})")
+    return [case for case in CASES if case.num_experts in experts]
+
+
+@dataclass(frozen=True)
+class BesideDense:
+    """Times of the layer and the dense network.
+
+    Attributes:
+        dense: median milliseconds of the dense network.
+        ratio: the layer's time over `capacity_factor * K` times that: 1 is what the products of its slots alone cost.
+    """
+
+    dense: float
+    ratio: Ratio
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Median milliseconds, forwards and forwards + backwards, of each program.
+    """What one layer costs.
 
     Attributes:
-        temporaries: bytes that each program holds at most beside its arguments and results, forwards + backwards.
+        forward: forwards.
+        both: in both directions.
+        routing: median milliseconds of the layer whose experts do nothing, in both directions.
+        temporaries: bytes which that holds at most beside its arguments and results.
         dispatched: bytes of the tokens in all slots.
     """
 
-    case: LayerCase
-    capacity_factor: float
-    forward: dict[str, float]
-    both: dict[str, float]
-    temporaries: dict[str, int]
+    forward: BesideDense
+    both: BesideDense
+    routing: float
+    temporaries: int
     dispatched: int
-
-    def to_dense(self, name: str, both: bool) -> float:
-        """The layer's time over `capacity_factor * K` times the dense network's: 1 is what its products alone cost."""
-        times = self.both if both else self.forward
-        return times[name] / (self.capacity_factor * self.case.num_selected * times["dense"])
 
 
 class _Identity(nnx.Module):
@@ -75,47 +98,88 @@ class _Identity(nnx.Module):
     def __init__(self, key: PRNGKeyArray):
         del key
 
-    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None) -> Float[Array, "N D"]:
+    def __call__(
+        self, x: Float[Array, "N D"], key: PRNGKeyArray | None, matmul: Callable[..., Array] | None = None
+    ) -> Float[Array, "N D"]:
         return x
 
 
 def time_layer(
-    case: LayerCase, num_tokens: int, model: ModelConfig, capacity_factor: float, repeats: int
-) -> LayerTimes:
-    """Times groups of tokens through the layer with gathers and einsums, through its routing alone, and through the
-    dense network, all in turn, with weights and tokens in `model.dtype`."""
+    case: LayerCase, num_tokens: int, model: ModelConfig, dispatches: Sequence[str], repeats: int
+) -> dict[str, LayerTimes]:
+    """Times groups of tokens through the layer in each form of dispatch, through its routing alone, and through the
+    dense network, all in turn.
+
+    Args:
+        case: of the layers.
+        num_tokens: of all groups together.
+        model: d_model, d_ff, and the dtype of weights and tokens.
+        dispatches: values of `moe.dispatch`.
+        repeats: rounds.
+    """
     model = replace(model, param_dtype=model.dtype)
-    config = MoEConfig(
+    key = jax.random.key(0)
+    make_expert = partial(FeedForward, model, 0.0)
+    layers: dict[str, nnx.Module] = {"dense": make_expert(key)}
+    for dispatch in dispatches:
+        config = _moe_config(case, dispatch)
+        layers[dispatch] = MoELayer(make_expert, model.d_model, config, key)
+        layers[f"{dispatch} routing"] = MoELayer(_Identity, model.d_model, config, key)
+    groups = max(1, num_tokens // case.num_tokens)
+    x = jax.random.normal(key, (groups, case.num_tokens, model.d_model), model.dtype)
+    one_way = _compile(jax.jit(_apply), {name: layers[name] for name in ("dense", *dispatches)}, x)
+    two_ways = _compile(jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True)), layers, x)
+    forward, both = (
+        interleaved_seconds({name: partial(program, layers[name], x) for name, program in compiled.items()}, repeats)
+        for compiled in (one_way, two_ways)
+    )
+    slots_a_token = CAPACITY_FACTOR * case.num_selected
+
+    def beside_dense(dispatch: str, times: dict[str, list[float]]) -> BesideDense:
+        dense = times["dense"]
+        return BesideDense(
+            1000 * statistics.median(dense), Ratio.of(times[dispatch], [slots_a_token * s for s in dense])
+        )
+
+    return {
+        dispatch: LayerTimes(
+            forward=beside_dense(dispatch, forward),
+            both=beside_dense(dispatch, both),
+            routing=1000 * statistics.median(both[f"{dispatch} routing"]),
+            temporaries=_temporaries(two_ways[f"{dispatch} routing"]),
+            dispatched=_count_rows(case, groups, dispatch) * model.d_model * x.dtype.itemsize,
+        )
+        for dispatch in dispatches
+    }
+
+
+def _moe_config(case: LayerCase, dispatch: str) -> MoEConfig:
+    return MoEConfig(
         router="top_k",
         num_experts=case.num_experts,
         num_selected_experts=case.num_selected,
         group_size=case.num_tokens,
-        train_capacity_factor=capacity_factor,
-        eval_capacity_factor=capacity_factor,
+        train_capacity_factor=CAPACITY_FACTOR,
+        eval_capacity_factor=CAPACITY_FACTOR,
         min_expert_capacity=1,
+        dispatch=dispatch,
+        dropless=dispatch == "ragged",
     )
-    key = jax.random.key(0)
-    make_expert = partial(FeedForward, model, 0.0)
-    layers: dict[str, nnx.Module] = {"dense": make_expert(key)}
-    for form in ("gather", "einsum"):
-        moe = replace(config, dispatch=form)
-        layers[form] = MoELayer(make_expert, model.d_model, moe, key)
-        layers[f"{form} routing"] = MoELayer(_Identity, model.d_model, moe, key)
-    groups = max(1, num_tokens // case.num_tokens)
-    x = jax.random.normal(key, (groups, case.num_tokens, model.d_model), model.dtype)
-    forward = {name: partial(jax.jit(_apply), layer, x) for name, layer in layers.items()}
-    gradient = jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True))
-    compiled = {name: gradient.lower(layer, x).compile() for name, layer in layers.items()}
-    both = {name: partial(program, layers[name], x) for name, program in compiled.items()}
-    slots = groups * case.num_experts * capacity_of(config, case.num_experts, case.num_tokens, training=False)
-    return LayerTimes(
-        case,
-        capacity_factor,
-        median_times(forward, repeats),
-        median_times(both, repeats),
-        {name: _temporaries(program) for name, program in compiled.items()},
-        slots * model.d_model * x.dtype.itemsize,
-    )
+
+
+def _compile(function: Any, layers: Mapping[str, nnx.Module], x: Array) -> dict[str, jax.stages.Compiled]:
+    """`function(layer, x)` of each layer, compiled side by side."""
+    lowered = [function.lower(layer, x) for layer in layers.values()]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(layers, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
+
+
+def _count_rows(case: LayerCase, groups: int, dispatch: str) -> int:
+    """Rows that the experts compute: all slots, or without slots each token's choices."""
+    config = _moe_config(case, dispatch)
+    if config.dropless:
+        return groups * case.num_tokens * case.num_selected
+    return groups * case.num_experts * capacity_of(config, case.num_experts, case.num_tokens, training=False)
 
 
 def _temporaries(program: jax.stages.Compiled) -> int:
@@ -137,7 +201,8 @@ def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], Routi
 
 def time_assignment(case: LayerCase, num_tokens: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of the balanced assignments of as many tokens, with normal scores."""
-    scores = jax.random.normal(jax.random.key(0), (num_tokens // case.num_tokens, case.num_tokens, case.num_experts))
+    groups = max(1, num_tokens // case.num_tokens)
+    scores = jax.random.normal(jax.random.key(0), (groups, case.num_tokens, case.num_experts))
     mask = jnp.ones(scores.shape[:2], bool)
     config = MoEConfig()
     auction = jax.jit(
@@ -147,37 +212,40 @@ def time_assignment(case: LayerCase, num_tokens: int, repeats: int) -> dict[str,
     return median_times({"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats)
 
 
-def benchmark_layer(model: ModelConfig, repeats: int, report: Callable[[str], None]) -> str:
-    """Times all cases and balanced assignment, and returns the table and what was found beside it.
+def benchmark_layer(
+    models: Sequence[ModelConfig],
+    cases: Sequence[LayerCase],
+    num_tokens: int,
+    dispatches: Sequence[str],
+    repeats: int,
+    report: Callable[[str], None],
+) -> str:
+    """Times each case in each model and form of dispatch, then balanced assignment, and returns the table.
 
     Args:
-        model: d_model, d_ff and dtype.
-        repeats: runs of each program, whose median counts.
-        report: is told of each case that is finished, by its row of the table.
+        models: d_model, d_ff and dtype of each.
+        cases: as `CASES`.
+        num_tokens: of all groups together.
+        dispatches: values of `moe.dispatch`.
+        repeats: rounds, whose medians count.
+        report: is told of each row that is finished.
     """
     lines = [
-        "| E, S, K | forward: dense, ms | gather | einsum | forward + backward: dense, ms | gather | einsum "
-        "| routing and moves: gather, ms | einsum, ms | their temporaries over the tokens in slots: gather | einsum |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| d_model, dtype | E, S, K | dispatch | forward: dense, ms | the layer over capacity factor x K x that "
+        "| forward + backward: dense, ms | the layer over capacity factor x K x that | routing and moves, ms "
+        "| their temporaries over the experts' rows |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    times = {}
-    for case in CASES:
-        times[case] = time_layer(case, TOKENS, model, CAPACITY_FACTOR, repeats)
-        lines.append(_row(times[case]))
-        report(lines[-1])
-    layer = times[ASSIGNED].both["gather"]
-    assignment = time_assignment(ASSIGNED, TOKENS, repeats)
-    shares = (f"{name} {ms:.1f} ms, {ms / layer:.3f} of the layer's time" for name, ms in assignment.items())
-    beside = f"d_model {model.d_model}, d_ff {model.d_ff}, {model.dtype}, {TOKENS:,} tokens."
-    return "\n".join([*lines, "", beside, f"Balanced assignment of {ASSIGNED}: {'; '.join(shares)}."])
-
-
-def _row(times: LayerTimes) -> str:
-    case = times.case
-    cells = [f"{case.num_experts}, {case.num_tokens}, {case.num_selected}"]
-    for both, by_name in ((False, times.forward), (True, times.both)):
-        cells.append(f"{by_name['dense']:.1f}")
-        cells += [f"{times.to_dense(form, both):.2f}" for form in ("gather", "einsum")]
-    cells += [f"{times.both[f'{form} routing']:.1f}" for form in ("gather", "einsum")]
-    cells += [f"{times.temporaries[f'{form} routing'] / times.dispatched:.1f}" for form in ("gather", "einsum")]
-    return "| " + " | ".join(cells) + " |"
+    for model in models:
+        for case in cases:
+            for dispatch, times in time_layer(case, num_tokens, model, dispatches, repeats).items():
+                cells = [f"{model.d_model}, {model.dtype}", str(case), dispatch]
+                for beside_dense in (times.forward, times.both):
+                    cells += [f"{beside_dense.dense:.1f}", str(beside_dense.ratio)]
+                cells += [f"{times.routing:.1f}", f"{times.temporaries / times.dispatched:.1f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+                report(lines[-1])
+    assignment = time_assignment(ASSIGNED, num_tokens, repeats)
+    shown = "; ".join(f"{name} {ms:.1f} ms" for name, ms in assignment.items())
+    beside = f"d_ff is 4 d_model, the capacity factor {CAPACITY_FACTOR}, {num_tokens:,} tokens in groups of S."
+    return "\n".join([*lines, "", f"{beside} Balanced assignment of them to {ASSIGNED.num_experts} experts: {shown}."])

@@ -1,14 +1,16 @@
 """What experts and sharding cost a train step, beside a dense T5 and one device."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from switchjax.analysis.accounting import account
+from switchjax.analysis.hardware import peak_flops
 from switchjax.analysis.timing import Program, Ratio, interleaved_seconds
+from switchjax.analysis.utilization import model_flops
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from switchjax.models.families import FAMILIES
 from switchjax.parallel.mesh import check_fit, make_mesh
@@ -50,27 +52,37 @@ class StepCase:
 
 
 def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, Switch Transformers of more and more experts, and one of them on more and more devices."""
+    """The dense model, Switch Transformers of more and more experts, and one of them on one device and on all, where
+    there are so many."""
 
     def switch(num_experts: int, group_size: int = dense.moe.group_size) -> Config:
         model = replace(dense.model, pattern=("dense", "moe"))
         return replace(dense, model=model, moe=replace(dense.moe, num_experts=num_experts, group_size=group_size))
 
+    switches = (
+        StepCase("dense T5", replace(dense, model=replace(dense.model, pattern=("dense", "dense")))),
+        StepCase("Switch, 32 experts", switch(32), "dense T5", 0.92),
+        StepCase("Switch, 128 experts", switch(128), "dense T5", 0.85),
+    )
+    if jax.device_count() < DEVICES:
+        return switches
     small_groups = switch(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
     one = f"Switch, 32 experts, groups for {DEVICES} devices"
     return (
-        StepCase("dense T5", dense),
-        StepCase("Switch, 32 experts", switch(32), "dense T5", 0.92),
-        StepCase("Switch, 128 experts", switch(128), "dense T5", 0.85),
+        *switches,
         StepCase(one, small_groups),
         StepCase(f"the same on {DEVICES} devices", replace(small_groups, mesh=_MESH), one, 0.85),
     )
 
 
-def train_program(config: Config) -> Program:
-    """Takes a train step on full rows of random tokens each time that it is called, on the devices of `config.mesh`."""
-    count = DEVICES if config.mesh == _MESH else 1
-    mesh = make_mesh(config.mesh, jax.devices()[:count])
+def devices_of(config: Config) -> list[jax.Device]:
+    """Those that a case runs on: the first alone unless its mesh is of several."""
+    return jax.devices()[: DEVICES if config.mesh == _MESH else 1]
+
+
+def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
+    """Takes a train step on full rows of random tokens each time that it is called."""
+    mesh = make_mesh(config.mesh, devices)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)
     with jax.set_mesh(mesh):
@@ -110,18 +122,22 @@ def benchmark_step(dense: Config, repeats: int, report: Callable[[str], None]) -
     programs: dict[str, Program] = {}
     for case in table:
         report(f"compiling {case.name}")
-        programs[case.name] = train_program(case.config)
+        programs[case.name] = train_program(case.config, devices_of(case.config))
     report(f"{repeats} rounds")
     seconds = interleaved_seconds(programs, repeats)
     tokens = dense.data.batch_size * sum(dense.stack_lengths.values())
-    lines = [
-        "| train step | parameters | ms | tokens/s | its tokens/s over those of | | aim |",
-        "|---|---:|---:|---:|---|---:|---:|",
-    ]
+    peak = peak_flops(jax.devices()[0].device_kind)
+    utilization = {"MFU": "---:"} if peak else {}
+    head = {"train step": "---", "parameters": "---:", "ms": "---:", "tokens/s": "---:"} | utilization
+    head |= {"its tokens/s over those of": "---", "": "---:", "aim": "---:"}
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(head.values())}|"]
     for case in table:
         median = statistics.median(seconds[case.name])
         cells = [case.name, f"{account(case.config).total:,}", f"{1000 * median:.0f}", f"{tokens / median:,.0f}"]
+        if peak:
+            rate = model_flops(case.config) / median
+            cells.append(f"{rate / (peak * len(devices_of(case.config))):.3f}")
         ratio = Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else ""
         cells += [case.beside, str(ratio), f"{case.aim}" if case.aim else ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from switchjax.analysis.step_benchmark import random_rows, train_program
 from switchjax.analysis.timing import Program, Ratio, interleaved_seconds
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -60,7 +62,7 @@ def benchmark_beside_transformers(repeats: int, report: Callable[[str], None]) -
     for dropout in (0.0, 0.1):
         for experts in EXPERTS:
             config = make_config(experts, dropout)
-            programs = {"here": train_program(config), "there": their_program(config, module)}
+            programs = {"here": train_program(config, jax.devices()[:1]), "there": their_program(config, module)}
             tokens = config.data.batch_size * sum(config.stack_lengths.values())
             seconds = interleaved_seconds(programs, repeats)
             speeds = [f"{tokens / statistics.median(seconds[name]):,.0f}" for name in programs]

@@ -2,25 +2,44 @@
 
 import pytest
 
-from switchjax.analysis.layer_benchmark import LayerCase, LayerTimes, time_assignment, time_layer
-from switchjax.config import ModelConfig
+from switchjax.analysis.document import read_tables
+from switchjax.analysis.layer_benchmark import LayerCase, benchmark_layer, cases_of, time_assignment, time_layer
+from switchjax.config import ModelConfig, UserError
+
+CASE = LayerCase(4, 32, 2)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_every_program_is_timed_in_both_directions(dtype: str, size: int) -> None:
     model = ModelConfig(d_model=8, d_ff=16, dtype=dtype)
-    times = time_layer(LayerCase(4, 32, 2), num_tokens=64, model=model, capacity_factor=1.25, repeats=2)
-    programs = {"dense", "gather", "einsum", "gather routing", "einsum routing"}
-    assert times.forward.keys() == times.both.keys() == programs
-    assert min(*times.forward.values(), *times.both.values()) > 0
+    times = time_layer(CASE, 64, model, ["gather", "einsum", "ragged"], repeats=2)
+    assert times.keys() == {"gather", "einsum", "ragged"}
+    for found in times.values():
+        assert min(found.forward.dense, found.forward.ratio.low, found.both.ratio.low, found.routing) > 0
+        assert found.both.dense == times["gather"].both.dense
+    rows = 2 * 4 * 20  # groups, experts, 1.25 * 2 * 32 / 4 slots
+    assert times["gather"].dispatched == times["einsum"].dispatched == rows * 8 * size
+    assert times["ragged"].dispatched == 64 * 2 * 8 * size
+    assert times["einsum"].temporaries > 0
+
+
+def test_the_table_has_a_row_for_each_model_case_and_form() -> None:
+    models = [ModelConfig(d_model=size, d_ff=16) for size in (8, 16)]
+    told: list[str] = []
+    text = benchmark_layer(models, [CASE], 64, ["gather", "einsum"], 1, told.append)
+    _, *rows = read_tables(text)[0]
+    assert [row[:3] for row in rows] == [
+        [f"{size}, float32", "4, 32, 2", form] for size in (8, 16) for form in ("gather", "einsum")
+    ]
+    assert told == [line for line in text.splitlines() if line.startswith("| ") and "float32" in line]
+    assert "auction" in text.splitlines()[-1]
+
+
+def test_cases_are_found_by_their_experts() -> None:
+    assert {(case.num_experts, case.num_selected) for case in cases_of([8, 64])} == {(8, 1), (8, 2), (64, 1), (64, 2)}
+    with pytest.raises(UserError, match=r"no case has 9 experts \(known: 8, 16, 64, 128, 512\)"):
+        cases_of([8, 9])
+
+
+def test_balanced_assignment_is_timed() -> None:
     assert time_assignment(LayerCase(4, 32, 1), num_tokens=64, repeats=1).keys() == {"auction", "sinkhorn"}
-    assert times.dispatched == 2 * 4 * 20 * 8 * size  # groups, experts, 1.25 * 2 * 32 / 4 slots, d_model
-    assert times.temporaries.keys() == programs
-    assert times.temporaries["einsum routing"] > 0
-
-
-def test_a_ratio_of_1_is_the_cost_of_the_buffers_products() -> None:
-    by_name = {"dense": 10.0, "gather": 25.0}
-    times = LayerTimes(LayerCase(8, 512, 2), 1.25, by_name, {"dense": 10.0, "gather": 50.0}, {}, 0)
-    assert times.to_dense("gather", both=False) == 1.0
-    assert times.to_dense("gather", both=True) == 2.0

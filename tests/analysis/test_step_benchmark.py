@@ -9,7 +9,15 @@ import pytest
 from switchjax.analysis import step_benchmark
 from switchjax.analysis.accounting import account
 from switchjax.analysis.document import read_tables
-from switchjax.analysis.step_benchmark import DENSE, DEVICES, benchmark_step, cases, random_rows, train_program
+from switchjax.analysis.step_benchmark import (
+    DENSE,
+    DEVICES,
+    benchmark_step,
+    cases,
+    devices_of,
+    random_rows,
+    train_program,
+)
 from switchjax.config import Config
 from tests.tiny import changed
 
@@ -41,7 +49,7 @@ def test_rows_are_full() -> None:
 
 @pytest.mark.slow
 def test_one_device_and_8_take_the_same_steps() -> None:
-    one, many = (train_program(case.config) for case in cases(SMALL)[-2:])
+    one, many = (train_program(case.config, devices_of(case.config)) for case in cases(SMALL)[-2:])
     losses = [[float(step()["loss"]) for _ in range(2)] for step in (one, many)]
     assert losses[0][1] < losses[0][0]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
@@ -49,7 +57,7 @@ def test_one_device_and_8_take_the_same_steps() -> None:
 
 def test_the_table_compares_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Config] = []
-    monkeypatch.setattr(step_benchmark, "train_program", lambda config: compiled.append(config) or jax.devices)
+    monkeypatch.setattr(step_benchmark, "train_program", lambda config, devices: compiled.append(config) or jax.devices)
     seconds = {case.name: [float(2**i)] * 3 for i, case in enumerate(cases(SMALL))}
     monkeypatch.setattr(step_benchmark, "interleaved_seconds", lambda programs, repeats: seconds)
     table = read_tables(benchmark_step(SMALL, 3, report=lambda line: None))[0]
