@@ -5,8 +5,8 @@ python scripts/train.py --config=configs/mixtral.py:8x7b --workdir=runs/mixtral_
 Sizes: 8x7b, 8x22b; runlocal for a small machine.
 
 No token is dropped: every expert has room for every token of its group, so groups are short (`moe.dispatch=ragged`
-needs no room to spare, where experts are on one device). The gates are the softmax of the two chosen logits. How it
-was trained is not published: optimiser, batch and length are ours.
+needs no room to spare, where experts are on one device, on TPUs). The gates are the softmax of the two chosen logits.
+How it was trained is not published: optimiser, batch and length are ours.
 """
 
 from ml_collections import ConfigDict

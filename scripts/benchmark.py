@@ -20,7 +20,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from switchjax import command
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config

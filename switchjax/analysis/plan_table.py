@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from switchjax.analysis.accounting import account
 from switchjax.analysis.hardware import GIB, Chip, Slice, find_chip, parse_slice
 from switchjax.analysis.plan_report import show_count, show_seconds
@@ -74,8 +76,8 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     lines = [
         "| config | parameters | slice | chips | mesh d/e/m | a chip's memory, GiB | all-to-alls | a MoE layer "
-        "| all-gathers | compute | HBM | network | MFU at most | compiled in |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| their bytes over the slots' | all-gathers | compute | HBM | network | MFU at most | compiled in |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in FITS:
         lines.append(_fit_row(case, load(case.config, case.arguments), _planned(case, load, workdir, report)))
@@ -118,20 +120,39 @@ def _fit_row(case: Case, config: Config, plan: dict[str, Any]) -> str:
     memory, bounds = plan["memory_per_device"], plan["roofline"]
     counts = {kind: found["count"] for kind, found in plan["collectives"].items()}
     exchanges = counts.get("all-to-all", 0)
+    layers = _routed_layers(config)
+    each = exchanges / (config.train.accumulation_steps * sum(layers.values()))
     cells = [" ".join([f"`{case.config}`", *(f"`{override}`" for override in case.overrides)])]
     cells += [show_count(account(config).total), f"{plan['topology']}", f"{slice_.chips:,}"]
     cells += ["/".join(str(size) for size in plan["mesh"].values())]
     cells += [f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f}"]
-    cells += [f"{exchanges:,}", f"{exchanges / _routed_runs(config):.3g}", f"{counts.get('all-gather', 0):,}"]
+    cells += [f"{exchanges:,}", f"{each:.3g}"]
+    cells += [f"{exchanged_bytes(plan) / (each * slot_bytes(config, plan)):.2f}"]
+    cells += [f"{counts.get('all-gather', 0):,}"]
     cells += [show_seconds(bounds[f"{bound}_seconds"]) for bound in ("compute", "hbm", "network")]
     cells += [f"{100 * utilization(config, slice_, plan):.0f} %", f"{plan['compile_seconds']:.0f} s"]
     return "| " + " | ".join(cells) + " |"
 
 
-def _routed_runs(config: Config) -> int:
-    """How often an MoE layer runs in a step: each once a micro-batch."""
-    layers = [layer for stack in config.model.stacks for layer in config.layers(stack)]
-    return config.train.accumulation_steps * sum(layer.num_experts > 0 for layer in layers)
+def _routed_layers(config: Config) -> dict[str, int]:
+    """MoE layers of each stack."""
+    return {stack: sum(layer.num_experts > 0 for layer in config.layers(stack)) for stack in config.model.stacks}
+
+
+def exchanged_bytes(plan: dict[str, Any]) -> int:
+    """Of all-to-alls on one device in a step."""
+    return plan["collectives"].get("all-to-all", {"bytes": 0})["bytes"]
+
+
+def slot_bytes(config: Config, plan: dict[str, Any]) -> float:
+    """What has to cross once for all MoE layers of a step, from and to one device: each of its tokens has
+    `K * capacity_factor` slots of d_model numbers, without drops one for every expert."""
+    moe = config.moe
+    slots = moe.num_experts if moe.dropless else moe.num_selected_experts * moe.train_capacity_factor
+    tokens = sum(count * config.stack_lengths[stack] for stack, count in _routed_layers(config).items())
+    shards = plan["mesh"]["data"] * plan["mesh"]["expert"]
+    width = jnp.dtype(config.model.dtype).itemsize
+    return slots * tokens * config.data.batch_size / shards * config.model.d_model * width
 
 
 def utilization(config: Config, slice_: Slice, plan: dict[str, Any]) -> float:

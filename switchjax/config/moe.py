@@ -27,7 +27,7 @@ class MoEConfig:
     dropless: bool = False
     """Every expert has room for every token; the capacity factors then mean nothing."""
     dispatch: str = "gather"
-    """gather, einsum (one-hot masks), or ragged (dropless, experts on one device: grouped matrix products)."""
+    """gather, einsum (one-hot masks), or ragged (dropless, experts on one device: grouped products, fast on TPUs)."""
 
     fill_order: str = "first_come"
     """Who gets the slots of a full expert: first_come (all first choices before any second), token_by_token (earlier

@@ -6,7 +6,7 @@ import pytest
 from switchjax.analysis import input_benchmark
 from switchjax.analysis.document import read_tables
 from switchjax.analysis.input_benchmark import Consumer, benchmark_input, count_tokens
-from switchjax.config import Config
+from switchjax.config import Config, TrainConfig
 from switchjax.data.text import TextData
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.loop import place_batch
@@ -33,8 +33,10 @@ def test_the_pipelines_tokens_are_those_that_steps_count(tiny: Config) -> None:
 def test_the_table_has_every_figure(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_benchmark, "BATCHES", 3)
     monkeypatch.setattr(input_benchmark, "STEPS", 1)
-    _, read, eaten, ratio, wait, ready = read_tables(benchmark_input(tiny, 2, report=lambda line: None))[0]
+    monkeypatch.setattr(input_benchmark, "RUN", TrainConfig(steps=4, log_every=2, checkpoint_every=2))
+    _, read, eaten, ratio, wait, ready, loop = read_tables(benchmark_input(tiny, 2, report=lambda line: None))[0]
     assert float(read[1].replace(",", "")) > 0 < float(eaten[1].replace(",", ""))
     assert float(ratio[1].split(" ")[0]) > 0
     assert 0 <= float(wait[1].removesuffix(" %")) <= 100
     assert ready[1].endswith(" s")
+    assert 0 < float(loop[1].removesuffix(" %")) < 100

@@ -11,7 +11,7 @@ from switchjax import command
 from switchjax.analysis import plan_table
 from switchjax.analysis.hardware import Chip, Slice
 from switchjax.analysis.hlo_collectives import Traffic
-from switchjax.analysis.plan_table import FITS, RATIOS, Case, tabulate_plans, utilization
+from switchjax.analysis.plan_table import FITS, RATIOS, Case, slot_bytes, tabulate_plans, utilization
 from switchjax.analysis.planning import StepPlan
 from switchjax.config import Config, UserError
 from tests.analysis.test_planning import EIGHT, PLAN
@@ -62,7 +62,8 @@ def test_a_row_says_what_a_plan_does_and_finished_plans_stay(
     assert cells[1] == "`switch.py:base-8` `model.remat=full`"
     assert cells[3:6] == ["v5e:2x4", "8", "2/4/1"]
     # 48 in the two MoE layers of the tiny model.
-    assert cells[6:10] == ["14.0 of 16.0", "48", "24", "0"]
+    ratio_of_bytes = PLAN.collectives["all-to-all"].bytes / (24 * slot_bytes(tiny, PLAN.to_dict()))
+    assert cells[6:11] == ["14.0 of 16.0", "48", "24", f"{ratio_of_bytes:.2f}", "0"]
     assert ratio == "| more layers | v5e:1x1 | 1 s | v5e:2x4 | 8 s | 8.00 | 1.3 |"
 
     assert tabulate_plans(load, tmp_path / "plans", lines.append).splitlines() == table
@@ -76,6 +77,19 @@ def test_all_to_alls_a_layer_are_those_of_a_micro_batch(tiny: Config, tmp_path: 
     config = changed(tiny, train={"accumulation_steps": 3})
     table = tabulate_plans(lambda *_: config, tmp_path, lambda _: None)
     assert "| 48 | 8 |" in table
+
+
+def test_slots_of_a_token_cross_once(tiny: Config) -> None:
+    plan = {"mesh": {"data": 2, "expert": 4, "model": 3}}
+    config = changed(
+        tiny,
+        model={"d_model": 16, "dtype": "bfloat16"},
+        moe={"num_selected_experts": 2, "router": "top_k", "train_capacity_factor": 1.5},
+    )
+    tokens = config.data.batch_size * (96 + 32) / 8  # of both stacks, which have a MoE layer each, on a device
+    assert slot_bytes(config, plan) == 2 * 1.5 * tokens * 16 * 2
+    dropless = changed(config, moe={"dropless": True})
+    assert slot_bytes(dropless, plan) == config.moe.num_experts * tokens * 16 * 2
 
 
 def test_utilization_is_three_forward_passes_at_the_largest_bound(tiny: Config) -> None:

@@ -1,10 +1,20 @@
 """Dropless experts: grouped matrix products give what buffers for every token give."""
 
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from switchjax.analysis.hardware import parse_slice
+from switchjax.analysis.topology import describe_devices
 from switchjax.config import MeshConfig, MoEConfig, UserError
+from switchjax.moe.ragged import grouped_product, megablox_product
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
 from tests.moe.layers import make_inputs, make_layer, run, run_with_gradients
@@ -41,6 +51,37 @@ def test_ragged_experts_on_a_mesh_are_those_of_one_device(shape: tuple[int, int,
         actual = run_with_gradients(jax.device_put(layer, parameter_shardings(layer, mesh)), *inputs, KEY)
     # float32 sums over 128 tokens, in the order of another mesh.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(200, [60, 0, 90, 7]), (256, [128, 64, 64, 0]), (3, [0, 1, 0, 2])])
+def test_the_kernels_of_tpus_are_ragged_dot_with_its_gradients(rows: int, sizes: list[int]) -> None:
+    keys = jax.random.split(KEY, 3)
+    x, weights = jax.random.normal(keys[0], (rows, 24)), jax.random.normal(keys[1], (4, 24, 40))
+    wanted = jax.random.normal(keys[2], (rows, 40))
+
+    def loss(product: Callable[..., jax.Array]) -> Any:
+        def distance(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = product(x, weights, jnp.array(sizes))
+            return jnp.sum(jnp.square(y - wanted)), y
+
+        return jax.value_and_grad(distance, argnums=(0, 1), has_aux=True)(x, weights)
+
+    found, expected = loss(partial(megablox_product, interpret=True)), loss(jax.lax.ragged_dot)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_grouped_products_on_tpus_do_not_compute_every_expert(dtype: str) -> None:
+    device = SingleDeviceSharding(describe_devices(parse_slice("v5e:1x1"))[0])
+    shapes = [((4096, 1024), dtype), ((16, 1024, 2048), dtype), ((16,), "int32")]
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=device) for shape in shapes]
+
+    def loss(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(grouped_product(x, weights, sizes).astype(jnp.float32)))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=device).lower(*arguments).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(3 * 2 * 4096 * 1024 * 2048, rel=0.02)
 
 
 def test_without_drops_a_sequence_does_not_depend_on_its_batch_mates() -> None:
