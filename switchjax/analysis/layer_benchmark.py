@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from switchjax.analysis.timing import Ratio, interleaved_seconds, median_times
@@ -151,6 +152,32 @@ def time_layer(
         )
         for dispatch in dispatches
     }
+
+
+def plan_layer(
+    case: LayerCase, num_tokens: int, model: ModelConfig, dispatch: str, device: jax.Device
+) -> tuple[float, float]:
+    """The layer in both directions, compiled for a device that may be described only.
+
+    Returns:
+        Its FLOPs over those of the products of the experts' rows, and its temporaries, with experts that do nothing,
+        over the bytes of those rows.
+    """
+    model = replace(model, param_dtype=model.dtype)
+    groups, key = max(1, num_tokens // case.num_tokens), jax.random.key(0)
+    place = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((groups, case.num_tokens, model.d_model), model.dtype, sharding=place)
+    compiled = []
+    for make_expert in (partial(FeedForward, model, 0.0), _Identity):
+        layer = MoELayer(make_expert, model.d_model, _moe_config(case, dispatch), key)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layer)
+        gradient = jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True), out_shardings=place)
+        compiled.append(gradient.lower(shapes, x).compile())
+    whole, routing = compiled
+    rows = _count_rows(case, groups, dispatch)
+    products = 3 * 2 * 2 * rows * model.d_model * model.d_ff
+    cost = whole.cost_analysis() or {}
+    return cost["flops"] / products, _temporaries(routing) / (rows * model.d_model * x.dtype.itemsize)
 
 
 def _moe_config(case: LayerCase, dispatch: str) -> MoEConfig:

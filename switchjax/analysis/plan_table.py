@@ -1,5 +1,6 @@
 """The published models on the smallest slices that train them, and how long their train steps take to compile."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 
 from switchjax.analysis.accounting import account
 from switchjax.analysis.hardware import GIB, Chip, Slice, find_chip, parse_slice
+from switchjax.analysis.layer_benchmark import cases_of, plan_layer
 from switchjax.analysis.plan_report import show_count, show_seconds
 from switchjax.analysis.planning import StepPlan, plan_step, smallest_fit
+from switchjax.analysis.topology import describe_devices
 from switchjax.analysis.utilization import model_flops
-from switchjax.config import Config
+from switchjax.config import Config, ModelConfig
 
 Load = Callable[[str, Sequence[str]], Config]
 """The config of a file in configs/ and its argument (`switch.py:c`), with overrides as on the command line."""
@@ -58,10 +61,15 @@ RATIOS = (
 """What is compared, the ratio of compile times that it should stay below, the smaller and the larger case."""
 _ROUNDS = 3
 """How often a step is compiled for its time, in turn with the one it is compared with."""
+_CHIP = "v5e:1x1"
+_LAYERS = cases_of([8, 64])
+_LAYER_MODEL = ModelConfig(d_model=512, d_ff=2048, dtype="bfloat16")
+TOKENS = 16384
+"""Of the layers that are compiled alone."""
 
 
 def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
-    """Compiles every case of `FITS` and `RATIOS` and returns both tables.
+    """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone, and returns the three tables.
 
     Each plan is saved under `workdir` as soon as it is made, and made again only where its case has changed.
 
@@ -86,6 +94,14 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
     for name, aim, *cases in RATIOS:
         rounds = [[_planned(case, load, workdir, report, number) for case in cases] for number in range(_ROUNDS)]
         lines.append(_ratio_row(name, aim, *zip(*rounds, strict=True)))
+        report(lines[-1])
+    layer = f"one MoE layer on {_CHIP}, forward + backward: E, S, K"
+    lines += ["", f"| {layer} | dispatch | FLOPs over the experts' products | temporaries over the experts' rows |"]
+    lines.append("|---|---|---:|---:|")
+    device = describe_devices(parse_slice(_CHIP))[0]
+    for sizes, dispatch in itertools.product(_LAYERS, ("gather", "einsum", "ragged")):
+        found = plan_layer(sizes, TOKENS, _LAYER_MODEL, dispatch, device)
+        lines.append(f"| {sizes} | {dispatch} | {found[0]:.2f} | {found[1]:.1f} |")
         report(lines[-1])
     return "\n".join(lines)
 

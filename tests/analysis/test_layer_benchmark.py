@@ -1,9 +1,20 @@
 """The benchmark times what it says, on a case small enough for a test."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from switchjax.analysis.document import read_tables
-from switchjax.analysis.layer_benchmark import LayerCase, benchmark_layer, cases_of, time_assignment, time_layer
+from switchjax.analysis.hardware import parse_slice
+from switchjax.analysis.layer_benchmark import (
+    LayerCase,
+    benchmark_layer,
+    cases_of,
+    plan_layer,
+    time_assignment,
+    time_layer,
+)
+from switchjax.analysis.topology import describe_devices
 from switchjax.config import ModelConfig, UserError
 
 CASE = LayerCase(4, 32, 2)
@@ -33,6 +44,17 @@ def test_the_table_has_a_row_for_each_model_case_and_form() -> None:
     ]
     assert told == [line for line in text.splitlines() if line.startswith("| ") and "float32" in line]
     assert "auction" in text.splitlines()[-1]
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
+def test_gathers_add_no_flops_on_tpus_and_einsums_do() -> None:
+    model = ModelConfig(d_model=128, d_ff=256, dtype="bfloat16")
+    device = describe_devices(parse_slice("v5e:1x1"))[0]
+    case = LayerCase(8, 1024, 2)
+    flops = {form: plan_layer(case, 2048, model, form, device)[0] for form in ("gather", "einsum", "ragged")}
+    assert 1 <= flops["gather"] < 1.15
+    assert 1 <= flops["ragged"] < 1.15
+    assert flops["einsum"] > 2
 
 
 def test_cases_are_found_by_their_experts() -> None:

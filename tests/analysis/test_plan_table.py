@@ -37,6 +37,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(plan_table, "smallest_fit", smallest_fit)
     monkeypatch.setattr(plan_table, "FITS", (FIT,))
     monkeypatch.setattr(plan_table, "RATIOS", (RATIO,))
+    monkeypatch.setattr(plan_table, "describe_devices", lambda slice_: [slice_])
+    monkeypatch.setattr(plan_table, "plan_layer", lambda case, *_: (case.num_experts / 4, case.num_selected / 4))
     return slices
 
 
@@ -50,7 +52,8 @@ def test_a_row_says_what_a_plan_does_and_finished_plans_stay(
         return tiny
 
     lines: list[str] = []
-    table = tabulate_plans(load, tmp_path / "plans", lines.append).splitlines()
+    table, _, layers = tabulate_plans(load, tmp_path / "plans", lines.append).partition("\n\n| one MoE layer")
+    table = table.splitlines()
     assert asked[0] == ("switch.py:base-8", "--config.model.remat=full")
     assert compiled == ["v5e:2x4", *["v5e:1x1", "v5e:2x4"] * 3]
     fit, ratio = table[2], table[-1]
@@ -66,7 +69,8 @@ def test_a_row_says_what_a_plan_does_and_finished_plans_stay(
     assert cells[6:11] == ["14.0 of 16.0", "48", "24", f"{ratio_of_bytes:.2f}", "0"]
     assert ratio == "| more layers | v5e:1x1 | 1 s | v5e:2x4 | 8 s | 8.00 | 1.3 |"
 
-    assert tabulate_plans(load, tmp_path / "plans", lines.append).splitlines() == table
+    assert layers.splitlines()[2:4] == ["| 8, 2048, 1 | gather | 2.00 | 0.2 |", "| 8, 2048, 1 | einsum | 2.00 | 0.2 |"]
+    assert tabulate_plans(load, tmp_path / "plans", lines.append).splitlines()[: len(table)] == table
     assert len(compiled) == 7
     monkeypatch.setattr(plan_table, "FITS", (dataclasses.replace(FIT, overrides=("model.remat=dots",)),))
     tabulate_plans(load, tmp_path / "plans", lines.append)
