@@ -43,8 +43,8 @@ _LARGE = ("model.remat=full",)
 FITS = (
     Case("switch.py:base-128", ("model.remat=exchange",)),
     Case("switch.py:xxl-128", _LARGE),
-    # 2048 tokens hold 16 of the decoder's rows, more than a chip of 256 has.
-    Case("switch.py:c", (*_LARGE, "moe.group_size=1024")),
+    # With 2048 experts of at least 2 slots each, a group of fewer tokens has more slots than tokens.
+    Case("switch.py:c", (*_LARGE, "moe.group_size=4096")),
     # The inputs of 32 layers for all 4M tokens of a batch at once would take 1 TiB.
     Case("mixtral.py:8x7b", (*_LARGE, "train.accumulation_steps=32")),
     Case("glam.py:64b-64e", (*_LARGE, "train.accumulation_steps=8")),

@@ -167,7 +167,8 @@ class Attention(nnx.Module):
             query = rotate(query, positions, self.config.rotary_base)
         if self.config.scale_scores:
             query = query * jnp.asarray(self.config.d_head**-0.5, query.dtype)
-        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, key)
+        recomputed = self.config.remat != "none"
+        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, key, recomputed)
         return add_bias(project(mixed, self.out[...].astype(x.dtype), num_inputs=2), self.out_bias)
 
 
@@ -179,10 +180,12 @@ def attend(
     bias: Float[Array, "#B H Q L"] | None,
     rate: float,
     key: PRNGKeyArray | None,
+    recomputed: bool = False,
 ) -> Float[Array, "B Q H A"]:
     """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`.
 
-    Each of the N heads of keys and values serves H / N query heads, one after the other.
+    Each of the N heads of keys and values serves H / N query heads, one after the other. `recomputed` says that the
+    backward pass does all this again, and so that nothing need be kept for it.
     """
     rows, queries, heads, _ = query.shape
     grouped = query.reshape(rows, queries, keys.shape[2], -1, query.shape[-1])
@@ -190,7 +193,9 @@ def attend(
     scores = scores.reshape(rows, heads, queries, -1)
     if bias is not None:
         scores += _over_rows(bias, rows) if bias.shape[0] == 1 else bias
-    weights = _softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), query.dtype)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    # Computed again in the backward pass, `_softmax` would add the weights in the model's dtype to those in float32.
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype) if recomputed else _softmax(scores, query.dtype)
     weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
     return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)
 
