@@ -110,6 +110,28 @@ def test_the_gradient_of_a_bias_that_rows_share_is_the_sum_of_those_of_each_row(
     np.testing.assert_allclose(jax.grad(loss)(shared), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_are_kept_in_the_models_dtype_and_gradients_are_those_of_jaxs_softmax() -> None:
+    shape = (2, 16, 3, 8)
+    mask = jnp.tril(jnp.ones((2, 1, 16, 16), bool))
+
+    def gradients(dtype: str, recomputed: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+        def attended(*inputs: jax.Array) -> jax.Array:
+            return attend(*inputs, mask, None, 0.0, None, recomputed)
+
+        y, backward = jax.vjp(attended, *jax.random.normal(KEY, (3, *shape)).astype(dtype))
+        return jax.tree.leaves(backward), list(backward(jnp.ones_like(y) + y))
+
+    def wide(kept: list[jax.Array]) -> int:
+        return sum(leaf.shape == (2, 3, 16, 16) and leaf.dtype == jnp.float32 for leaf in kept)
+
+    kept, narrow = gradients("bfloat16", False)
+    assert wide(kept) == wide(gradients("bfloat16", True)[0]) - 1
+    wanted = gradients("float32", True)[1]
+    for found, tolerance in ((gradients("float32", False)[1], 1e-5), (narrow, 0.02)):
+        for one, other in zip(found, wanted, strict=True):
+            assert np.linalg.norm(one.astype(np.float32) - other) < tolerance * np.linalg.norm(other)
+
+
 def test_a_query_with_nothing_to_see_gives_finite_values_and_gradients() -> None:
     attention = random_parameters(lambda: Attention(CONFIG, KEY))
     mask = jnp.zeros((1, 1, 2, 2), bool)
