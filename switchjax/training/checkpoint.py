@@ -26,6 +26,19 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+_REPLICA_BYTES = 2**20
+"""What a replica of an array writes, if several share that, at least."""
+
+
+def _array_handler() -> Any:
+    """orbax's, but arrays of less than `_REPLICA_BYTES` are written whole, by one of their replicas.
+
+    Cutting each into a part for every replica compiles a slice for every shape and part, seconds at a run's first save.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_REPLICA_BYTES)
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+
+
 class Checkpoints:
     """The checkpoints of a workdir, newest last, at most `keep` of them.
 
@@ -45,7 +58,7 @@ class Checkpoints:
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
         self._handlers = {
-            "state": ocp.PyTreeCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_array_handler()),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
