@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from switchjax.analysis.compile_benchmark import compiled_programs_in
 from switchjax.analysis.document import read_tables
 from switchjax.analysis.hardware import parse_slice
 from switchjax.analysis.layer_benchmark import (
@@ -51,7 +52,8 @@ def test_gathers_add_no_flops_on_tpus_and_einsums_do() -> None:
     model = ModelConfig(d_model=128, d_ff=256, dtype="bfloat16")
     device = describe_devices(parse_slice("v5e:1x1"))[0]
     case = LayerCase(8, 1024, 2)
-    flops = {form: plan_layer(case, 2048, model, form, device)[0] for form in ("gather", "einsum", "ragged")}
+    with compiled_programs_in(None):  # what is compiled for a device that is not there cannot be read again
+        flops = {form: plan_layer(case, 2048, model, form, device)[0] for form in ("gather", "einsum", "ragged")}
     assert 1 <= flops["gather"] < 1.15
     assert 1 <= flops["ragged"] < 1.15
     assert flops["einsum"] > 2

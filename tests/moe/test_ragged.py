@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from switchjax.analysis.compile_benchmark import compiled_programs_in
 from switchjax.analysis.hardware import parse_slice
 from switchjax.analysis.topology import describe_devices
 from switchjax.config import MeshConfig, MoEConfig, UserError
@@ -80,7 +81,8 @@ def test_grouped_products_on_tpus_do_not_compute_every_expert(dtype: str) -> Non
     def loss(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(grouped_product(x, weights, sizes).astype(jnp.float32)))
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=device).lower(*arguments).compile()
+    with compiled_programs_in(None):  # what is compiled for a device that is not there cannot be read again
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=device).lower(*arguments).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(3 * 2 * 4096 * 1024 * 2048, rel=0.02)
 
 
