@@ -103,6 +103,9 @@ def _layer(flags: Namespace) -> None:
     from switchjax.analysis.layer_benchmark import benchmark_layer, cases_of
 
     cases = cases_of(flags.experts)
+    for case in cases:
+        if flags.tokens < 1 or flags.tokens % case.num_tokens:
+            raise UserError(f"--tokens={flags.tokens} is no multiple of the {case.num_tokens} tokens of a group")
     table = benchmark_layer(models, cases, flags.tokens, flags.dispatch, flags.repeats, _REPORT)
     changed = {name: getattr(flags, name) for name, default in _LAYER.items() if getattr(flags, name) != default}
     words = (
