@@ -16,7 +16,7 @@ install_import_hook(
     "beartype.beartype",
 )
 # The scripts that tests start read the variable: libtpu complains where no TPU is.
-if not os.environ.get("JAX_PLATFORMS", "").startswith("cpu,"):  # as tests/test_accelerators.py wants it
+if not os.environ.get("JAX_PLATFORMS", "").endswith(",cpu"):  # as tests/test_accelerators.py wants it
     os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,4 +1,4 @@
-"""What an accelerator computes is what the CPU computes: JAX_PLATFORMS=cpu,cuda pytest tests/test_accelerators.py"""
+"""What an accelerator computes is what the CPU computes: JAX_PLATFORMS=cuda,cpu pytest tests/test_accelerators.py"""
 
 import os
 from collections.abc import Iterator
@@ -12,11 +12,12 @@ import pytest
 
 from switchjax.analysis.step_benchmark import train_program
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
+from switchjax.models.attention import attend, attention_mask
 from switchjax.models.layers import FeedForward
 from switchjax.moe.layer import MoELayer
 
-_PLATFORM = os.environ.get("JAX_PLATFORMS", "cpu").partition(",")[2]
-pytestmark = pytest.mark.skipif(not _PLATFORM, reason="no accelerator was asked for")
+_PLATFORM, _, _REFERENCE = os.environ.get("JAX_PLATFORMS", "cpu").partition(",")
+pytestmark = pytest.mark.skipif(_REFERENCE != "cpu", reason="no accelerator was asked for")
 
 MODEL = ModelConfig(
     vocab_size=512, d_model=64, d_ff=128, num_heads=4, d_head=16, num_encoder_layers=2, num_decoder_layers=2
@@ -76,3 +77,33 @@ def test_train_steps_have_the_cpus_losses(dispatch: str) -> None:
     )
     assert wanted[-1] < wanted[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kv_heads", "biased", "causal"), [(64, 4, True, False), (48, 4, False, False), (64, 2, False, True)]
+)
+def test_attention_in_bfloat16_is_the_cpus_in_float32(keys: int, kv_heads: int, biased: bool, causal: bool) -> None:
+    rows, queries, heads, width = 3, 64, 4, 32
+    rng = np.random.default_rng(0)
+    shapes = [(rows, queries, heads, width), (rows, keys, kv_heads, width), (rows, keys, kv_heads, width)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    bias = jnp.asarray(rng.normal(size=(1, heads, queries, keys)), jnp.float32) if biased else None
+    segments = np.sort(rng.integers(1, 4, (rows, queries)), axis=1)
+    mask = attention_mask(jnp.asarray(segments), jnp.asarray(segments[:, :keys]), causal)
+    mask = mask.at[..., 0].set(True)  # a query that sees nothing is of no account
+
+    def loss(inputs: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = attend(*inputs[:3], mask, inputs[3], 0.0, None)
+        return jnp.sum(jnp.square(y.astype(jnp.float32))), y
+
+    compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    wide = [array.astype(jnp.float32) for array in arrays]
+    here = jax.device_put(([*arrays, bias], mask), jax.devices(_PLATFORM)[0])
+    found = jax.tree.leaves(jax.device_get(compute(*here)))
+    wanted = jax.tree.leaves(jax.device_get(compute(*jax.device_put(([*wide, bias], mask), jax.devices("cpu")[0]))))
+    assert len(found) == len(wanted) == (6 if biased else 5)
+    for one, other in zip(found, wanted, strict=True):
+        error = np.linalg.norm(np.float64(one) - np.float64(other))
+        assert error <= 2e-2 * np.linalg.norm(np.float64(other))
+    if _PLATFORM == "cuda":
+        assert "fmha" in compute.lower(*here).compile().as_text()

@@ -87,20 +87,26 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: TASK"),
-        (["from-hf", "nowhere", "run"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
-        (["to-hf", "nowhere", "folder"], "cannot read nowhere/config.json"),
-        (["to-hf", "nowhere", "folder", "--surprise"], "unrecognized arguments: --surprise"),
-        (["check", "nowhere"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
-        (["check", "tests/interop/fixtures/vit"], "pip install torch transformers"),
+        (["convert.py"], "the following arguments are required: TASK"),
         (
-            ["from-hf", "tests/interop/fixtures/vit", "nowhere", "--config.model.d_modle=8"],
+            ["convert.py", "from-hf", "nowhere", "run"],
+            "no model.safetensors and no model.safetensors.index.json in nowhere",
+        ),
+        (["convert.py", "to-hf", "nowhere", "folder"], "cannot read nowhere/config.json"),
+        (["convert.py", "to-hf", "nowhere", "folder", "--surprise"], "unrecognized arguments: --surprise"),
+        (["convert.py", "check", "nowhere"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
+        (["convert.py", "check", "tests/interop/fixtures/vit"], "pip install torch transformers"),
+        (
+            ["convert.py", "from-hf", "tests/interop/fixtures/vit", "nowhere", "--config.model.d_modle=8"],
             "unknown config key 'model.d_modle' (did you mean 'd_model'?)",
         ),
+        (["benchmark.py", "layer", "--tokens=3000"], "--tokens=3000 is no multiple of the 2048 tokens of a group"),
+        (["benchmark.py", "layer", "--tokens=0"], "--tokens=0 is no multiple of the 2048 tokens of a group"),
     ],
 )
-def test_conversion_refuses_bad_input_in_one_line(arguments: list[str], message: str) -> None:
-    done = run("scripts/convert.py", *arguments)
+def test_scripts_without_a_workdir_refuse_bad_input_in_one_line(arguments: list[str], message: str) -> None:
+    script, *flags = arguments
+    done = run(f"scripts/{script}", *flags)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1

@@ -187,6 +187,8 @@ def attend(
     Each of the N heads of keys and values serves H / N query heads, one after the other. `recomputed` says that the
     backward pass does all this again, and so that nothing need be kept for it.
     """
+    if _fits_cudnn(query, keys) and (key is None or not rate):
+        return _attend_by_cudnn(query, keys, values, mask, bias)
     rows, queries, heads, _ = query.shape
     grouped = query.reshape(rows, queries, keys.shape[2], -1, query.shape[-1])
     scores = jnp.einsum("bqnga,blna->bngql", grouped, keys, preferred_element_type=jnp.float32)
@@ -198,6 +200,29 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype) if recomputed else _softmax(scores, query.dtype)
     weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
     return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)
+
+
+def _fits_cudnn(query: Float[Array, "B Q H A"], keys: Float[Array, "B L N A"]) -> bool:
+    """Whether the devices have cuDNN, and that a kernel for such queries and keys in both directions."""
+    device, (_, queries, _, width) = jax.devices()[0], query.shape
+    if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA") or float(device.compute_capability) < 8:
+        return False
+    even = queries % 2 == 0 and keys.shape[1] % 2 == 0
+    return even and width % 8 == 0 and width <= 128 and query.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _attend_by_cudnn(
+    query: Float[Array, "B Q H A"],
+    keys: Float[Array, "B L N A"],
+    values: Float[Array, "B L N A"],
+    mask: Bool[Array, "B 1 Q L"],
+    bias: Float[Array, "#B H Q L"] | None,
+) -> Float[Array, "B Q H A"]:
+    """`attend` by a kernel that writes no scores to memory; a bias, and its gradient, is there in the model's dtype."""
+    if bias is not None:
+        # Rows share a bias in float32, so that its gradient is summed over them in that.
+        bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:])).astype(query.dtype)
+    return jax.nn.dot_product_attention(query, keys, values, bias, mask, scale=1.0, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,6 +1,7 @@
 """Masks, T5's distance buckets, and attention against a loop over heads."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,45 @@ def test_weights_are_kept_in_the_models_dtype_and_gradients_are_those_of_jaxs_so
     for found, tolerance in ((gradients("float32", False)[1], 1e-5), (narrow, 0.02)):
         for one, other in zip(found, wanted, strict=True):
             assert np.linalg.norm(one.astype(np.float32) - other) < tolerance * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(("kv_heads", "bias_rows"), [(6, 1), (6, 2), (2, None)])
+def test_a_kernel_is_asked_for_the_same_attention(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, bias_rows: int | None
+) -> None:
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(2, 6, 6, 8)), jnp.bfloat16)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 4, kv_heads, 8)), jnp.bfloat16) for _ in range(2))
+    bias = None if bias_rows is None else jnp.asarray(rng.normal(size=(bias_rows, 6, 6, 4)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 1, 6, 4)) < 0.7).at[..., 0].set(True)
+
+    def outcome(dtype: str) -> tuple[list[jax.Array], bool]:
+        asked = []
+
+        def kernel(*arrays: jax.Array, scale: float, implementation: str) -> jax.Array:
+            asked.append(implementation)
+            return plain(*arrays, scale=scale, implementation="xla")
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+
+        def loss(arrays: list[jax.Array | None]) -> jax.Array:
+            y = attend(*arrays[:3], mask, arrays[3], 0.1, None)
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        inputs = [x.astype(dtype) for x in (query, keys, values)]
+        with jax.numpy_dtype_promotion("standard"):  # for what stands in for the kernel
+            return jax.tree.leaves(jax.value_and_grad(loss)([*inputs, bias])), asked == ["cudnn"]
+
+    plain = jax.nn.dot_product_attention
+    wanted, by_kernel = outcome("float32")
+    assert not by_kernel
+    card = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    assert not outcome("float32")[1]
+    found, by_kernel = outcome("bfloat16")
+    assert by_kernel
+    for one, other in zip(found, wanted, strict=True):
+        assert np.linalg.norm(one.astype(np.float32) - other) < 0.03 * np.linalg.norm(other)
 
 
 def test_a_query_with_nothing_to_see_gives_finite_values_and_gradients() -> None:

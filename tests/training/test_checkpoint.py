@@ -91,6 +91,25 @@ def test_a_model_is_restored_without_its_optimiser(workdir: Path, plan: StatePla
         assert_equal(model, state.model)
 
 
+def test_a_first_save_compiles_next_to_nothing(tiny: Config, state: TrainState, tmp_path: Path) -> None:
+    # Cut into a part for each of their replicas, small arrays would each need a program for every part.
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        checkpoints.save(state, position(0), tiny)
+        checkpoints.close()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) < 5 < len(named_leaves(state))
+
+
 def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
     stored = Checkpoints(workdir).shapes(3)
     assert stored["model/encoder/runs/0/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
