@@ -22,21 +22,17 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
+from switchjax.analysis.document import find_place, read_tables, write_table
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
 
 _REPORT = partial(print, flush=True)
-_LAYER = {
-    "d_model": [256, 512, 1024],
-    "dtype": ["float32", "bfloat16"],
-    "experts": [8, 64],
-    "dispatch": ["gather"],
-    "tokens": 16384,
-}
+_PLACES = ("write", "json", "picture", "workdir")
+"""Flags that say where something lies, and change no figure."""
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
-    tables = parser.add_subparsers(required=True, metavar="TABLE")
+    tables = parser.add_subparsers(required=True, metavar="TABLE", dest="name")
 
     def add(name: str, table: Callable[[Namespace], None], summary: str, repeats: int = 0) -> ArgumentParser:
         added = tables.add_parser(name, help=summary)
@@ -48,12 +44,12 @@ def main(arguments: Sequence[str]) -> None:
         return added
 
     layer = add("layer", _layer, "time of an MoE layer beside a dense network (half an hour on two cores)", repeats=7)
-    layer.add_argument("--d_model", type=int, nargs="+", metavar="D", help="of its tokens; d_ff is 4 D")
-    layer.add_argument("--dtype", nargs="+", metavar="T", help="float32, bfloat16: of weights and tokens")
-    layer.add_argument("--experts", type=int, nargs="+", metavar="E", help="of 8, 16, 64, 128, 512")
-    layer.add_argument("--dispatch", nargs="+", choices=["gather", "einsum", "ragged"], help="forms of it")
-    layer.add_argument("--tokens", type=int, metavar="N", help="of all groups together")
-    layer.set_defaults(**_LAYER)
+    sizes, dtypes, forms = [256, 512, 1024], ["float32", "bfloat16"], ["gather", "einsum", "ragged"]
+    layer.add_argument("--d_model", type=int, nargs="+", default=sizes, metavar="D", help="of its tokens; d_ff is 4 D")
+    layer.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="float32, bfloat16: of all arrays")
+    layer.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="of 8, 16, 64, 128, 512")
+    layer.add_argument("--dispatch", nargs="+", default=forms[:1], choices=forms, help="forms of it")
+    layer.add_argument("--tokens", type=int, default=16384, metavar="N", help="of all groups together")
     step = add("step", _step, "tokens a second with experts and on a mesh, beside those without", repeats=7)
     models = step.add_mutually_exclusive_group()
     models.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
@@ -94,7 +90,21 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(flags, "repeats", 1) < 1:
         parser.error(f"argument --repeats: must be positive, got {flags.repeats}")
+    flags.command = _command(flags, tables.choices[flags.name])
+    if flags.write:
+        find_place(flags.write, flags.command)  # refused before anything is measured
     flags.table(flags)
+
+
+def _command(flags: Namespace, parser: ArgumentParser) -> str:
+    """The command whose figures these are: with every flag that may change them and is not as it would be."""
+    words = ["python scripts/benchmark.py", flags.name]
+    for name, value in vars(flags).items():
+        if name in ("name", "overrides", "table", *_PLACES) or value == parser.get_default(name):
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return " ".join([*words, *getattr(flags, "overrides", [])])
 
 
 def _layer(flags: Namespace) -> None:
@@ -106,30 +116,21 @@ def _layer(flags: Namespace) -> None:
     for case in cases:
         if flags.tokens < 1 or flags.tokens % case.num_tokens:
             raise UserError(f"--tokens={flags.tokens} is no multiple of the {case.num_tokens} tokens of a group")
-    table = benchmark_layer(models, cases, flags.tokens, flags.dispatch, flags.repeats, _REPORT)
-    changed = {name: getattr(flags, name) for name, default in _LAYER.items() if getattr(flags, name) != default}
-    words = (
-        f"--{name} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
-        for name, value in changed.items()
-    )
-    _show(flags, " ".join(["layer", *words]), table)
+    _show(flags, benchmark_layer(models, cases, flags.tokens, flags.dispatch, flags.repeats, _REPORT))
 
 
 def _step(flags: Namespace) -> None:
     if flags.huggingface:
         from switchjax.interop.step_benchmark import benchmark_beside_transformers
 
-        return _show(flags, "step --huggingface", benchmark_beside_transformers(flags.repeats, _REPORT))
+        return _show(flags, benchmark_beside_transformers(flags.repeats, _REPORT))
     dense = command.load_config(flags.config, flags.overrides) if flags.config else None
 
     from switchjax.analysis.step_benchmark import DENSE, DEVICES, benchmark_step
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(MeshConfig(emulated_devices=DEVICES))
-    if dense is None:
-        return _show(flags, "step", benchmark_step(DENSE, flags.repeats, _REPORT))
-    table = benchmark_step(dense, flags.repeats, _REPORT)
-    _show(flags, " ".join(["step --config", flags.config, *flags.overrides]), table)
+    _show(flags, benchmark_step(dense or DENSE, flags.repeats, _REPORT))
 
 
 def _input(flags: Namespace) -> None:
@@ -139,7 +140,7 @@ def _input(flags: Namespace) -> None:
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(config.mesh)
-    _show(flags, "input", benchmark_input(config, flags.repeats, _REPORT))
+    _show(flags, benchmark_input(config, flags.repeats, _REPORT))
 
 
 def _compile(flags: Namespace) -> None:
@@ -150,7 +151,7 @@ def _compile(flags: Namespace) -> None:
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(config.mesh)
-    _show(flags, "compile", benchmark_compile(config, first, flags.repeats, _REPORT))
+    _show(flags, benchmark_compile(config, first, flags.repeats, _REPORT))
 
 
 def _routers(flags: Namespace) -> None:
@@ -160,7 +161,7 @@ def _routers(flags: Namespace) -> None:
     from switchjax.parallel.mesh import emulate_devices
 
     emulate_devices(config.mesh)
-    _show(flags, "routers", study_routers(config, flags.workdir, report=_REPORT))
+    _show(flags, study_routers(config, flags.workdir, report=_REPORT))
 
 
 def _families(flags: Namespace) -> None:
@@ -171,7 +172,7 @@ def _families(flags: Namespace) -> None:
 
     from switchjax.analysis.family_study import study_families
 
-    _show(flags, "families", study_families(load, flags.workdir, report=_REPORT))
+    _show(flags, study_families(load, flags.workdir, report=_REPORT))
 
 
 def _decode(flags: Namespace) -> None:
@@ -179,7 +180,7 @@ def _decode(flags: Namespace) -> None:
         from switchjax.interop.decode_benchmark import benchmark_beside_transformers
 
         table = benchmark_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats, _REPORT)
-        return _show(flags, "decode --huggingface", table)
+        return _show(flags, table)
     if flags.workdir:
         load_workdir_config(flags.workdir)  # a missing run is refused before JAX is started
     configs = {} if flags.workdir else {name: command.load_config(name) for name in flags.config}
@@ -188,7 +189,7 @@ def _decode(flags: Namespace) -> None:
 
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
-    _show(flags, "decode", benchmark_decoding(models, flags.new_tokens, flags.repeats, _REPORT))
+    _show(flags, benchmark_decoding(models, flags.new_tokens, flags.repeats, _REPORT))
 
 
 def _layouts(flags: Namespace) -> None:
@@ -206,7 +207,7 @@ def _layouts(flags: Namespace) -> None:
         except OSError as error:
             raise UserError(f"--picture: cannot write {flags.picture} ({error.strerror})") from None
     counted = {name: count_layout(config) for name, config in layouts.items()}
-    _show(flags, "layouts", tabulate_layouts(counted))
+    _show(flags, tabulate_layouts(counted))
 
 
 def _faults(flags: Namespace) -> None:
@@ -219,7 +220,7 @@ def _faults(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
-    _show(flags, "faults", study_faults(training, config, flags.workdir, flags.tries, _REPORT))
+    _show(flags, study_faults(training, config, flags.workdir, flags.tries, _REPORT))
 
 
 def _plan(flags: Namespace) -> None:
@@ -231,20 +232,20 @@ def _plan(flags: Namespace) -> None:
     def load(name: str, overrides: Sequence[str]) -> Config:
         return command.load_config(str(flags.configs / name), overrides)
 
-    _show(flags, "plan", tabulate_plans(load, flags.workdir, report=_REPORT))
+    _show(flags, tabulate_plans(load, flags.workdir, report=_REPORT))
 
 
-def _show(flags: Namespace, table: str, text: str) -> None:
-    from switchjax.analysis.document import origin, read_tables, show_origin, write_table
+def _show(flags: Namespace, text: str) -> None:
+    from switchjax.analysis.origin import origin, show_origin
     from switchjax.analysis.plan_report import write_json
 
-    found = origin(f"python scripts/benchmark.py {table}")
+    found = origin(flags.command)
     shown = f"{text}\n\n{show_origin(found)}"
     print(shown)
     if flags.json:
         write_json(flags.json, found, {"tables": read_tables(text)})
     if flags.write:
-        write_table(flags.write, found["command"], shown)
+        write_table(flags.write, flags.command, shown)
 
 
 if __name__ == "__main__":

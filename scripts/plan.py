@@ -25,9 +25,16 @@ def main(arguments: Sequence[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
 
-    from switchjax.analysis.accounting import account
+    from switchjax.analysis.accounting import account, mesh_axes
     from switchjax.analysis.hardware import find_chip, parse_slice
-    from switchjax.analysis.plan_report import accounting_dict, show_accounting, show_plan, show_published, write_json
+    from switchjax.analysis.plan_report import (
+        accounting_dict,
+        show_accounting,
+        show_estimate,
+        show_plan,
+        show_published,
+        write_json,
+    )
     from switchjax.analysis.planning import plan_step, smallest_fit
 
     chip = find_chip(flags.topology or "v5p") if flags.fit else None
@@ -40,6 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
         print(show_plan(plan))
         found.append(plan.to_dict())
+    else:
+        print(show_estimate(accounting, mesh_axes(config, devices=1)))
     if flags.json:
         write_json(flags.json, *found)
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from switchjax.analysis.training_cost import six_nd
-from switchjax.analysis.weights import Weight, list_weights, slots_per_sequence
+from switchjax.analysis.weights import Weight, layer_weights, list_weights, slots_per_sequence
 from switchjax.config import Config, Layer
 from switchjax.config.model import GATED, ROUTED
 from switchjax.models.runs import find_runs
@@ -60,7 +60,7 @@ class Accounting:
     training_flops: float
     """Of the whole run: forward and backward of all matrix products."""
     training_flops_6nd: float
-    """Of the whole run, `6 N D`: N active parameters, D the tokens of all stacks."""
+    """Of the whole run, `6 N D` of each stack: N active parameters, D its tokens."""
     memory: DeviceBytes
     communication: Communication
 
@@ -84,17 +84,26 @@ def account(config: Config, devices: int = 1) -> Accounting:
     parameters = _by_part((weight.part, weight.size) for weight in weights)
     active = _by_part((weight.part, weight.active) for weight in weights)
     sequences = config.train.steps * config.data.batch_size
-    tokens = sequences * sum(config.stack_lengths.values())
     return Accounting(
         parameters=parameters,
         active_parameters=active,
         forward_flops=sum(weight.flops for weight in weights if weight.part != "routers") + scores,
         computed_flops=computed,
         training_flops=3.0 * sum(computed.values()) * sequences,
-        training_flops_6nd=six_nd(sum(active.values()), tokens),
+        training_flops_6nd=sequences * _six_nd_of_a_sequence(config, sum(active.values())),
         memory=_memory(config, weights, mesh_axes(config, devices)),
         communication=_communication(config, weights, mesh_axes(config, devices)),
     )
+
+
+def _six_nd_of_a_sequence(config: Config, active: int) -> float:
+    """A token meets the layers of its own stack; what stands before and after them counts with the last stack."""
+    layers = {
+        stack: sum(weight.active for layer in config.layers(stack) for weight in layer_weights(config, stack, layer))
+        for stack in config.model.stacks
+    }
+    ends = six_nd(active - sum(layers.values()), list(config.stack_lengths.values())[-1])
+    return ends + sum(six_nd(layers[stack], length) for stack, length in config.stack_lengths.items())
 
 
 def mesh_axes(config: Config, devices: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from switchjax.analysis.document import AIM_HEAD, show_row
 from switchjax.analysis.timing import Ratio, interleaved_seconds
 from switchjax.config import Config
 from switchjax.data.data import Data
@@ -103,4 +104,4 @@ def benchmark_compile(config: Config, first: Config, repeats: int, report: Calla
             report(f"a first step with {cache}")
             with compiled_programs_in(None if cache == "no cache" else Path(name)):
                 rows.append((f"first step, {cache}", f"{seconds_to_first_step(first):.1f} s", aim))
-    return "\n".join(["| | | aim |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join([*AIM_HEAD, *map(show_row, rows)])

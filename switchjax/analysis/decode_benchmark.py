@@ -1,7 +1,7 @@
 """How many tokens a second a model writes, with its cache and by reading everything again for each token."""
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.products import products, products_alone
-from switchjax.analysis.timing import median_times
+from switchjax.analysis.timing import Ratio, interleaved_seconds
 from switchjax.config import Config, DecodingConfig, MeshConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
@@ -28,17 +29,11 @@ PROMPT_TOKENS = 32
 """Of a decoder's prompt, or of what an encoder reads."""
 
 
-@dataclass(frozen=True)
-class DecodingSpeed:
-    """Tokens a second, of all rows together: with a cache, without, and if there were only a step's products."""
+def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of greedy decoding in each round: `cached`, `uncached`, and of a step's `products` alone, as often.
 
-    cached: float
-    uncached: float
-    products: float
-
-
-def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> DecodingSpeed:
-    """Greedy decoding both ways, in turn; no row stops before it has all its tokens."""
+    No row stops before it has all its tokens.
+    """
     num_ids = model.config.vocab_size
     batch = make_prompts(isinstance(model, EncoderDecoder), rows, num_ids)
     decoding = DecodingConfig(max_new_tokens=new_tokens)
@@ -47,8 +42,7 @@ def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) ->
         "uncached": lambda: decode_uncached(model, batch, new_tokens, num_ids),
         "products": products_alone(products(partial(_one_token, new_tokens=new_tokens), model, batch), new_tokens),
     }
-    times = median_times(programs, repeats)
-    return DecodingSpeed(**{name: 1000 * rows * new_tokens / ms for name, ms in times.items()})
+    return interleaved_seconds(programs, repeats)
 
 
 def _one_token(model: TextModel, batch: Batch, new_tokens: int) -> tuple[Array, Cache]:
@@ -105,7 +99,7 @@ def benchmark_decoding(
     Args:
         models: names, and what loads or makes each.
         new_tokens: of each row.
-        repeats: runs of each program, whose median counts.
+        repeats: rounds, whose medians count.
         report: is told of each row of the table as it is finished.
     """
     lines = [
@@ -116,9 +110,10 @@ def benchmark_decoding(
     for name, make in models:
         model = make()
         for rows in ROWS:
-            speed = time_decoding(model, rows, new_tokens, repeats)
-            ratio, over = speed.cached / speed.uncached, speed.products / speed.cached
-            lines.append(f"| {name} | {rows} | {speed.cached:.0f} | {speed.uncached:.0f} | {ratio:.1f} | {over:.2f} |")
+            seconds = time_decoding(model, rows, new_tokens, repeats)
+            speeds = (f"{rows * new_tokens / statistics.median(seconds[way]):.0f}" for way in ("cached", "uncached"))
+            faster = Ratio.of(seconds["uncached"], seconds["cached"])
+            lines.append(show_row([name, rows, *speeds, faster, Ratio.of(seconds["cached"], seconds["products"])]))
             report(lines[-1])
     return "\n".join(lines)
 

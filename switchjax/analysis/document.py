@@ -1,65 +1,48 @@
-"""Tables that a command puts into a document or a JSON file, so that no figure in it is older than its command."""
+"""Tables in Markdown: their rows, and their places in documents, which the commands that make them fill."""
 
-import os
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
-
-import jax
 
 from switchjax.config import UserError
 
+AIM_HEAD = ["| | | aim |", "|---|---:|---:|"]
+"""Of a table of single figures."""
 
-def write_table(path: Path, command: str, table: str) -> None:
-    """Puts `table` between the two marks of `command` in a document.
+
+def show_row(cells: Iterable[object]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def find_place(path: Path, command: str) -> tuple[str, str]:
+    """What stands before and after the table of `command` in a document, the marks around it included.
 
     Raises:
-        UserError: if the document does not have them.
+        UserError: if the document cannot be read, or does not have the marks.
     """
     start, end = f"<!-- {command} -->\n", "<!-- end -->"
-    text = path.read_text() if path.exists() else ""
+    try:
+        text = path.read_text() if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"--write: cannot read {path} ({error.strerror})") from None
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no lines '{start.strip()}' and '{end}' to put the table between")
-    path.write_text(f"{before}{start}{table}\n{end}{after}")
+    return before + start, end + after
 
 
-def origin(command: str) -> dict[str, str]:
-    """Where and when figures come from: command, date, versions, machine and how busy that has been."""
-    versions = (f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
-    cores = f"{_usable_cores()} cores of {_processor()}"
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "machine": ", ".join([*_accelerators(), cores, f"load {os.getloadavg()[1]:.1f}"]),
-    }
+def write_table(path: Path, command: str, table: str) -> None:
+    """Puts `table` in the place of `command` in a document.
 
-
-def show_origin(found: dict[str, str]) -> str:
-    """`origin` as the line below a table."""
-    return f"`{found['command']}`, {found['date']}; {found['versions']}; {found['machine']}."
-
-
-def _accelerators() -> list[str]:
-    devices = [] if jax.default_backend() == "cpu" else jax.devices()
-    return [f"{len(devices)} {devices[0].device_kind}"] if devices else []
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    """The processor's own name, where Linux tells it."""
+    Raises:
+        UserError: if the document cannot be read or written, or does not have the marks.
+    """
+    before, after = find_place(path, command)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        path.write_text(f"{before}{table}\n{after}")
+    except OSError as error:
+        raise UserError(f"--write: cannot write {path} ({error.strerror})") from None
 
 
 def read_tables(text: str) -> list[list[list[str]]]:

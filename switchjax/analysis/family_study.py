@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.parameters import count_parameters
 from switchjax.analysis.study import complete_run
 from switchjax.config import Config
@@ -52,7 +53,7 @@ def _row(name: str, sparse: Config, dense: Config, ours: Mapping[str, Any], twin
     cells += [f"{loss:.3f}", f"{twin_loss:.3f}", f"{twin_loss - loss:+.3f}"]
     cells += [f"{100 * here['accuracy']:.1f} %", f"{100 * there['accuracy']:.1f} %"]
     cells += [f"{100 * here['fraction_tokens_dropped']:.1f} %"]
-    return "| " + " | ".join(cells) + " |"
+    return show_row(cells)
 
 
 def _by_capacity(config: Config, workdir: Path) -> list[str]:
@@ -64,7 +65,7 @@ def _by_capacity(config: Config, workdir: Path) -> list[str]:
     for capacity in CAPACITIES:
         results = [_evaluated(config, workdir, capacity, order) for order in ("batch_prioritized", "first_come")]
         accuracies = [f"{100 * result['accuracy']:.2f} %" for result in results]
-        lines.append(f"| {capacity} | {' | '.join(accuracies)} | {100 * results[0]['fraction_tokens_dropped']:.1f} % |")
+        lines.append(show_row([capacity, *accuracies, f"{100 * results[0]['fraction_tokens_dropped']:.1f} %"]))
     return lines
 
 

@@ -31,7 +31,9 @@ from switchjax.analysis.disturbed_run import (
     step_of,
     unfinished_checkpoint,
 )
+from switchjax.analysis.document import show_row
 from switchjax.config import Config, UserError
+from switchjax.config.checks import require
 from switchjax.data.prepare import prepare_data
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, with_leaves
@@ -236,14 +238,23 @@ class FaultStudy:
     def _strike(self, fault: Fault, attempt: int, process: Process) -> float:
         """Waits for the moment; when it was."""
         chance = self._chance(fault, attempt)
-        fault.moment(process, self._moments(fault)[attempt], chance)
+        fault.moment(process, self.moments(fault)[attempt], chance)
         fault.blow(process)
         return time.monotonic()
 
-    def _moments(self, fault: Fault) -> list[int]:
-        """The steps of the tries, in order; after a few checkpoints, and with one still to come."""
+    def moments(self, fault: Fault) -> list[int]:
+        """The steps of the tries, in order; after a few checkpoints, and with one still to come.
+
+        Raises:
+            UserError: if the run has too few of them.
+        """
         every, last = self.config.train.checkpoint_every, self.config.train.steps
         steps = [step for step in range(2 * every + 1, last - every) if step % fault.steps == 0]
+        require(
+            len(steps) >= fault.tries,
+            f"{fault.tries} x {fault.name!r} need as many steps between the second checkpoint and the last but one: "
+            f"train.steps={last} with train.checkpoint_every={every} has {len(steps)}",
+        )
         return sorted(random.Random(fault.name).sample(steps, fault.tries))
 
     def _chance(self, fault: Fault, attempt: int) -> random.Random:
@@ -281,16 +292,20 @@ def study_faults(
         report: is told of each try, and of each fault that is done by its row of the table.
 
     Raises:
-        UserError: if the run fails that nothing happens to.
+        UserError: if the run fails that nothing happens to, or `config` is none to study faults with.
     """
+    require(config.model.family == "encoder_decoder", f"faults need an encoder-decoder, not {config.model.family}")
     study = FaultStudy(command, config, workdir, report)
+    faults = [dataclasses.replace(fault, tries=min(most, fault.tries)) for fault in FAULTS]
+    for fault in faults:
+        study.moments(fault)  # a run with too few checkpoints is refused before it is trained
     lines = [
         "| fault | tried | ended as it should | resumed identically | steps of work lost, mean | most "
         "| seconds to the end, most |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for fault in FAULTS:
-        tries = study.try_fault(dataclasses.replace(fault, tries=min(most, fault.tries)))
+    for fault in faults:
+        tries = study.try_fault(fault)
         unfinished = sum(entry.in_save for entry in tries)
         note = f" ({unfinished} left one unfinished)" if fault.moment is _in_save else ""
         lines.append(_row(fault.name + note, tries))
@@ -305,7 +320,7 @@ def _row(name: str, tries: Sequence[Try]) -> str:
     lost = [entry.lost for entry in tries]
     cells = [name, len(tries), sum(entry.ended_well for entry in tries), sum(bool(entry.identical) for entry in tries)]
     cells += [f"{statistics.mean(lost):.1f}", max(lost), f"{max(entry.seconds for entry in tries):.1f}"]
-    return f"| {' | '.join(map(str, cells))} |"
+    return show_row(cells)
 
 
 def _is_one_line(output: str, code: int) -> bool:
@@ -345,4 +360,7 @@ def _rare_token(config: Config) -> int:
     found = Counter(
         int(token) for batch in batches for token in np.union1d(batch["encoder_tokens"], batch["decoder_inputs"])
     )
-    return next(token for token, count in sorted(found.items()) if count == 4)
+    rare = next((token for token, count in sorted(found.items()) if count == 4), None)
+    if rare is None:
+        raise UserError("no token is in 4 of the run's batches, as the one that poisons it has to be")
+    return rare

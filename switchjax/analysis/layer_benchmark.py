@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.timing import Ratio, interleaved_seconds, median_times
 from switchjax.config import ModelConfig, MoEConfig
 from switchjax.config.checks import require
@@ -67,7 +68,8 @@ class BesideDense:
 
     Attributes:
         dense: median milliseconds of the dense network.
-        ratio: the layer's time over `capacity_factor * K` times that: 1 is what the products of its slots alone cost.
+        ratio: the layer's time over that for as many rows as the experts compute: `capacity_factor * K` times the
+            dense network's, without slots K times; 1 is what the products of these rows alone cost.
     """
 
     dense: float
@@ -113,7 +115,7 @@ def time_layer(
 
     Args:
         case: of the layers.
-        num_tokens: of all groups together.
+        num_tokens: of all groups together, a multiple of a group's.
         model: d_model, d_ff, and the dtype of weights and tokens.
         dispatches: values of `moe.dispatch`.
         repeats: rounds.
@@ -126,7 +128,7 @@ def time_layer(
         config = _moe_config(case, dispatch)
         layers[dispatch] = MoELayer(make_expert, model.d_model, config, key)
         layers[f"{dispatch} routing"] = MoELayer(_Identity, model.d_model, config, key)
-    groups = max(1, num_tokens // case.num_tokens)
+    groups = num_tokens // case.num_tokens
     x = jax.random.normal(key, (groups, case.num_tokens, model.d_model), model.dtype)
     one_way = _compile(jax.jit(_apply), {name: layers[name] for name in ("dense", *dispatches)}, x)
     two_ways = _compile(jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True)), layers, x)
@@ -134,12 +136,11 @@ def time_layer(
         interleaved_seconds({name: partial(program, layers[name], x) for name, program in compiled.items()}, repeats)
         for compiled in (one_way, two_ways)
     )
-    slots_a_token = CAPACITY_FACTOR * case.num_selected
 
     def beside_dense(dispatch: str, times: dict[str, list[float]]) -> BesideDense:
-        dense = times["dense"]
+        dense, rows_a_token = times["dense"], _count_rows(case, groups, dispatch) / num_tokens
         return BesideDense(
-            1000 * statistics.median(dense), Ratio.of(times[dispatch], [slots_a_token * s for s in dense])
+            1000 * statistics.median(dense), Ratio.of(times[dispatch], [rows_a_token * s for s in dense])
         )
 
     return {
@@ -164,7 +165,7 @@ def plan_layer(
         over the bytes of those rows.
     """
     model = replace(model, param_dtype=model.dtype)
-    groups, key = max(1, num_tokens // case.num_tokens), jax.random.key(0)
+    groups, key = num_tokens // case.num_tokens, jax.random.key(0)
     place = SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((groups, case.num_tokens, model.d_model), model.dtype, sharding=place)
     compiled = []
@@ -226,9 +227,8 @@ def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], Routi
     return jnp.sum(jnp.square(y.astype(jnp.float32))) + sums["load_balance_loss"], sums
 
 
-def time_assignment(case: LayerCase, num_tokens: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of the balanced assignments of as many tokens, with normal scores."""
-    groups = max(1, num_tokens // case.num_tokens)
+def time_assignment(case: LayerCase, groups: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of the balanced assignments of as many groups of tokens, with normal scores."""
     scores = jax.random.normal(jax.random.key(0), (groups, case.num_tokens, case.num_experts))
     mask = jnp.ones(scores.shape[:2], bool)
     config = MoEConfig()
@@ -258,8 +258,8 @@ def benchmark_layer(
         report: is told of each row that is finished.
     """
     lines = [
-        "| d_model, dtype | E, S, K | dispatch | forward: dense, ms | the layer over capacity factor x K x that "
-        "| forward + backward: dense, ms | the layer over capacity factor x K x that | routing and moves, ms "
+        "| d_model, dtype | E, S, K | dispatch | forward: dense, ms | the layer over that for its experts' rows "
+        "| forward + backward: dense, ms | the layer over that for its experts' rows | routing and moves, ms "
         "| their temporaries over the experts' rows |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -270,9 +270,11 @@ def benchmark_layer(
                 for beside_dense in (times.forward, times.both):
                     cells += [f"{beside_dense.dense:.1f}", str(beside_dense.ratio)]
                 cells += [f"{times.routing:.1f}", f"{times.temporaries / times.dispatched:.1f}"]
-                lines.append(f"| {' | '.join(cells)} |")
+                lines.append(show_row(cells))
                 report(lines[-1])
-    assignment = time_assignment(ASSIGNED, num_tokens, repeats)
+    groups = -(-num_tokens // ASSIGNED.num_tokens)
+    assignment = time_assignment(ASSIGNED, groups, repeats)
     shown = "; ".join(f"{name} {ms:.1f} ms" for name, ms in assignment.items())
     beside = f"d_ff is 4 d_model, the capacity factor {CAPACITY_FACTOR}, {num_tokens:,} tokens in groups of S."
-    return "\n".join([*lines, "", f"{beside} Balanced assignment of them to {ASSIGNED.num_experts} experts: {shown}."])
+    assigned = f"Balanced assignment of {groups * ASSIGNED.num_tokens:,} tokens to {ASSIGNED.num_experts} experts"
+    return "\n".join([*lines, "", f"{beside} {assigned}: {shown}."])

@@ -6,6 +6,7 @@ A layout is the section `mesh` of a config; `configs/layouts.py` has the paper's
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.hardware import show_bytes
 from switchjax.analysis.hlo import Program, parse_compiled
 from switchjax.analysis.hlo_collectives import Collective, Traffic, axes_between, collectives, traffic
@@ -76,7 +77,7 @@ def tabulate_layouts(layouts: Mapping[str, Counted]) -> str:
     lines = ["| layout | data x expert x model | forward | backward | update |", "|---|---|---|---|---|"]
     for name, (mesh, routes) in layouts.items():
         phases = [_cell(routes, phase) for phase in (FORWARD, BACKWARD, UPDATE)]
-        lines.append(f"| {name} | {' x '.join(map(str, mesh.values()))} | {' | '.join(phases)} |")
+        lines.append(show_row([name, " x ".join(map(str, mesh.values())), *phases]))
     return "\n".join(lines)
 
 

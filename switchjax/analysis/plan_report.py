@@ -1,6 +1,8 @@
 """A plan as a table to read, and as the JSON of `plan.py --json`."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,26 @@ def show_accounting(accounting: Accounting) -> str:
     )
 
 
+def show_estimate(accounting: Accounting, mesh: Mapping[str, int]) -> str:
+    """What a device of a mesh holds and sends, by arithmetic: the compiler, where it is asked, knows better."""
+    memory, sent = accounting.memory, accounting.communication
+    held = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    lines = [
+        f"a device of {' x '.join(f'{axis} {size}' for axis, size in mesh.items())}, not compiled",
+        f"  holds about           {show_bytes(sum(held.values()))}: "
+        + ", ".join(f"{name} {show_bytes(size)}" for name, size in held.items()),
+    ]
+    if sent.all_to_all or sent.gradient_all_reduce:
+        exchanged, reduced = show_bytes(sent.all_to_all), show_bytes(sent.gradient_all_reduce)
+        lines.append(f"  sends in a step       all-to-all {exchanged}, gradients {reduced}")
+    return "\n".join(lines)
+
+
 def show_published(key: str, config: Config) -> list[str]:
     """The figures that a paper prints of the model of this key (`switch:c`), and why some differ."""
     lines = [
@@ -56,6 +78,7 @@ def accounting_dict(accounting: Accounting) -> dict[str, Any]:
             "computed_per_sequence": sum(accounting.computed_flops.values()),
             "training": accounting.training_flops,
         },
+        "estimate": {"memory": asdict(accounting.memory), "communication": asdict(accounting.communication)},
     }
 
 

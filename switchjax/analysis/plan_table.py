@@ -5,19 +5,22 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from switchjax.analysis.accounting import account
+from switchjax.analysis.document import show_row
 from switchjax.analysis.hardware import GIB, Chip, Slice, find_chip, parse_slice
 from switchjax.analysis.layer_benchmark import cases_of, plan_layer
 from switchjax.analysis.plan_report import show_count, show_seconds
 from switchjax.analysis.planning import StepPlan, plan_step, smallest_fit
 from switchjax.analysis.topology import describe_devices
 from switchjax.analysis.utilization import model_flops
-from switchjax.config import Config, ModelConfig
+from switchjax.config import Config, ModelConfig, UserError
 
 Load = Callable[[str, Sequence[str]], Config]
 """The config of a file in configs/ and its argument (`switch.py:c`), with overrides as on the command line."""
@@ -60,7 +63,7 @@ RATIOS = (
 )
 """What is compared, the ratio of compile times that it should stay below, the smaller and the larger case."""
 _ROUNDS = 3
-"""How often a step is compiled for its time, in turn with the one it is compared with."""
+"""How often a step is compiled for its time, in turn with all that are compared."""
 _CHIP = "v5e:1x1"
 _LAYERS = cases_of([8, 64])
 _LAYER_MODEL = ModelConfig(d_model=512, d_ff=2048, dtype="bfloat16")
@@ -71,7 +74,8 @@ TOKENS = 16384
 def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
     """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone, and returns the three tables.
 
-    Each plan is saved under `workdir` as soon as it is made, and made again only where its case has changed.
+    Each plan is saved under `workdir` as soon as it is made, and made again only where its case or the versions of
+    the compiler have changed.
 
     Args:
         load: as `Load`.
@@ -79,9 +83,12 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
         report: is told of each slice that is tried and each row that is finished.
 
     Raises:
-        UserError: if no slice holds a step, or the compiler is not there.
+        UserError: if no slice holds a step, the compiler is not there, or `workdir` cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir: cannot make {workdir} ({error.strerror})") from None
     lines = [
         "| config | parameters | slice | chips | mesh d/e/m | a chip's memory, GiB | all-to-alls | a MoE layer "
         "| their bytes over the slots' | all-gathers | compute | HBM | network | MFU at most | compiled in |",
@@ -91,9 +98,10 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
         lines.append(_fit_row(case, load(case.config, case.arguments), _planned(case, load, workdir, report)))
         report(lines[-1])
     lines += ["", "| compile time | slice | | slice | | ratio | aim |", "|---|---|---:|---|---:|---:|---:|"]
+    compared = dict.fromkeys(case for _, _, *cases in RATIOS for case in cases)
+    rounds = [{case: _planned(case, load, workdir, report, number) for case in compared} for number in range(_ROUNDS)]
     for name, aim, *cases in RATIOS:
-        rounds = [[_planned(case, load, workdir, report, number) for case in cases] for number in range(_ROUNDS)]
-        lines.append(_ratio_row(name, aim, *zip(*rounds, strict=True)))
+        lines.append(_ratio_row(name, aim, *([plans[case] for plans in rounds] for case in cases)))
         report(lines[-1])
     layer = f"one MoE layer on {_CHIP}, forward + backward: E, S, K"
     lines += ["", f"| {layer} | dispatch | FLOPs over the experts' products | temporaries over the experts' rows |"]
@@ -101,7 +109,7 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
     device = describe_devices(parse_slice(_CHIP))[0]
     for sizes, dispatch in itertools.product(_LAYERS, ("gather", "einsum", "ragged")):
         found = plan_layer(sizes, TOKENS, _LAYER_MODEL, dispatch, device)
-        lines.append(f"| {sizes} | {dispatch} | {found[0]:.2f} | {found[1]:.1f} |")
+        lines.append(show_row([sizes, dispatch, f"{found[0]:.2f}", f"{found[1]:.1f}"]))
         report(lines[-1])
     return "\n".join(lines)
 
@@ -109,15 +117,23 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
 def _planned(case: Case, load: Load, workdir: Path, report: Report, number: int = 0) -> dict[str, Any]:
     """`StepPlan.to_dict` of a case, compiled once a round, as that is long to come by."""
     path = workdir / f"{_file_name(case)}{f'-{number}' if number else ''}.json"
-    described = json.loads(json.dumps(asdict(case)))
+    described = json.loads(json.dumps({**asdict(case), "versions": _versions()}))
     if path.exists():
         saved = json.loads(path.read_text())
         if saved["case"] == described:
             return saved["plan"]
     report(f"compiling {' '.join([case.config, *case.overrides])} for {case.topology}")
     found = _plan(load(case.config, case.arguments), case.topology, report).to_dict()
-    path.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")
+    # In one move: a plan that was cut off while it is written would be read by the next run.
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")
+    unfinished.replace(path)
     return found
+
+
+def _versions() -> list[str]:
+    """Of what compiles."""
+    return [f"{name} {version(name)}" for name in ("jax", "libtpu") if find_spec(name)]
 
 
 def _file_name(case: Case) -> str:
@@ -147,7 +163,7 @@ def _fit_row(case: Case, config: Config, plan: dict[str, Any]) -> str:
     cells += [f"{counts.get('all-gather', 0):,}"]
     cells += [show_seconds(bounds[f"{bound}_seconds"]) for bound in ("compute", "hbm", "network")]
     cells += [f"{100 * utilization(config, slice_, plan):.0f} %", f"{plan['compile_seconds']:.0f} s"]
-    return "| " + " | ".join(cells) + " |"
+    return show_row(cells)
 
 
 def _routed_layers(config: Config) -> dict[str, int]:
@@ -184,4 +200,4 @@ def _ratio_row(name: str, aim: float, *sides: Sequence[dict[str, Any]]) -> str:
     for plans in sides:
         seconds.append(statistics.median(plan["compile_seconds"] for plan in plans))
         cells += [plans[0]["topology"], f"{seconds[-1]:.0f} s"]
-    return "| " + " | ".join([*cells, f"{seconds[1] / seconds[0]:.2f}", f"{aim}"]) + " |"
+    return show_row([*cells, f"{seconds[1] / seconds[0]:.2f}", aim])

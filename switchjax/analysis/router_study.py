@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.study import complete_run
 from switchjax.config import Config, UserError
 from switchjax.training.metrics import read_metrics
@@ -94,7 +95,7 @@ def _row(name: str, workdir: Path, summary: Mapping[str, Any]) -> str:
         cells += [f"{_mean(last, 'expert_load_top'):.3f}", f"{_mean(last, 'expert_load_bottom'):.3f}"]
     else:
         cells += ["-"] * 4
-    return "| " + " | ".join([*cells, f"{summary['tokens_per_second']:,.0f}"]) + " |"
+    return show_row([*cells, f"{summary['tokens_per_second']:,.0f}"])
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from switchjax.analysis.accounting import account
+from switchjax.analysis.document import show_row
 from switchjax.analysis.hardware import peak_flops
 from switchjax.analysis.timing import Program, Ratio, interleaved_seconds
 from switchjax.analysis.utilization import model_flops
@@ -49,35 +50,38 @@ class StepCase:
     config: Config
     beside: str = ""
     aim: float = 0.0
+    devices: int = 1
 
 
 def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, Switch Transformers of more and more experts, and one of them on one device and on all, where
-    there are so many."""
+    """The dense model, models with more and more experts as its `moe` has them, and one of them on one device and on
+    all, where there are so many."""
+    dense = replace(dense, model=replace(dense.model, pattern=("dense", "dense")), mesh=MeshConfig())
+    routed = replace(dense.moe, experts_per_layer=())
+    selected = f", K = {routed.num_selected_experts}" if routed.num_selected_experts > 1 else ""
+    few, many = (0.0, 0.0) if selected else (0.92, 0.85)  # a second expert is more work, not overhead
 
-    def switch(num_experts: int, group_size: int = dense.moe.group_size) -> Config:
+    def name(num_experts: int) -> str:
+        return f"{routed.router}{selected}, {num_experts} experts"
+
+    def sparse(num_experts: int, group_size: int = routed.group_size) -> Config:
         model = replace(dense.model, pattern=("dense", "moe"))
-        return replace(dense, model=model, moe=replace(dense.moe, num_experts=num_experts, group_size=group_size))
+        return replace(dense, model=model, moe=replace(routed, num_experts=num_experts, group_size=group_size))
 
-    switches = (
-        StepCase("dense T5", replace(dense, model=replace(dense.model, pattern=("dense", "dense")))),
-        StepCase("Switch, 32 experts", switch(32), "dense T5", 0.92),
-        StepCase("Switch, 128 experts", switch(128), "dense T5", 0.85),
+    alone = (
+        StepCase("dense", dense),
+        StepCase(name(32), sparse(32), "dense", few),
+        StepCase(name(128), sparse(128), "dense", many),
     )
     if jax.device_count() < DEVICES:
-        return switches
-    small_groups = switch(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
-    one = f"Switch, 32 experts, groups for {DEVICES} devices"
+        return alone
+    small_groups = sparse(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
+    one = f"{name(32)}, groups for {DEVICES} devices"
     return (
-        *switches,
+        *alone,
         StepCase(one, small_groups),
-        StepCase(f"the same on {DEVICES} devices", replace(small_groups, mesh=_MESH), one, 0.85),
+        StepCase(f"the same on {DEVICES} devices", replace(small_groups, mesh=_MESH), one, 0.85, DEVICES),
     )
-
-
-def devices_of(config: Config) -> list[jax.Device]:
-    """Those that a case runs on: the first alone unless its mesh is of several."""
-    return jax.devices()[: DEVICES if config.mesh == _MESH else 1]
 
 
 def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
@@ -122,7 +126,7 @@ def benchmark_step(dense: Config, repeats: int, report: Callable[[str], None]) -
     programs: dict[str, Program] = {}
     for case in table:
         report(f"compiling {case.name}")
-        programs[case.name] = train_program(case.config, devices_of(case.config))
+        programs[case.name] = train_program(case.config, jax.devices()[: case.devices])
     report(f"{repeats} rounds")
     seconds = interleaved_seconds(programs, repeats)
     tokens = dense.data.batch_size * sum(dense.stack_lengths.values())
@@ -130,14 +134,14 @@ def benchmark_step(dense: Config, repeats: int, report: Callable[[str], None]) -
     utilization = {"MFU": "---:"} if peak else {}
     head = {"train step": "---", "parameters": "---:", "ms": "---:", "tokens/s": "---:"} | utilization
     head |= {"its tokens/s over those of": "---", "": "---:", "aim": "---:"}
-    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(head.values())}|"]
+    lines = [show_row(head), f"|{'|'.join(head.values())}|"]
     for case in table:
         median = statistics.median(seconds[case.name])
         cells = [case.name, f"{account(case.config).total:,}", f"{1000 * median:.0f}", f"{tokens / median:,.0f}"]
         if peak:
             rate = model_flops(case.config) / median
-            cells.append(f"{rate / (peak * len(devices_of(case.config))):.3f}")
+            cells.append(f"{rate / (peak * case.devices):.3f}")
         ratio = Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else ""
         cells += [case.beside, str(ratio), f"{case.aim}" if case.aim else ""]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(show_row(cells))
     return "\n".join(lines)

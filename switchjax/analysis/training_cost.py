@@ -2,9 +2,6 @@
 
 from switchjax.config import Config
 
-CHINCHILLA_TOKENS = 20
-"""Training tokens a parameter at which compute is best spent (Hoffmann et al. 2022, roughly)."""
-
 
 def six_nd(parameters: int, tokens: float) -> float:
     """`6 N D`: forward and backward pass over D tokens, of N parameters that each token meets (Kaplan et al. 2020)."""
@@ -27,8 +24,3 @@ def meta_training_flops(config: Config, tokens: float = 300e9) -> float:
     dense = 96 * tokens * layers * width**2 * share
     extra = config.moe.num_selected_experts - 1 if model.has_experts else 0
     return dense + layers / 2 * extra * 64 * tokens * width**2
-
-
-def chinchilla_tokens(parameters: int) -> int:
-    """Tokens that a dense model of this size is best trained on."""
-    return CHINCHILLA_TOKENS * parameters

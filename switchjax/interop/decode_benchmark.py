@@ -1,5 +1,6 @@
 """How many tokens a second a model of Hugging Face's writes here, and how many by transformers' own `generate`."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from switchjax.analysis.decode_benchmark import ROWS, make_prompts
-from switchjax.analysis.timing import median_times
+from switchjax.analysis.document import show_row
+from switchjax.analysis.timing import Ratio, interleaved_seconds
 from switchjax.config import DecodingConfig, MeshConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
@@ -29,7 +31,7 @@ def benchmark_beside_transformers(
     Args:
         folders: with config.json and safetensors.
         new_tokens: of each row.
-        repeats: runs of each program, whose median counts.
+        repeats: rounds, whose medians count.
         report: is told of each row of the table as it is finished.
 
     Raises:
@@ -45,12 +47,13 @@ def benchmark_beside_transformers(
         assert isinstance(model, TextModel), "dropless refuses the others"
         theirs = load_transformers(folder, module, {})
         for rows in ROWS:
-            lines.append(f"| {folder} | {rows} | {_time(model, theirs, rows, new_tokens, repeats)} |")
+            lines.append(show_row([folder, rows, *_measure(model, theirs, rows, new_tokens, repeats)]))
             report(lines[-1])
     return "\n".join(lines)
 
 
-def _time(model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: int) -> str:
+def _measure(model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: int) -> list[object]:
+    """Tokens a second here and there, their ratio, and how many tokens are alike."""
     num_ids = model.config.vocab_size
     batch = make_prompts(model.config.family == "encoder_decoder", rows, num_ids)
     decoding = DecodingConfig(max_new_tokens=new_tokens)
@@ -58,10 +61,10 @@ def _time(model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: in
         "here": lambda: generate(model, batch, decoding, num_ids, eos=-1),
         "there": lambda: generate_by_transformers(theirs, batch, new_tokens),
     }
-    times = median_times(programs, repeats)
+    seconds = interleaved_seconds(programs, repeats)
     alike = float(np.mean(np.asarray(programs["here"]()) == programs["there"]()))
-    here, there = (1000 * rows * new_tokens / times[name] for name in programs)
-    return f"{here:.0f} | {there:.0f} | {here / there:.1f} | {100 * alike:.0f} %"
+    speeds = (f"{rows * new_tokens / statistics.median(times):.0f}" for times in seconds.values())
+    return [*speeds, Ratio.of(seconds["there"], seconds["here"]), f"{100 * alike:.0f} %"]
 
 
 def generate_by_transformers(model: Any, batch: Batch, new_tokens: int) -> Int[np.ndarray, "B T"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from switchjax.analysis.document import show_row
 from switchjax.analysis.step_benchmark import random_rows, train_program
 from switchjax.analysis.timing import Program, Ratio, interleaved_seconds
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -67,7 +68,7 @@ def benchmark_beside_transformers(repeats: int, report: Callable[[str], None]) -
             seconds = interleaved_seconds(programs, repeats)
             speeds = [f"{tokens / statistics.median(seconds[name]):,.0f}" for name in programs]
             ratio = Ratio.of(seconds["there"], seconds["here"])
-            lines.append(f"| {experts or 'dense'} | {dropout} | {tokens:,} | {' | '.join(speeds)} | {ratio} |")
+            lines.append(show_row([experts or "dense", dropout, f"{tokens:,}", *speeds, ratio]))
             report(lines[-1])
     return "\n".join(lines)
 

@@ -159,4 +159,15 @@ def test_the_whole_run() -> None:
     accounting = account(config)
     sequences = config.train.steps * config.data.batch_size
     assert accounting.training_flops == 3 * sum(accounting.computed_flops.values()) * sequences
-    assert accounting.training_flops_6nd == 6 * accounting.active * sequences * (512 + 114)
+    assert 0.8 < accounting.training_flops_6nd / accounting.training_flops < 1  # without attention's scores
+
+
+def test_six_nd_counts_a_token_in_its_own_stack_alone() -> None:
+    model = {"biases": False, "num_encoder_layers": 3, "num_decoder_layers": 2, "pattern": ("dense",)}
+    config = changed(Config(), model=model)
+    accounting = account(config)
+    attention, feed_forward = 4 * 768 * 12 * 64 + 768, 2 * 768 * 3072 + 768  # each with its norm
+    encoder, decoder = 3 * (attention + feed_forward), 2 * (2 * attention + feed_forward)
+    rest = accounting.active - encoder - decoder
+    sequences = config.train.steps * config.data.batch_size
+    assert accounting.training_flops_6nd == 6 * sequences * (encoder * 512 + (decoder + rest) * 114)

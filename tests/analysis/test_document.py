@@ -1,12 +1,10 @@
 """A table finds its place in a document."""
 
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from switchjax.analysis.document import origin, read_tables, show_origin, write_table
+from switchjax.analysis.document import read_tables, show_row, write_table
 from switchjax.config import UserError
 
 MARKED = "before\n<!-- make table -->\nold\n<!-- end -->\nafter\n<!-- other -->\nkept\n<!-- end -->\n"
@@ -32,12 +30,13 @@ def test_a_document_without_the_marks_is_left_as_it_is(tmp_path: Path, text: str
     assert text is None or path.read_text() == text
 
 
-def test_figures_say_where_they_come_from() -> None:
-    found = origin("make table")
-    assert date.fromisoformat(found["date"]) <= date.today()
-    assert f"jax {version('jax')}," in found["versions"]
-    assert "load" in found["machine"]
-    assert all(value in show_origin(found) for value in found.values())
+def test_a_document_that_cannot_be_read_is_refused_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--write: cannot read"):
+        write_table(tmp_path, "make table", "| new |")
+
+
+def test_a_row_is_read_back() -> None:
+    assert read_tables(f"{show_row(['a', 1])}\n|---|---:|") == [[["a", "1"]]]
 
 
 def test_the_tables_of_a_text_are_read_back() -> None:

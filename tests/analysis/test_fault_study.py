@@ -6,13 +6,14 @@ import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from switchjax.analysis import fault_study
 from switchjax.analysis.disturbed_run import last_step, newest_checkpoint, records
-from switchjax.analysis.fault_study import FAULTS, Fault, FaultStudy, Try
-from switchjax.config import Config
+from switchjax.analysis.fault_study import FAULTS, Fault, FaultStudy, Try, study_faults
+from switchjax.config import Config, UserError
 from switchjax.data.text import TextData
 from tests.tiny import changed
 
@@ -20,11 +21,26 @@ from tests.tiny import changed
 def test_each_try_has_a_moment_with_checkpoints_before_and_after_it(tiny: Config, tmp_path: Path) -> None:
     study = FaultStudy([], changed(tiny, train={"steps": 60, "checkpoint_every": 4}), tmp_path, print)
     for fault in FAULTS:
-        moments = study._moments(fault)
-        assert moments == sorted(set(moments)) == study._moments(fault)
+        moments = study.moments(fault)
+        assert moments == sorted(set(moments)) == study.moments(fault)
         assert len(moments) == fault.tries
         assert all(8 < moment < 56 and moment % fault.steps == 0 for moment in moments)
     assert sum(fault.tries for fault in FAULTS if fault.exit_code == -signal.SIGKILL) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"steps": 20, "checkpoint_every": 10}}, "12 x 'kill -9 at a random step' need as many steps"),
+        ({"model": {"family": "decoder_only"}, "data": {"objective": "causal"}}, "faults need an encoder-decoder"),
+    ],
+)
+def test_a_config_that_cannot_be_studied_is_refused_before_it_is_trained(
+    tiny: Config, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        study_faults(["false"], changed(tiny, **change), tmp_path / "study", 20, print)
+    assert not (tmp_path / "study").exists()
 
 
 def checkpoint(workdir: Path, step: int) -> Path:

@@ -1,18 +1,23 @@
 """Reading HLO: hand-written programs, and those that the compiler makes for the emulated mesh."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from switchjax.analysis import hlo
+from switchjax.analysis.compile_benchmark import compiled_programs_in
+from switchjax.analysis.hardware import parse_slice
 from switchjax.analysis.hlo_collectives import Traffic, axes_between, collectives, replica_group, traffic
 from switchjax.analysis.hlo_cost import matmul_flops
 from switchjax.analysis.hlo_liveness import Held, held_at_peak
 from switchjax.analysis.hlo_memory import memory_traffic, saved_activations
+from switchjax.analysis.topology import describe_devices
 from switchjax.config import Config, MeshConfig
+from switchjax.moe.ragged import grouped_product
 from switchjax.parallel.mesh import EXPERT, make_mesh
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
@@ -152,6 +157,37 @@ ENTRY %main (a: f32[3,4], b: f32[4,5]) -> f32[3,5] {
 def test_products_count_only_what_is_there() -> None:
     # 2 x 3 x 4 x 5 each, the batched one twice: a window of the dilated input meets one element at a time.
     assert matmul_flops(hlo.parse(PRODUCTS)) == 120 + 240 + 120
+
+
+KERNELS = """
+ENTRY %main (a: f32[3,4], b: f32[4,5]) -> f32[3,5] {
+  %a = f32[3,4]{1,0} parameter(0)
+  %b = f32[4,5]{1,0} parameter(1)
+  %mark = () custom-call(%a), custom_call_target="ConcatBitcast"
+  ROOT %gmm = f32[3,5]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"120"}}}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_counts_as_what_it_says() -> None:
+    assert matmul_flops(hlo.parse(KERNELS)) == 120
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
+def test_grouped_products_of_tpus_count_in_both_directions() -> None:
+    place = SingleDeviceSharding(describe_devices(parse_slice("v5e:1x1"))[0])
+    rows, weights, sizes = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in (((256, 128), jnp.bfloat16), ((4, 128, 256), jnp.bfloat16), ((4,), jnp.int32))
+    )
+
+    def loss(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(grouped_product(rows, weights, sizes).astype(jnp.float32)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=place)
+    with compiled_programs_in(None):  # what is compiled for a device that is not there cannot be read again
+        compiled = gradient.lower(rows, weights, sizes).compile()
+    assert matmul_flops(hlo.parse_compiled(compiled)) == 3 * 2 * 256 * 128 * 256
 
 
 FUSED = """

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from switchjax.analysis import layer_benchmark
 from switchjax.analysis.compile_benchmark import compiled_programs_in
 from switchjax.analysis.document import read_tables
 from switchjax.analysis.hardware import parse_slice
@@ -66,4 +67,11 @@ def test_cases_are_found_by_their_experts() -> None:
 
 
 def test_balanced_assignment_is_timed() -> None:
-    assert time_assignment(LayerCase(4, 32, 1), num_tokens=64, repeats=1).keys() == {"auction", "sinkhorn"}
+    assert min(time_assignment(LayerCase(4, 32, 1), groups=2, repeats=1).values()) > 0
+
+
+def test_ratios_are_to_as_many_rows_as_the_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_benchmark, "interleaved_seconds", lambda programs, _: {name: [1.0] for name in programs})
+    times = time_layer(CASE, 64, ModelConfig(d_model=8, d_ff=16), ["gather", "ragged"], repeats=1)
+    assert times["gather"].both.ratio.median == pytest.approx(1 / 2.5)  # 1.25 * K slots a token
+    assert times["ragged"].forward.ratio.median == pytest.approx(1 / 2)

@@ -77,6 +77,33 @@ def test_a_row_says_what_a_plan_does_and_finished_plans_stay(
     assert len(compiled) == 8
 
 
+def test_all_ratios_are_of_the_same_rounds(
+    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, small, middle = RATIO
+    large = dataclasses.replace(middle, topology="v5e:4x4")
+    monkeypatch.setattr(plan_table, "RATIOS", (RATIO, ("more chips", 1.5, middle, large)))
+    table = tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
+    assert compiled == ["v5e:2x4", *[case.topology for case in (small, middle, large)] * 3]
+    assert "| more chips | v5e:2x4 | 8 s | v5e:4x4 | 16 s | 2.00 | 1.5 |" in table
+
+
+def test_a_plan_of_another_compiler_is_made_anew(
+    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
+    once = list(compiled)
+    monkeypatch.setattr(plan_table, "version", lambda name: "later")
+    tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
+    assert compiled == once * 2
+
+
+def test_a_workdir_that_is_a_file_is_refused(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text("")
+    with pytest.raises(UserError, match="--workdir: cannot make"):
+        tabulate_plans(lambda *_: tiny, tmp_path / "plan", lambda _: None)
+
+
 def test_all_to_alls_a_layer_are_those_of_a_micro_batch(tiny: Config, tmp_path: Path, compiled: list[str]) -> None:
     config = changed(tiny, train={"accumulation_steps": 3})
     table = tabulate_plans(lambda *_: config, tmp_path, lambda _: None)

@@ -14,11 +14,10 @@ from switchjax.analysis.step_benchmark import (
     DEVICES,
     benchmark_step,
     cases,
-    devices_of,
     random_rows,
     train_program,
 )
-from switchjax.config import Config
+from switchjax.config import Config, MeshConfig
 from tests.tiny import changed
 
 SMALL = changed(
@@ -40,6 +39,14 @@ def test_switch_transformers_have_the_dense_models_flops_and_the_capacity_that_i
     assert replace(many.config, mesh=one.config.mesh) == one.config
 
 
+def test_rows_are_named_after_what_their_config_has() -> None:
+    config = changed(DENSE, moe={"router": "top_k", "num_selected_experts": 2}, mesh={"data": 2, "expert": 4})
+    found = cases(config)
+    assert [case.name for case in found[:3]] == ["dense", "top_k, K = 2, 32 experts", "top_k, K = 2, 128 experts"]
+    assert [case.devices for case in found] == [1, 1, 1, 1, DEVICES]
+    assert all(case.config.mesh == MeshConfig() for case in found[:-1])
+
+
 def test_rows_are_full() -> None:
     rows = random_rows(SMALL)
     assert all(np.all(array == 1) for name, array in rows.items() if name.endswith("segments"))
@@ -49,7 +56,7 @@ def test_rows_are_full() -> None:
 
 @pytest.mark.slow
 def test_one_device_and_8_take_the_same_steps() -> None:
-    one, many = (train_program(case.config, devices_of(case.config)) for case in cases(SMALL)[-2:])
+    one, many = (train_program(case.config, jax.devices()[: case.devices]) for case in cases(SMALL)[-2:])
     losses = [[float(step()["loss"]) for _ in range(2)] for step in (one, many)]
     assert losses[0][1] < losses[0][0]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
