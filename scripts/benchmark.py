@@ -26,8 +26,6 @@ from switchjax.analysis.document import find_place, read_tables, write_table
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
 
 _REPORT = partial(print, flush=True)
-_PLACES = ("write", "json", "picture", "workdir")
-"""Flags that say where something lies, and change no figure."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -99,8 +97,11 @@ def main(arguments: Sequence[str]) -> None:
 def _command(flags: Namespace, parser: ArgumentParser) -> str:
     """The command whose figures these are: with every flag that may change them and is not as it would be."""
     words = ["python scripts/benchmark.py", flags.name]
+    skipped = {"name", "table", "overrides", "write", "json", "picture"}
+    if parser.get_default("workdir"):
+        skipped.add("workdir")  # where a study's runs lie; without a default it names the model
     for name, value in vars(flags).items():
-        if name in ("name", "overrides", "table", *_PLACES) or value == parser.get_default(name):
+        if name in skipped or value == parser.get_default(name):
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name}", *map(str, values)]

@@ -102,6 +102,19 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
         ),
         (["benchmark.py", "layer", "--tokens=3000"], "--tokens=3000 is no multiple of the 2048 tokens of a group"),
         (["benchmark.py", "layer", "--tokens=0"], "--tokens=0 is no multiple of the 2048 tokens of a group"),
+        (["benchmark.py", "step", "--write=tests"], "--write: cannot read tests (Is a directory)"),
+        (
+            ["benchmark.py", "decode", "--new_tokens=8", "--workdir=run", "--repeats", "3", "--write=README.md"],
+            "no lines '<!-- python scripts/benchmark.py decode --workdir run --new_tokens 8 -->'",
+        ),
+        (
+            ["benchmark.py", "step", "--config=t5.py", "--config.data.batch_size=8", "--write=README.md"],
+            "no lines '<!-- python scripts/benchmark.py step --config t5.py --config.data.batch_size=8 -->'",
+        ),
+        (
+            ["benchmark.py", "plan", "--workdir=elsewhere", "--write=CHANGELOG.md"],
+            "no lines '<!-- python scripts/benchmark.py plan -->'",
+        ),
     ],
 )
 def test_scripts_without_a_workdir_refuse_bad_input_in_one_line(arguments: list[str], message: str) -> None:
