@@ -17,6 +17,15 @@ from switchjax.parallel.sharding import named_leaves, with_leaves
 Usage = Mapping[str, Float[np.ndarray, "layers E"]]
 """Stack -> choices of each expert in each of its layers with experts."""
 
+_UNPRUNABLE = {
+    "moe.router=hash": "knows experts by their numbers",
+    "moe.router=hierarchical": "knows experts by their numbers",
+    "moe.router=expert_choice": "has each expert take as many tokens as any other",
+    "model.pattern=peer": "does not count which experts are used",
+    "model.pattern=switch_attention": "has two routers a layer, each with experts of its own",
+}
+"""Router or kind of layer -> why the most used of its experts cannot be kept alone."""
+
 
 def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArray, noise: float = 0.0) -> Model:
     """A model with experts, each of which is the feed-forward network that its layer had (Komatsuzaki et al. 2022).
@@ -89,7 +98,11 @@ def _disturb(experts: Array, noise: float, key: PRNGKeyArray) -> Array:
 
 
 def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usage:
-    """How many choices fall on each expert over some batches, before capacity."""
+    """How many choices fall on each expert over some batches, before capacity.
+
+    Raises:
+        UserError: if there are no batches.
+    """
 
     @jax.jit
     def loads(model: Model, batch: Batch) -> dict[str, list[Array]]:
@@ -97,6 +110,8 @@ def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usag
         return {stack: [sums["expert_load"] for sums in runs] for stack, runs in routing.items()}
 
     totals = [jax.device_get(loads(model, batch)) for batch in batches]
+    if not totals:
+        raise UserError(f"no corpus has anything in its {config.evaluate.split} split")
     return {stack: np.sum([np.concatenate(total[stack]) for total in totals], axis=0) for stack in config.model.stacks}
 
 
@@ -104,12 +119,16 @@ def pruned_config(config: Config, num_experts: int) -> Config:
     """The config with so many experts in every layer.
 
     Raises:
-        UserError: if there are not so many, fewer than a token selects, or the router knows experts by their numbers.
+        UserError: if there are none or not so many, fewer than a token selects, or no telling which are used most.
     """
+    if not config.model.has_experts:
+        raise UserError("model.pattern names no layer with experts: there is nothing to prune")
+    used = {f"moe.router={config.moe.router}", *(f"model.pattern={kind}" for kind in config.model.pattern)}
+    for setting, reason in _UNPRUNABLE.items():
+        if setting in used:
+            raise UserError(f"{setting} {reason}: it cannot be pruned")
     if config.moe.experts_per_layer or num_experts > config.moe.num_experts:
         raise UserError(f"cannot keep {num_experts} of the experts of every layer: there are {config.moe.num_experts}")
-    if config.moe.router in ("hash", "hierarchical"):
-        raise UserError(f"moe.router={config.moe.router} knows experts by their numbers: they cannot be pruned")
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
 
 
@@ -126,8 +145,11 @@ def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model
     """
     pruned = pruned_config(config, num_experts)
     kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items()}
-    leaves = {name: _select(place_of(config, name), leaf, kept) for name, leaf in named_leaves(model).items()}
-    return with_leaves(jax.eval_shape(lambda: build(pruned, jax.random.key(0))), leaves)
+    smaller = jax.eval_shape(lambda: build(pruned, jax.random.key(0)))
+    shapes, leaves = named_leaves(smaller), named_leaves(model)
+    return with_leaves(
+        smaller, {name: _select(place_of(config, name), leaf, shapes[name].shape, kept) for name, leaf in leaves.items()}
+    )
 
 
 def _kept_experts(
@@ -139,10 +161,13 @@ def _kept_experts(
     return dict(zip(routed, best, strict=True))
 
 
-def _select(place: Place, leaf: Array, kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]) -> Array:
-    stack, *rest = place.name.split("/")
-    if "experts" not in rest and "router" not in rest:
+def _select(
+    place: Place, leaf: Array, shape: tuple[int, ...], kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]
+) -> Array:
+    """The kept part of a parameter along the axis in which it is larger than `shape`: that of experts, if any is."""
+    axis = next((axis for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True)) if old != new), None)
+    if axis is None:
         return leaf
-    axis = 1 if "experts" in rest else -1  # a router's logits are its last axis
+    stack, *_ = place.name.split("/")
     chosen = jnp.stack([jnp.asarray(kept[stack][layer]) for layer in place.layers])
-    return jax.vmap(lambda part, experts: jnp.take(part, experts, axis=axis - 1 if axis > 0 else axis))(leaf, chosen)
+    return jax.vmap(lambda part, experts: jnp.take(part, experts, axis=axis - 1))(leaf, chosen)

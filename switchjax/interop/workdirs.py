@@ -21,7 +21,7 @@ from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
-from switchjax.training.workdir import open_workdir, record_run, vocabulary_path
+from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path
 
 
 def check_new(folder: Path) -> None:
@@ -85,8 +85,8 @@ def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
     config = load_workdir_config(source)
     smaller, mesh = pruned_config(config, num_experts), make_mesh(config.mesh)
     check_fit(smaller, mesh)
-    vocabulary = own_vocabulary(source, config)
-    path = "" if vocabulary is None else str(vocabulary_path(source))
+    vocabulary = None if config.model.family == "vision" else load_vocabulary(source, config)
+    path = "" if vocabulary is None else str(vocabulary_path(source))  # a new one would number pieces otherwise
     data = prepare_data(dataclasses.replace(config.data, vocabulary=path))
     with jax.set_mesh(mesh):
         _, model = load_model(config, source, mesh)

@@ -10,6 +10,7 @@ import pytest
 from switchjax.config import Config, MoEConfig, UserError
 from switchjax.interop.upcycle import expert_usage, prune, pruned_config, upcycle
 from switchjax.models.families import build
+from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.sharding import named_leaves
 from tests.models import examples, families
 
@@ -104,6 +105,34 @@ def test_pruning_to_more_or_too_few_is_refused() -> None:
         pruned_config(DECODER, 5)
     with pytest.raises(UserError, match=r"num_selected_experts=2 exceeds moe.num_experts=1"):
         pruned_config(DECODER, 1)
-    hashed = dataclasses.replace(T5, moe=MoEConfig(router="hash"))
-    with pytest.raises(UserError, match=r"moe.router=hash knows experts by their numbers"):
-        pruned_config(hashed, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dense(T5), r"model.pattern names no layer with experts"),
+        (dense(T5, ("dense", "peer")), r"model.pattern=peer does not count which experts are used"),
+        (dense(T5, ("switch_attention",)), r"model.pattern=switch_attention has two routers a layer"),
+        (dataclasses.replace(T5, moe=MoEConfig(router="hash")), r"moe.router=hash knows experts by their numbers"),
+        (
+            dataclasses.replace(T5, moe=MoEConfig(router="expert_choice")),
+            r"moe.router=expert_choice has each expert take as many tokens as any other",
+        ),
+    ],
+)
+def test_what_has_no_most_used_experts_is_refused(config: Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pruned_config(config, 2)
+
+
+@pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"hash", "hierarchical", "expert_choice"}))
+def test_of_every_router_what_belongs_to_kept_experts_is_kept(router: str) -> None:
+    selected = (ROUTERS[router].selected or (2,))[0]
+    config = examples.changed(router=router, num_selected_experts=selected, dropless=True, allow_noncausal_routing=True)
+    model, kept = examples.make_model(config), np.array([1, 3])
+    usage = {stack: np.array([[0.0, 2.0, 1.0, 2.0]], np.float32) for stack in ("encoder", "decoder")}
+    old, small = named_leaves(model), prune(model, config, usage, 2)
+    for name, leaf in named_leaves(build(pruned_config(config, 2), KEY)).items():
+        axes = [axis for axis, size in enumerate(leaf.shape) if size != old[name].shape[axis]]
+        wanted = np.asarray(old[name]).take(kept, axes[0]) if axes else old[name]
+        np.testing.assert_array_equal(named_leaves(small)[name], wanted, err_msg=name)

@@ -1,11 +1,13 @@
 """Upcycling and pruning a run: what evaluation says of it before and after."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
+from switchjax.data.data import Data
 from switchjax.inference.evaluation import evaluate_workdir, load_model
 from switchjax.interop.workdirs import prune_workdir, upcycle_workdir
 from switchjax.parallel.sharding import named_leaves
@@ -54,6 +56,20 @@ def test_a_pruned_run_has_fewer_experts(upcycled: Path) -> None:
     assert pruned == changed(config, moe={"num_experts": 2})
     _, model = load_model(pruned, workdir, one_device())
     assert named_leaves(model)["encoder/runs/0/blocks/1/ff/experts/w_in"].shape == (1, 2, 16, 32)
+
+
+def test_pruning_needs_the_runs_own_vocabulary_and_held_out_data(upcycled: Path, tmp_path: Path) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(upcycled, source)
+    config = load_workdir_config(upcycled)
+    (source / "config.json").write_text(changed(config, evaluate={"split": "test"}, mesh={"data": 4, "expert": 2}).to_json())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"no corpus has anything in its test"):
+        patch.setattr(Data, "evaluation_batches", lambda *_: iter(()))
+        prune_workdir(source, tmp_path / "new", 2)
+    (source / "vocabulary.model").unlink()  # as of an imported model whose tokenizer cannot be read here
+    with pytest.raises(UserError, match=r"cannot read the vocabulary"):
+        prune_workdir(source, tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(config: Config, dense: Path, tmp_path: Path) -> None:
