@@ -15,6 +15,7 @@ from switchjax.config import Config, load_workdir_config
 from switchjax.interop.config import read_config, read_json, write_config
 from switchjax.interop.families import FAMILIES, model_type_of
 from switchjax.interop.family import Values
+from switchjax.interop.folders import check_new, new_folder
 from switchjax.interop.mapping import check_tensors, load, match
 from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.interop.tokenizer import (
@@ -26,7 +27,7 @@ from switchjax.interop.tokenizer import (
     renumbering,
     special_tokens,
 )
-from switchjax.interop.workdirs import check_new, write_workdir
+from switchjax.interop.workdirs import write_workdir
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.parallel.sharding import named_leaves, with_leaves
@@ -82,15 +83,16 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
         The number of parameters.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: naming what does not fit, or if it cannot be written.
     """
     check_new(workdir)
     mesh, vocabulary = make_mesh(config.mesh), read_vocabulary(folder)
     check_fit(config, mesh)
     with jax.set_mesh(mesh):
         model = load_huggingface(folder, config, mesh, renumbering(vocabulary, config.model.vocab_size))
-        write_workdir(workdir, model, config, vocabulary)
-    keep_files(folder, workdir)
+        with new_folder(workdir):
+            write_workdir(workdir, model, config, vocabulary)
+            keep_files(folder, workdir)
     return sum(leaf.size for leaf in named_leaves(model).values())
 
 
@@ -110,7 +112,7 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
         The step.
 
     Raises:
-        UserError: naming what transformers' model cannot do or has no place for.
+        UserError: naming what transformers' model cannot do or has no place for, or if it cannot be written.
     """
     config = load_workdir_config(workdir)
     mesh, vocabulary = make_mesh(config.mesh), own_vocabulary(workdir, config)
@@ -119,10 +121,10 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, model = checkpoints.load_model(plan_state(config, mesh), step)
         tensors = huggingface_tensors(model, config, renumbering(vocabulary, config.model.vocab_size))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder, tensors, max_file_bytes)
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    export_tokenizer(workdir, folder, vocabulary)
+        with new_folder(folder):
+            write_tensors(folder, tensors, max_file_bytes)
+            (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            export_tokenizer(workdir, folder, vocabulary)
     return step
 
 

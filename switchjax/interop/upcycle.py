@@ -148,7 +148,8 @@ def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model
     smaller = jax.eval_shape(lambda: build(pruned, jax.random.key(0)))
     shapes, leaves = named_leaves(smaller), named_leaves(model)
     return with_leaves(
-        smaller, {name: _select(place_of(config, name), leaf, shapes[name].shape, kept) for name, leaf in leaves.items()}
+        smaller,
+        {name: _select(place_of(config, name), leaf, shapes[name].shape, kept) for name, leaf in leaves.items()},
     )
 
 

@@ -14,6 +14,7 @@ from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.inference.evaluation import load_model
+from switchjax.interop.folders import check_new, new_folder
 from switchjax.interop.tokenizer import own_vocabulary
 from switchjax.interop.upcycle import expert_usage, prune, pruned_config, upcycle
 from switchjax.models.model import Batch, Model
@@ -22,12 +23,6 @@ from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path
-
-
-def check_new(folder: Path) -> None:
-    """Raises a `UserError` if there is anything in the folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: choose another folder, or an empty one")
 
 
 def write_workdir(workdir: Path, model: Model, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -53,7 +48,7 @@ def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 
         noise: as in `upcycle`.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: naming what does not fit, or if it cannot be written.
     """
     check_new(workdir)
     if not config.model.has_experts:
@@ -67,7 +62,8 @@ def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 
             return upcycle(dense, dense_config, config, jax.random.key(config.train.seed), noise)
 
         model = jax.jit(start, out_shardings=plan_state(config, mesh).shardings.model)(dense)
-        write_workdir(workdir, model, config, own_vocabulary(source, dense_config))
+        with new_folder(workdir):
+            write_workdir(workdir, model, config, own_vocabulary(source, dense_config))
 
 
 def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
@@ -79,7 +75,7 @@ def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
         num_experts: how many of each layer are kept.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: naming what does not fit, or if it cannot be written.
     """
     check_new(workdir)
     config = load_workdir_config(source)
@@ -93,7 +89,8 @@ def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
         usage = expert_usage(model, config, _held_out(config, data, mesh))
         shardings = plan_state(smaller, mesh).shardings.model
         model = jax.jit(lambda model: prune(model, config, usage, num_experts), out_shardings=shardings)(model)
-        write_workdir(workdir, model, smaller, vocabulary)
+        with new_folder(workdir):
+            write_workdir(workdir, model, smaller, vocabulary)
 
 
 def _held_out(config: Config, data: Data, mesh: Mesh) -> Iterator[Batch]:

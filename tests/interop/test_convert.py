@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -38,6 +39,7 @@ from tests.interop.examples import (
 )
 from tests.parameters import random_parameters
 from tests.tiny import changed
+from tests.training.full_disk import full_disk
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
@@ -168,6 +170,45 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"target is there already"):
         from_huggingface(tmp_path / "source", tmp_path / "target", config)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
+
+
+def convert_on_full_disk(*arguments: str | Path) -> str:
+    """What convert.py says to a disk that takes no file of more than 4000 bytes."""
+    code = "import runpy, sys; from tests.training.full_disk import full_disk\n"
+    code += "with full_disk(4000): runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", "scripts/convert.py", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # which would be damaged
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def test_on_a_full_disk_nothing_is_left_in_the_way(tmp_path: Path) -> None:
+    source, workdir, back = (tmp_path / name for name in ("source", "workdir", "back"))
+    random_folder("vit_deep", source)
+    config = dataclasses.replace(config_of(source), mesh=MeshConfig(data=8, emulated_devices=8))
+    said = convert_on_full_disk("from-hf", source, workdir)
+    assert said.startswith(f"error: cannot write a checkpoint to {workdir}/checkpoints: File too large")
+    assert len(said.splitlines()) == 1
+    assert not workdir.exists()
+    from_huggingface(source, workdir, config)
+    said = convert_on_full_disk("to-hf", workdir, back)
+    assert said.startswith(f"error: cannot write to {back}: ")
+    assert "File too large" in said
+    assert len(said.splitlines()) == 1
+    assert not back.exists()
+    with full_disk(4000), pytest.raises(UserError, match=r"cannot write to .*back: .*File too large"):
+        to_huggingface(workdir, back, max_file_bytes=3000)  # after files that there was room for
+    assert not back.exists()
+    with pytest.raises(UserError, match=r"cannot write to .*config.json/back: .*Not a directory"):
+        to_huggingface(workdir, workdir / "config.json/back")
+    to_huggingface(workdir, back)
 
 
 @pytest.fixture(scope="module")

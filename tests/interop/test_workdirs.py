@@ -3,16 +3,19 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
 from switchjax.data.data import Data
 from switchjax.inference.evaluation import evaluate_workdir, load_model
+from switchjax.interop import workdirs
 from switchjax.interop.workdirs import prune_workdir, upcycle_workdir
 from switchjax.parallel.sharding import named_leaves
 from tests.interop.examples import one_device, random_workdir
 from tests.tiny import changed
+from tests.training.full_disk import full_disk
 
 TOP_2 = {"router": "top_k", "num_selected_experts": 2, "dropless": True}
 
@@ -58,17 +61,38 @@ def test_a_pruned_run_has_fewer_experts(upcycled: Path) -> None:
     assert named_leaves(model)["encoder/runs/0/blocks/1/ff/experts/w_in"].shape == (1, 2, 16, 32)
 
 
-def test_pruning_needs_the_runs_own_vocabulary_and_held_out_data(upcycled: Path, tmp_path: Path) -> None:
+def test_pruning_needs_the_runs_own_vocabulary_and_held_out_data(
+    upcycled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "run"
     shutil.copytree(upcycled, source)
     config = load_workdir_config(upcycled)
-    (source / "config.json").write_text(changed(config, evaluate={"split": "test"}, mesh={"data": 4, "expert": 2}).to_json())
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"no corpus has anything in its test"):
+    (source / "config.json").write_text(
+        changed(config, evaluate={"split": "test"}, mesh={"data": 4, "expert": 2}).to_json()
+    )
+    with monkeypatch.context() as patch:
         patch.setattr(Data, "evaluation_batches", lambda *_: iter(()))
-        prune_workdir(source, tmp_path / "new", 2)
+        with pytest.raises(UserError, match=r"no corpus has anything in its test"):
+            prune_workdir(source, tmp_path / "new", 2)
     (source / "vocabulary.model").unlink()  # as of an imported model whose tokenizer cannot be read here
     with pytest.raises(UserError, match=r"cannot read the vocabulary"):
         prune_workdir(source, tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_on_a_full_disk_nothing_is_left_in_the_way(
+    config: Config, dense: Path, upcycled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record_on_full_disk(workdir: Path, *arguments: Any) -> None:
+        with full_disk(100):
+            (workdir / "config.json").write_text("{" * 200)
+
+    monkeypatch.setattr(workdirs, "record_run", record_on_full_disk)
+    with pytest.raises(UserError, match=r"cannot write to .*new: .*File too large"):
+        upcycle_workdir(dense, tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"cannot write to .*new: .*File too large"):
+        prune_workdir(upcycled, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
 
 
