@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from switchjax.config import Config, UserError
+from switchjax.config import Config, ModelConfig, UserError
 from switchjax.interop.families import FAMILIES, family_of, model_type_of
 from switchjax.interop.family import Values
 from switchjax.interop.patterns import find_pattern
@@ -118,14 +118,23 @@ def write_config(config: Config) -> Values:
     """
     kind = model_type_of(config)
     family = FAMILIES[kind]
-    # Two dense layers in turn are one kind of layer.
-    config = replace(config, model=replace(config.model, pattern=find_pattern([config.model.pattern])))
+    config = replace(config, model=_simplest(config.model))
     for key, wanted in family.ours.items():
         if (value := _get(config, key)) != wanted:
             raise UserError(f"{family.architecture} has no {key}={value!r}, only {wanted!r}")
     same = {key.theirs: _get(config, key.ours) for key in family.keys}
     about = {"architectures": [family.architecture], "model_type": kind, "dtype": config.model.param_dtype}
     return {**about, **family.theirs, **same, **family.write(config)}
+
+
+def _simplest(model: ModelConfig) -> ModelConfig:
+    """The same model without what says nothing: two dense layers in turn are one kind of layer."""
+    return replace(
+        model,
+        pattern=find_pattern([model.pattern]),
+        num_kv_heads=0 if model.kv_heads == model.num_heads else model.num_kv_heads,
+        expert_activation="" if model.experts_activation == model.activation else model.expert_activation,
+    )
 
 
 def read_json(path: Path) -> Values:
@@ -149,7 +158,8 @@ def _check_processor(path: Path) -> None:
     """Refuses images that are scaled otherwise than here."""
     settings = read_json(path) if path.exists() else {}
     for key in ("image_mean", "image_std"):
-        if any(value != 0.5 for value in settings.get(key) or ()):
+        values = settings.get(key) or []
+        if any(value != 0.5 for value in (values if isinstance(values, list) else [values])):
             raise UserError(
                 f"{path.name}: {key}={settings[key]} is not supported: images are scaled to [-1, 1] here, 0.5"
             )

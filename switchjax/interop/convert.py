@@ -134,7 +134,8 @@ def _with_kept(workdir: Path, description: Values) -> Values:
     if not path.exists():
         return description
     kept = {key: value for key, value in read_json(path).items() if key != "torch_dtype"}  # dtype says it now
-    labels = ("id2label", "label2id") if len(kept.get("id2label", ())) == len(description.get("id2label", ())) else ()
+    named = len(kept.get("id2label") or ()) == len(description.get("id2label", ()))
+    labels = ("id2label", "label2id") if named else ()
     return kept | {key: value for key, value in description.items() if key not in labels}
 
 

@@ -112,6 +112,7 @@ MIXTRAL = Family(
         "model.norm": "rms",
         "model.biases": False,
         "model.activation": "swiglu",
+        "model.expert_activation": "",
         "model.positions": "rotary",
         "model.scale_scores": True,
         "model.dropout": 0.0,

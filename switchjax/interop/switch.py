@@ -110,6 +110,7 @@ SWITCH = Family(
     },
     ours=OURS
     | {
+        "model.expert_activation": "",
         "moe.router": "switch",
         "moe.num_selected_experts": 1,
         "moe.experts_per_layer": (),

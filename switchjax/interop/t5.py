@@ -43,6 +43,8 @@ OURS = {
     "model.biases": False,
     "model.positions": "relative",
     "model.scale_scores": False,
+    "model.num_kv_heads": 0,
+    "model.sliding_window": 0,
 }
 _ACTIVATIONS = ACTIVATIONS | {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
 

@@ -71,6 +71,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_bytes())["weight_map"]
         inside = all(Path(file).name == file for file in files.values())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of safetensors files") from None
     if not inside:

@@ -121,5 +121,5 @@ def _num_sentinels(folder: Path) -> int:
         return int(settings.get("extra_ids", _T5_SENTINELS))
     except FileNotFoundError:
         return _T5_SENTINELS
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{folder / 'tokenizer_config.json'} is not valid JSON") from None
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
+        raise UserError(f"{folder / 'tokenizer_config.json'} does not say how many extra_ids there are") from None

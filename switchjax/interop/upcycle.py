@@ -1,6 +1,7 @@
 """Dense models as the start of models with experts, and models with experts cut down to the most used."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -41,8 +42,10 @@ def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArra
         noise: standard deviation of noise on the experts' weights, over that of the weights of a matrix.
 
     Raises:
-        UserError: naming the first parameter that the dense model has not, or in another shape.
+        UserError: naming the first parameter that the dense model lacks, or has in another shape; or what is no noise.
     """
+    if not 0 <= noise < math.inf:
+        raise UserError(f"noise must be a number of at least 0, got {noise}")
     if config.model.experts_activation != dense_config.model.activation:
         raise UserError(
             f"experts of activation {config.model.experts_activation} cannot be copies of networks of "

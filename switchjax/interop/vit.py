@@ -109,6 +109,8 @@ VIT = Family(
         "model.biases": True,
         "model.positions": "learned",
         "model.scale_scores": True,
+        "model.num_kv_heads": 0,
+        "model.sliding_window": 0,
         "model.pre_logits": False,
     },
     read=_read,

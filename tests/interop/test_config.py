@@ -98,6 +98,11 @@ def test_images_that_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
     processor.write_text(json.dumps({"image_mean": [0.485, 0.456]}))
     with pytest.raises(UserError, match=r"image_mean=\[0.485, 0.456\] is not supported: images are scaled"):
         config_of(tmp_path)
+    processor.write_text(json.dumps({"image_mean": 0.485}))
+    with pytest.raises(UserError, match=r"image_mean=0.485 is not supported: images are scaled"):
+        config_of(tmp_path)
+    processor.write_text(json.dumps({"image_mean": 0.5}))
+    config_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,25 @@ def test_images_that_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
 def test_what_transformers_lacks_is_refused_by_name(family: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_config(FAMILIES[family])
+
+
+@pytest.mark.parametrize("name", ["t5_v1_1", "switch", "vit", "mixtral"])
+def test_what_would_change_what_their_model_computes_is_refused(name: str) -> None:
+    config = config_of(FIXTURES / name)
+    other = "relu" if config.model.activation != "relu" else "gelu"
+    same = {"num_kv_heads": config.model.kv_heads, "expert_activation": config.model.activation}
+    assert write_config(with_model(config, **same)) == write_config(config)
+    for key, value in {"num_kv_heads": 1, "sliding_window": 3, "expert_activation": other}.items():
+        if name == "mixtral" and key != "expert_activation":
+            continue  # it has them
+        if not config.model.has_experts and key == "expert_activation":
+            continue  # of none
+        with pytest.raises(UserError, match=rf"has no model\.{key}={value!r}"):
+            write_config(with_model(config, **{key: value}))
+
+
+def with_model(config: Config, **changes: Any) -> Config:
+    return replace(config, model=replace(config.model, **changes))
 
 
 def test_a_pattern_may_repeat_itself() -> None:

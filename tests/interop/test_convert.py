@@ -162,6 +162,17 @@ def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(path.read_text())
 
 
+def test_labels_that_a_config_leaves_open_are_written(tmp_path: Path) -> None:
+    random_folder("vit_deep", tmp_path / "source")
+    path = tmp_path / "source/config.json"
+    num_labels = len(json.loads(path.read_text())["id2label"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": None, "num_labels": num_labels}))
+    config = dataclasses.replace(config_of(tmp_path / "source"), mesh=MeshConfig(data=8))
+    from_huggingface(tmp_path / "source", tmp_path / "workdir", config)
+    to_huggingface(tmp_path / "workdir", tmp_path / "back")
+    assert len(json.loads((tmp_path / "back/config.json").read_text())["id2label"]) == num_labels
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     random_folder("vit_deep", tmp_path / "source")
     config = config_of(tmp_path / "source")

@@ -46,6 +46,19 @@ def folders(tmp_path: Path, *names: str) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("settings", ['{"extra_ids": Infinity}', '{"extra_ids": null}', "[]", "", None])
+def test_settings_that_cannot_be_read_leave_the_tokenizer_aside(
+    tmp_path: Path, model: bytes, settings: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "spiece.model").write_bytes(model)
+    if settings is None:
+        (tmp_path / "tokenizer_config.json").mkdir()
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    assert read_vocabulary(tmp_path) is None
+    assert "tokenizer_config.json does not say how many extra_ids there are; it is kept" in caplog.text
+
+
 def test_a_vocabulary_survives_the_way_there_and_back(tmp_path: Path, model: bytes) -> None:
     workdir, folder = folders(tmp_path, "workdir", "folder")
     vocabulary = Vocabulary(model, 16)

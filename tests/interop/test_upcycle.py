@@ -71,6 +71,9 @@ def test_a_dense_model_that_does_not_fit_is_refused() -> None:
         upcycle(model, config, examples.changed(T5, d_ff=64), KEY)
     with pytest.raises(UserError, match=r"the dense model has no logits"):
         upcycle(model, config, examples.changed(T5, tie_embeddings=False), KEY)
+    for noise in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=rf"noise must be a number of at least 0, got {noise}"):
+            upcycle(model, config, T5, KEY, noise)
     with pytest.raises(UserError, match=r"experts of activation gelu cannot be copies"):
         upcycle(model, config, examples.changed(T5, expert_activation="gelu"), KEY)
 
