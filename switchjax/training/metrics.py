@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from switchjax.config import UserError
 from switchjax.parallel.processes import process_index
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir, in process 0.
@@ -31,11 +34,12 @@ class MetricsWriter:
         resume_step: records of later steps, of a run that was cut off, are dropped: they will be written again.
 
     Raises:
-        UserError: here and in `write`, if the disk is full or the workdir cannot be written.
+        UserError: here and in `write`, if the disk is full or the workdir cannot be written; here, if what is there are
+            no records of a run.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self._silent = process_index() > 0
         if self._silent:
             return
@@ -119,26 +123,31 @@ def _append(file: io.FileIO, line: bytes) -> None:
 
 def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
     """The records of a kind, in the order of their steps; half a line that a kill has left is none."""
-    with (workdir / "metrics.jsonl").open() as lines:
+    with (workdir / METRICS).open() as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record["kind"] == kind]
+    return [record for record in records if record.get("kind") == kind]
 
 
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line, path) <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> int | float:
-    """The step of a record; infinite for the half line that a kill has left."""
+def _step_of(line: bytes, path: Path) -> float:
+    """The step of a record of `path`; infinite for the half line that a kill has left."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except json.JSONDecodeError:
-        return float("inf")
+        record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+    except ValueError:  # no JSON, or no text at all, as the end of a file may be after a power cut
+        return math.inf
+    try:
+        return float(record["step"])
+    except (KeyError, TypeError, ValueError):
+        start = line[:60].decode(errors="replace").strip()
+        raise UserError(f"{path} holds what is no record of a run: {start}") from None
 
 
 class Progress:

@@ -13,6 +13,7 @@ from typing import Any
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.parallel.processes import exchange, first_then_others, process_count, process_index
+from switchjax.training.metrics import METRICS
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +42,18 @@ _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
 _LOCK = "run.lock"
 
+_ELSEWHERE = "choose another --workdir"
+
+_REPLACED = ("config.json", _VOCABULARY, METRICS)
+"""What a run that starts anew writes over."""
+
 
 def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the folder, or checks that what was trained there was trained with this config.
 
     Raises:
-        UserError: naming the first key that differs, from that run or between processes; or if the folder cannot be
-            made, or not all processes see it.
+        UserError: naming the first key that differs, from that run or between processes; or if the folder holds files
+            of something else or a complete run without its checkpoints, cannot be made, or not all processes see it.
     """
     _check_mounted(workdir)
     first_then_others(lambda: _open(workdir, config))
@@ -57,9 +63,16 @@ def open_workdir(workdir: Path, config: Config) -> None:
 
 
 def _open(workdir: Path, config: Config) -> None:
-    if _has_checkpoints(workdir):
-        saved = load_workdir_config(workdir)
-        check_same_run(saved, config, f"{workdir} holds a run with another config", "choose another --workdir")
+    resumes = _has_checkpoints(workdir)
+    if not resumes and (workdir / _SUMMARY).exists():
+        raise UserError(f"{workdir} holds a complete run without its checkpoints; {_ELSEWHERE}")
+    # A run that was killed before its first checkpoint starts anew, but over nobody else's files.
+    if resumes or any((workdir / name).exists() for name in _REPLACED):
+        try:
+            saved = load_workdir_config(workdir)
+        except UserError as error:
+            raise UserError(f"{workdir} holds no run that could go on ({error}); {_ELSEWHERE}") from None
+        check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
         for key, change in differences(saved, config).items():
             _log.info("resuming with another %s: %s", key, change)
     try:

@@ -29,6 +29,22 @@ def test_resuming_drops_later_records_and_a_half_written_line(tmp_path: Path) ->
     assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2, 3]
 
 
+def test_what_a_power_cut_has_left_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\n' + b"\0\xff\n")
+    MetricsWriter(tmp_path, resume_step=3).close()
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1]
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1}', "[1, 2]", "7", '{"step": "last"}'])
+def test_anothers_records_are_one_line_and_stay(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds what is no record of a run: "):
+        MetricsWriter(tmp_path, resume_step=0)
+    assert path.read_text() == f"{line}\n"
+
+
 def test_a_full_disk_is_one_line_and_what_was_written_can_be_read(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, resume_step=0)
     writer.write("train", 1, {"loss": 2.5})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from switchjax.config import Config, UserError
-from switchjax.training.workdir import exclusive_run, open_workdir, write_summary
+from switchjax.config import Config, TrainConfig, UserError
+from switchjax.training.workdir import exclusive_run, open_workdir, record_run, write_summary
 from tests.training.full_disk import full_disk
 
 HOLD = """
@@ -42,6 +42,34 @@ def test_a_summary_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path
         write_summary(tmp_path, {"steps": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
     assert (tmp_path / "summary.json").read_bytes() == before
+
+
+OTHERS: dict[str, tuple[dict[str, str], str]] = {
+    "a model of Hugging Face's": ({"config.json": '{"architectures": ["ViT"]}'}, "unknown config key 'architectures'"),
+    "what is no JSON": ({"config.json": "{"}, "not valid JSON"),
+    "a vocabulary": ({"vocabulary.model": "pieces"}, "No such file"),
+    "metrics of another program": ({"metrics.jsonl": '{"loss": 1}\n'}, "No such file"),
+    "another run": ({"config.json": Config(train=TrainConfig(seed=1)).to_json()}, r"train\.seed: 1 -> 0"),
+    "a complete run": ({"config.json": Config().to_json(), "summary.json": "{}"}, "without its checkpoints"),
+    "a summary": ({"summary.json": "{}"}, "without its checkpoints"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_without_checkpoints_that_holds_anothers_files_is_refused(name: str, tmp_path: Path) -> None:
+    files, message = OTHERS[name]
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{message}.*; choose another --workdir"):
+        open_workdir(tmp_path, Config())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    record_run(tmp_path, Config(), None)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    (tmp_path / "checkpoints").mkdir()
+    open_workdir(tmp_path, Config(train=TrainConfig(steps=7)))
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
