@@ -1,5 +1,6 @@
 """The section `data`: what a run learns from."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from switchjax.config.checks import check_choice, check_positive, require
@@ -13,7 +14,7 @@ class DataConfig:
     """span_corruption (encoder-decoders), causal (the next token, for decoders) or classification (images)."""
     corpora: tuple[str, ...] = ("c4/en",)
     """Names of the project's own sources or of any TFDS dataset of text, or of labelled images; one that cannot be had
-    is passed over."""
+    is passed over, and a run keeps to those that it was begun with."""
     rates: tuple[float, ...] = ()
     """Sampling rates, one a corpus; empty: in proportion to their tokens, or images."""
     text_feature: str = "text"
@@ -51,3 +52,8 @@ class DataConfig:
             f"data.rates has {len(self.rates)} values for {len(self.corpora)} corpora",
         )
         check_positive("data", {f"rates[{i}]": rate for i, rate in enumerate(self.rates)})
+
+    def only(self, corpora: tuple[str, ...]) -> "DataConfig":
+        """With some of its corpora alone, in this order, at their rates."""
+        rates = dict(zip(self.corpora, self.rates, strict=False))  # of none where they are not given
+        return dataclasses.replace(self, corpora=corpora, rates=tuple(rates[name] for name in corpora if name in rates))

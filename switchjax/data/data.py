@@ -36,7 +36,7 @@ class Data(abc.ABC):
     def __init__(self, config: DataConfig, corpora: tuple[str, ...], fingerprint: str) -> None:
         self.corpora = corpora
         self.fingerprint = fingerprint
-        self._config = config
+        self._config = config.only(corpora)
 
     def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[Batch]:
         """Endless training batches; every epoch of a corpus has another order and is drawn anew.
@@ -96,10 +96,7 @@ class Data(abc.ABC):
 
     def _rates(self, sources: dict[str, grain.sources.RandomAccessDataSource[Any]]) -> list[float]:
         """As configured; or in proportion to rows, which are about equally full, and so to tokens."""
-        if self._config.rates:
-            rates = dict(zip(self._config.corpora, self._config.rates, strict=True))
-            return [rates[corpus] for corpus in self.corpora]
-        return [float(len(source)) for source in sources.values()]
+        return list(self._config.rates) or [float(len(source)) for source in sources.values()]
 
     def _check_trainable(self) -> None:
         for corpus in self.corpora:

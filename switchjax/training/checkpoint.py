@@ -19,7 +19,7 @@ from switchjax.parallel.endings import another_has_gone
 from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.training.state import StatePlan, TrainState
-from switchjax.training.workdir import check_same_run
+from switchjax.training.workdir import check_same_run, with_corpora
 
 _log = logging.getLogger(__name__)
 
@@ -117,11 +117,16 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
-            state, data = self.restore_state(step, plan), self.restore_data(step)
+            state, data, saved = self.restore_state(step, plan), self.restore_data(step), self._restore_config(step)
             found = f"checkpoint {step} in {self._directory}"
             if data["fingerprint"] != fingerprint:
-                raise UserError(f"the data is not what {found} was trained on: corpora or vocabulary have changed")
-            check_same_run(self._restore_config(step), plan.config, f"{found} is of another run", "remove it")
+                raise UserError(
+                    f"the data is not what {found} was trained on: corpora or vocabulary have changed; "
+                    f"it was trained with data.corpora={saved.data.corpora}"
+                )
+            # Older ones name corpora that could not be had as well.
+            saved = with_corpora(saved, plan.config.data.corpora)
+            check_same_run(saved, plan.config, f"{found} is of another run", "remove it")
             if int(state.step) != step:
                 raise UserError(f"{found} is of step {int(state.step)}")
             return state, data

@@ -40,6 +40,7 @@ from switchjax.training.workdir import (
     open_workdir,
     record_run,
     vocabulary_path,
+    with_corpora,
     write_summary,
 )
 
@@ -83,12 +84,15 @@ def train(
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)  # builds the model's shapes, and so refuses what it cannot be built from
-    open_workdir(workdir, config)
+    config = open_workdir(workdir, config)
     with ExitStack() as resources:
         # Of the processes of one run, the first holds the workdir for them all.
         first_then_others(lambda: process_index() or resources.enter_context(exclusive_run(workdir)))
         stop = resources.enter_context(preemption(interrupted_exit_code))
         data = prepare_data(config.data)
+        # What is recorded: a corpus that could not be had today may be there when the run is resumed.
+        config = with_corpora(config, data.corpora)
+        plan = dataclasses.replace(plan, config=config)
         _check_data(config, data)
         resources.enter_context(jax.set_mesh(mesh))
         clock = Clock(make_cost(config, mesh) if make_cost else None)

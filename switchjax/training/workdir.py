@@ -1,5 +1,6 @@
 """What a run keeps beside its checkpoints and metrics: config, vocabulary, summary."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -48,21 +49,25 @@ _REPLACED = ("config.json", _VOCABULARY, METRICS)
 """What a run that starts anew writes over."""
 
 
-def open_workdir(workdir: Path, config: Config) -> None:
+def open_workdir(workdir: Path, config: Config) -> Config:
     """Makes the folder, or checks that what was trained there was trained with this config.
+
+    Returns:
+        `config`, of whose corpora a run keeps to those that it was begun with: others could not be had then.
 
     Raises:
         UserError: naming the first key that differs, from that run or between processes; or if the folder holds files
             of something else or a complete run without its checkpoints, cannot be made, or not all processes see it.
     """
     _check_mounted(workdir)
-    first_then_others(lambda: _open(workdir, config))
+    config = first_then_others(lambda: _open(workdir, config))
     if process_count() > 1:
         _check_shared(workdir)
         _check_same(config)
+    return config
 
 
-def _open(workdir: Path, config: Config) -> None:
+def _open(workdir: Path, config: Config) -> Config:
     resumes = _has_checkpoints(workdir)
     if not resumes and (workdir / _SUMMARY).exists():
         raise UserError(f"{workdir} holds a complete run without its checkpoints; {_ELSEWHERE}")
@@ -72,6 +77,11 @@ def _open(workdir: Path, config: Config) -> None:
             saved = load_workdir_config(workdir)
         except UserError as error:
             raise UserError(f"{workdir} holds no run that could go on ({error}); {_ELSEWHERE}") from None
+        if common := tuple(name for name in saved.data.corpora if name in config.data.corpora):
+            if others := set(config.data.corpora) - set(common):
+                _log.warning("%s was begun without %s, and goes on so", workdir, ", ".join(sorted(others)))
+            # That these are the ones, neither more nor fewer, is for the checkpoints to say.
+            saved, config = with_corpora(saved, common), with_corpora(config, common)
         check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
         for key, change in differences(saved, config).items():
             _log.info("resuming with another %s: %s", key, change)
@@ -79,6 +89,12 @@ def _open(workdir: Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    return config
+
+
+def with_corpora(config: Config, corpora: tuple[str, ...]) -> Config:
+    """`config` with some of its corpora alone."""
+    return dataclasses.replace(config, data=config.data.only(corpora))
 
 
 def check_same_run(saved: Config, config: Config, found: str, advice: str) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from switchjax.config import Config, UserError
+from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.data.sources import SOURCES
 from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.parallel.mesh import make_mesh
@@ -25,6 +26,7 @@ from switchjax.training.clock import StepCost
 from switchjax.training.metrics import read_metrics
 from switchjax.training.non_finite import NonFiniteError
 from switchjax.training.state import plan_state
+from tests.stories import small_source
 from tests.tiny import changed, losses
 from tests.training.test_trace import traced_steps
 
@@ -114,6 +116,31 @@ def test_other_data_is_refused_and_leaves_the_vocabulary_of_the_run(tiny: Config
     with pytest.raises(UserError, match="corpora or vocabulary have changed"):
         loop.train(fewer, tmp_path, perplexity_evaluator)
     assert (tmp_path / "vocabulary.model").read_bytes() == before
+
+
+def test_a_run_keeps_to_the_corpora_that_it_was_begun_with(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = {"corpora": ("lost", "tales"), "rates": (0.9, 0.1), "directory": str(tmp_path / "data")}
+    config = changed(tiny, data=data, train={"steps": 1})
+    workdir = tmp_path / "run"
+    loop.train(config, workdir, perplexity_evaluator)
+    saved = load_workdir_config(workdir).data
+    assert (saved.corpora, saved.rates) == (("tales",), (0.1,))
+
+    monkeypatch.setitem(SOURCES, "lost", small_source("lost", 2000))  # it is found
+    longer = changed(config, train={"steps": 2})
+    assert loop.train(longer, workdir, perplexity_evaluator)["corpora"] == ["tales"]
+    assert list(losses(workdir)) == [1, 2]
+    assert f"{workdir} was begun without lost, and goes on so" in caplog.messages
+    assert loop.train(longer, tmp_path / "other", perplexity_evaluator)["corpora"] == ["lost", "tales"]
+
+    with pytest.raises(UserError, match=r"data\.rates: \(0\.1,\) -> \(0\.2,\)"):
+        loop.train(changed(longer, data={"rates": (0.8, 0.2)}), workdir, perplexity_evaluator)
+    with pytest.raises(UserError, match=r"it was trained with data\.corpora=\('lost', 'tales'\)"):
+        loop.train(
+            changed(longer, data={"corpora": ("tales",), "rates": (0.1,)}), tmp_path / "other", perplexity_evaluator
+        )
 
 
 def test_the_objective_is_not_changed_half_way(tiny: Config, complete: Path) -> None:
