@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
@@ -75,14 +77,19 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard events, written by the thread that calls: `SummaryWriter`'s own dies of a full disk, and the training
-    then waits for it for ever."""
+    """TensorBoard events, each written whole by the thread that calls.
+
+    On a full disk, the thread of tensorboardX's `SummaryWriter` dies, and the training then waits for it for ever; its
+    `EventsWriter` leaves half a record.
+    """
 
     def __init__(self, folder: Path, resume_step: int):
         self._folder = folder
         with _writing(folder):
             folder.mkdir(exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"))
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            self._file = (folder / name).open("ab", buffering=0)
+        self._add(Event(file_version="brain.Event:2"))
         # Events from here on, of the run that was cut off, are hidden.
         self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -93,12 +100,16 @@ class _Events:
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
         with _writing(self._folder):
-            self._writer.write_event(event)
-            self._writer.flush()
+            _append(self._file, _as_record(event.SerializeToString()))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a disk that is full still; what failed has been reported
-            self._writer.close()
+        self._file.close()
+
+
+def _as_record(data: bytes) -> bytes:
+    """As TFRecord has it: length and data, each with its checksum."""
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
 
 
 @contextlib.contextmanager
@@ -109,13 +120,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}; what was written before is intact") from None
 
 
-def _append(file: io.FileIO, line: bytes) -> None:
-    """All of `line` or none of it."""
+def _append(file: io.FileIO, record: bytes) -> None:
+    """All of `record` or none of it."""
     before = file.seek(0, io.SEEK_END)
     try:
         written = 0
-        while written < len(line):
-            written += file.write(line[written:])
+        while written < len(record):
+            written += file.write(record[written:])
     except OSError:
         file.truncate(before)
         raise

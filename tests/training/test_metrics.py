@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from switchjax.config import UserError
 from switchjax.training.metrics import MetricsWriter, _Events, read_metrics
@@ -57,12 +59,29 @@ def test_a_full_disk_is_one_line_and_what_was_written_can_be_read(tmp_path: Path
     assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2]
 
 
-def test_events_that_a_full_disk_does_not_take_are_an_error_and_no_run_waits_for_them(tmp_path: Path) -> None:
+def test_events_that_a_full_disk_does_not_take_are_an_error_and_leave_those_before_whole(tmp_path: Path) -> None:
     events = _Events(tmp_path / "tensorboard", 0)
-    scalars = {f"train/a_metric_of_a_long_name_{i}": 0.5 for i in range(200)}
-    with full_disk(2000), pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
-        events.write(1, scalars)
+    events.write(1, {"train/loss": 0.5})
+    scalars = {f"train/a_metric_of_a_long_name_{i}": 0.5 for i in range(500)}
+    with full_disk(10_000), pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
+        events.write(2, scalars)
     events.close()
+    read = read_events(tmp_path / "tensorboard")
+    assert read[0].file_version == "brain.Event:2"
+    assert [(event.step, event.summary.value[0].tag) for event in read if event.summary.value] == [(1, "train/loss")]
+
+
+def read_events(folder: Path) -> list[Event]:
+    """As TensorBoard reads them: what it finds is whole, to the end of the file."""
+    (path,) = folder.iterdir()
+    rest, events = path.read_bytes(), []
+    while rest:
+        size = int.from_bytes(rest[:8], "little")
+        head, data, tail, rest = rest[8:12], rest[12 : 12 + size], rest[12 + size : 16 + size], rest[16 + size :]
+        assert int.from_bytes(head, "little") == masked_crc32c(size.to_bytes(8, "little"))
+        assert int.from_bytes(tail, "little") == masked_crc32c(data)
+        events.append(Event.FromString(data))
+    return events
 
 
 def test_a_run_that_was_killed_can_be_read_while_its_last_line_is_cut_off(tmp_path: Path) -> None:
