@@ -210,7 +210,8 @@ class _Run:
             self.checkpoints.save(self.state, data, self.config)
 
     def finish(self) -> dict[str, Any]:
-        """Writes `summary.json`."""
+        """Writes `summary.json`; what records tell is null where there are none, as after fewer steps than
+        `train.log_every`."""
         self.checkpoints.wait()
         if process_index():
             return {"steps": self.step}
@@ -221,8 +222,8 @@ class _Run:
             "parameters": count_trained(self.state.model),
             "corpora": list(self.data.corpora),
             "devices": self.mesh.size,
-            "loss": train[-1]["loss"],
-            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train),
+            "loss": train[-1]["loss"] if train else None,
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train) if train else None,
             "evaluation": {name: value for name, value in last.items() if name not in ("kind", "step")},
         }
         write_summary(self.workdir, summary)

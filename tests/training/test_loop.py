@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,16 @@ def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
     expected = read_metrics(complete, "evaluate")
     assert read_metrics(tmp_path, "evaluate") == (expected if every else expected[1:])
     assert losses(tmp_path) == losses(complete)
+
+
+def test_a_run_whose_records_are_lost_is_complete_all_the_same(tiny: Config, complete: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(complete, tmp_path / "copy")
+    (workdir / "metrics.jsonl").unlink()
+    summary = loop.train(tiny, workdir, perplexity_evaluator)
+    assert summary == json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["loss"] is summary["tokens_per_second"] is None
+    assert summary["evaluation"]["neg_log_perplexity"] < 0
 
 
 def test_weights_are_taken_from_another_run(tiny: Config, complete: Path, tmp_path: Path) -> None:
