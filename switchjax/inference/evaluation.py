@@ -65,14 +65,14 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
     """The step and the metrics of a workdir's checkpoint, the latest for -1, with the vocabulary of its run.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no such checkpoint, or it cannot be read.
     """
     check_fit(config, mesh)
     vocabulary = "" if config.model.family == "vision" else str(vocabulary_path(workdir))
     data = prepare_data(dataclasses.replace(config.data, vocabulary=vocabulary))
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
-        step, model = checkpoints.load_model(plan_state(config, mesh), step)
-        if checkpoints.restore_data(step)["fingerprint"] != data.fingerprint:
+        step, (model, fingerprint) = checkpoints.load_model_and_fingerprint(plan_state(config, mesh), step)
+        if fingerprint != data.fingerprint:
             _log.warning("the corpora here are not those that %s was trained on", workdir)
         return step, perplexity_evaluator(config, data, mesh)(model, lambda: None)
 

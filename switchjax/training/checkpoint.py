@@ -151,15 +151,26 @@ class Checkpoints:
         Raises:
             UserError: if there is no such checkpoint, it cannot be read or belongs to another model.
         """
+        return self._load(lambda step: self.restore_model(step, plan), step)
+
+    def load_model_and_fingerprint(self, plan: StatePlan, step: int = -1) -> tuple[int, tuple[Any, str]]:
+        """As `load_model`, with the fingerprint of the data that the model was trained on.
+
+        Raises:
+            UserError: as `load_model`.
+        """
+        return self._load(lambda step: (self.restore_model(step, plan), self.restore_data(step)["fingerprint"]), step)
+
+    def _load(self, read: Callable[[int], T], step: int) -> tuple[int, T]:
         if step < 0:
-            newest = self._newest_readable(lambda step: self.restore_model(step, plan))
+            newest = self._newest_readable(read)
             if newest is None:
                 raise UserError(f"no complete checkpoint in {self._directory}")
             return newest
         if step not in self.steps():
             raise UserError(f"no checkpoint of step {step} in {self._directory}: there are {self.steps()}")
         try:
-            return step, self.restore_model(step, plan)
+            return step, read(step)
         except UserError:
             raise
         except Exception as error:  # whatever a damaged file makes of the reader

@@ -1,5 +1,7 @@
 """Held-out evaluation against a sum by hand; the same twice, and from a checkpoint on another mesh."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -78,6 +80,23 @@ def test_a_checkpoint_gives_the_same_on_one_device(
     step, again = evaluate_workdir(tiny, tmp_path, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert step == 0
     assert again == pytest.approx(results, rel=1e-5)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")], ids=["missing", "cut"])
+def test_a_checkpoint_that_does_not_say_of_its_data_is_passed_over(
+    tiny: Config, data: TextData, state: TrainState, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        stepped = dataclasses.replace(state, step=state.step + step)
+        checkpoints.save(stepped, {"fingerprint": data.fingerprint}, tiny)
+    checkpoints.close()
+    vocabulary_path(tmp_path).write_bytes(data.vocabulary.model)
+    damage(tmp_path / "checkpoints" / "2" / "data" / "metadata")
+    mesh = make_mesh(tiny.mesh)
+    assert evaluate_workdir(tiny, tmp_path, mesh)[0] == 1
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read"):
+        evaluate_workdir(tiny, tmp_path, mesh, 2)
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tiny: Config, tmp_path: Path) -> None:
