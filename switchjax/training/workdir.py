@@ -132,9 +132,14 @@ def exclusive_run(workdir: Path) -> Iterator[None]:
 def _check_shared(workdir: Path) -> None:
     """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
     name = exchange(f".shared.{uuid.uuid4().hex}")[0]
+    problem = ""
     if process_index() == 0:
-        (workdir / name).touch()
-    exchange("written")
+        try:
+            (workdir / name).touch()
+        except OSError as error:
+            problem = f"cannot write to {workdir}: {error.strerror}"
+    if problem := exchange(problem)[0]:
+        raise UserError(problem)
     seen = exchange(str((workdir / name).exists()))
     if process_index() == 0:
         (workdir / name).unlink()

@@ -1,5 +1,6 @@
 """What a run keeps beside its checkpoints and metrics: whole files, and one run at a time."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from switchjax.config import Config, TrainConfig, UserError
+from switchjax.training import workdir
 from switchjax.training.workdir import exclusive_run, open_workdir, record_run, write_summary
 from tests.training.full_disk import full_disk
 
@@ -70,6 +72,19 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     (tmp_path / "checkpoints").mkdir()
     open_workdir(tmp_path, Config(train=TrainConfig(steps=7)))
+
+
+def test_a_folder_that_the_first_of_several_processes_cannot_write_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(workdir, "process_count", lambda: 2)
+    monkeypatch.setattr(workdir, "exchange", lambda value: [value, value])
+    monkeypatch.setattr(Path, "touch", refuse)  # root may write everywhere
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: Permission denied"):
+        open_workdir(tmp_path, Config())
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
