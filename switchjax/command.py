@@ -130,7 +130,8 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
     """
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
-    parser.epilog = _summarize_configs(Path(sys.argv[0]).resolve().parents[1] / "configs")
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.epilog = _summarize_configs(Path(sys.argv[0]).resolve().parents[1] / "configs")
     known, others = parser.parse_known_args(arguments)
     return known, load_config(known.config, others)
 
@@ -139,7 +140,11 @@ def _summarize_configs(folder: Path) -> str:
     """Each config file with the first line of its docstring and its sizes; no file is run for that."""
     lines = ["configs and their sizes:"]
     for path in sorted(folder.glob("*.py")):
-        paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")
+        try:
+            description = ast.get_docstring(ast.parse(path.read_text())) or "(no description)"
+        except (OSError, SyntaxError, ValueError) as error:  # one that is being written, perhaps, and not asked for
+            description = f"(cannot be read: {type(error).__name__})"
+        paragraphs = description.split("\n\n")
         sizes = [" ".join(text.split()) for text in paragraphs if text.startswith("Sizes:")]
         lines += [f"  {path.parent.name}/{path.name}: {paragraphs[0].splitlines()[0]}"]
         lines += textwrap.wrap("".join(sizes), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)

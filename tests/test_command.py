@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from switchjax import command
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 
@@ -32,6 +34,23 @@ def test_help_lists_the_configs_and_their_sizes() -> None:
     assert "base-256" in shown
     for path in (ROOT / "configs").glob("*.py"):
         assert f"configs/{path.name}: " in shown
+
+
+def test_help_names_config_files_that_are_half_written_too(tmp_path: Path) -> None:
+    for name, text in {"broken": "def get_config(:", "silent": "SIZES = {}", "binary": "\0"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    shown = command._summarize_configs(tmp_path)
+    assert f"{tmp_path.name}/broken.py: (cannot be read: SyntaxError)" in shown
+    assert f"{tmp_path.name}/silent.py: (no description)" in shown
+    assert f"{tmp_path.name}/binary.py: (cannot be read: " in shown
+    assert f"{tmp_path.name}/gone.py: (cannot be read: FileNotFoundError)" in shown
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_only_help_reads_all_config_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_summarize_configs", None)
+    command.parse_with_config(command.make_parser(None), [f"--config={ROOT}/configs/quickstart.py:runlocal"])
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "generate", "compare", "benchmark", "convert"])
