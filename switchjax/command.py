@@ -123,12 +123,13 @@ def add_process_flags(parser: ArgumentParser) -> None:
 
 
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:
-    """The parser's own flags, and the config of `--config=FILE.py[:arg]` with its `--config.section.key=value`.
+    """The parser's own flags, and the config of `--config=FILE[:arg]` with its `--config.section.key=value`.
 
     Raises:
         UserError: for a file that cannot be read or run, an unknown key or a value that does not fit.
     """
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a file of configs/ and its argument")
+    source = "a file of configs/ and its argument, or the config.json of a run, which repeats it in another workdir"
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help=source)
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser.epilog = _summarize_configs(Path(sys.argv[0]).resolve().parents[1] / "configs")
@@ -152,11 +153,13 @@ def _summarize_configs(folder: Path) -> str:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of a file `FILE.py[:arg]`, with values replaced by `--config.section.key=value`.
+    """The config of `FILE.py[:arg]` or of a run's `config.json`, with values replaced by `--config.section.key=value`.
 
     Raises:
         UserError: as `parse_with_config`.
     """
+    if name.endswith(".json"):
+        return override(_load_json(Path(name)), overrides)
     path = Path(name.partition(":")[0])
     if not path.is_file():
         raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
@@ -170,6 +173,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:  # A config file is code, and anything may go wrong in it.
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     return Config.from_dict(config.value)
+
+
+def _load_json(path: Path) -> Config:
+    try:
+        return Config.from_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

@@ -1,6 +1,7 @@
 """The scripts: `--help` at once, and bad input in one line with a non-zero exit, never a traceback."""
 
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from switchjax import command
+from switchjax.config import Config, DataConfig, TrainConfig, UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
@@ -160,6 +162,32 @@ def test_a_broken_config_file_is_one_line(tmp_path: Path, code: str, message: st
     done = run("scripts/train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert done.stderr == f"error: {path}: {message}\n"
+
+
+def test_a_runs_config_repeats_it_with_values_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    saved = Config(data=DataConfig(corpora=("kjv", "austen"), rates=(0.5, 0.5)), train=TrainConfig(seed=3))
+    path.write_text(saved.to_json())
+    assert command.load_config(str(path)) == saved
+    longer = dataclasses.replace(saved, train=TrainConfig(seed=3, steps=7))
+    assert command.load_config(str(path), ["--config.train.steps=7"]) == longer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read the config {path}: No such file or directory"),
+        ("{", "{path}: the config is not valid JSON: "),
+        ('{"architectures": []}', "{path}: unknown config key 'architectures'"),
+    ],
+)
+def test_a_json_file_that_is_no_config_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        command.load_config(str(path))
+    assert str(raised.value).startswith(message.format(path=path))
 
 
 def compilation_cache(home: Path, **environment: str) -> list[str]:
