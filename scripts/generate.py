@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax import command
-from switchjax.config import DecodingConfig, MeshConfig, load_workdir_config
+from switchjax.config import DecodingConfig, MeshConfig, check_seed, load_workdir_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     axes = ("DATA", "EXPERT", "MODEL")
     parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: one device")
     flags = parser.parse_args(arguments)
+    check_seed("--seed", flags.seed)
     config = load_workdir_config(flags.workdir)
     fills_in = config.model.family == "encoder_decoder"
     most = config.data.decoder_length if fills_in else default.max_new_tokens

@@ -86,6 +86,7 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["train.py", QUICKSTART, "--config.moe.router=expert_choice"], "would let a decoder see the future"),
         (["evaluate.py"], "cannot read"),
         (["generate.py", "--prompt=x"], "cannot read"),
+        (["generate.py", "--prompt=x", f"--seed={2**64}"], "--seed must be in [0, 2**32), got 18446744073709551616"),
         (["compare.py", "--baseline=nowhere"], "cannot read"),
         (["benchmark.py", "decode"], "cannot read"),
         (["benchmark.py", "routers", "--config=configs/quickstrt.py"], "no config file configs/quickstrt.py"),

@@ -6,7 +6,7 @@ checked dataclasses. An unknown key, a wrong type or a value out of range is a `
 This package imports no jax.
 """
 
-from switchjax.config.checks import UserError, check_choice, suggest
+from switchjax.config.checks import UserError, check_choice, check_seed, suggest
 from switchjax.config.config import Config, Layer, check_key, differences, load_workdir_config
 from switchjax.config.data import DataConfig
 from switchjax.config.decoding import DecodingConfig
@@ -30,6 +30,7 @@ __all__ = [
     "UserError",
     "check_choice",
     "check_key",
+    "check_seed",
     "differences",
     "load_workdir_config",
     "suggest",

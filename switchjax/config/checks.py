@@ -34,3 +34,8 @@ def check_positive(section: str, values: Mapping[str, int | float]) -> None:
 def check_fraction(section: str, values: Mapping[str, int | float]) -> None:
     for name, value in values.items():
         require(0 <= value < 1, f"{section}.{name} must be in [0, 1), got {value}")
+
+
+def check_seed(key: str, value: int) -> None:
+    """Raises a `UserError` naming `key` unless `value` is a seed: of others, JAX takes the last 32 bits or none."""
+    require(0 <= value < 2**32, f"{key} must be in [0, 2**32), got {value}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+from switchjax.config.checks import check_choice, check_fraction, check_positive, check_seed, require
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class TrainConfig:
             "heartbeat_timeout",
         )
         check_positive("train", {name: getattr(self, name) for name in sizes})
+        check_seed("train.seed", self.seed)
         check_choice("train.non_finite", self.non_finite, ["stop", "skip"])
         require(self.step_timeout >= 0, f"train.step_timeout must not be negative, got {self.step_timeout}")
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
