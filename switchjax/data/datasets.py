@@ -47,10 +47,6 @@ class Dataset:
     version: str
     builder: tfds.core.DatasetBuilder
 
-    def num_examples(self, split: str) -> int:
-        """Number of examples in `split`."""
-        return len(self._records(split))
-
     def blocks(self, split: str) -> Iterator[list[dict[str, Any]]]:
         """The examples of `split` in the order on disk, which is a random one, in blocks.
 

@@ -119,27 +119,3 @@ def _with_sentinels(tokens: Tokens, before: Lengths, sentinels: Tokens) -> Token
     result[is_token] = tokens
     result[-1] = EOS
     return result
-
-
-def restore(inputs: Tokens, targets: Tokens, lowest_sentinel: int) -> Tokens:
-    """The tokens that were corrupted: `SpanCorruption.example` inverted.
-
-    Args:
-        inputs: of the encoder.
-        targets: of the decoder.
-        lowest_sentinel: ids from here on are sentinels.
-
-    Raises:
-        ValueError: if a sentinel of the inputs is not answered in the targets.
-    """
-    positions = np.flatnonzero(targets[:-1] >= lowest_sentinel)
-    spans = dict(zip(targets[positions].tolist(), np.split(targets[:-1], positions)[1:], strict=True))
-    restored: list[np.ndarray] = []
-    for token in inputs[:-1]:
-        if token < lowest_sentinel:
-            restored.append(np.array([token]))
-        elif int(token) in spans:
-            restored.append(spans.pop(int(token))[1:])
-        else:
-            raise ValueError(f"the targets do not answer sentinel {token}")
-    return np.concatenate(restored)

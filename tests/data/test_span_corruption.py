@@ -6,9 +6,10 @@ import pytest
 from hypothesis import strategies as st
 
 from switchjax.config import UserError
-from switchjax.data.span_corruption import SpanCorruption, restore
+from switchjax.data.span_corruption import SpanCorruption
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS
+from tests.data.spans import restore
 
 FIRST_SENTINEL = 999
 T5 = SpanCorruption(0.15, 3.0, FIRST_SENTINEL, 512, 114)
@@ -71,11 +72,6 @@ def test_same_generator_same_spans() -> None:
     first, second, other = (T5.example(np.arange(3, 203), np.random.default_rng(seed))["encoder"] for seed in (1, 1, 2))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
-
-
-def test_restore_refuses_unanswered_sentinels() -> None:
-    with pytest.raises(ValueError, match="sentinel 999"):
-        restore(np.array([5, 999, 1]), np.array([998, 6, 1]), LOWEST_SENTINEL)
 
 
 def test_lengths_too_short_for_any_text() -> None:

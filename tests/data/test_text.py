@@ -8,10 +8,10 @@ import pytest
 
 from switchjax.config import DataConfig, UserError
 from switchjax.data.rows import Batch
-from switchjax.data.span_corruption import restore
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, padded, take
+from tests.data.spans import restore
 
 
 def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
