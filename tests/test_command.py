@@ -35,7 +35,8 @@ def test_help_lists_the_configs_and_their_sizes() -> None:
     assert "configs/switch.py: Switch Transformer" in shown
     assert "base-256" in shown
     for path in (ROOT / "configs").glob("*.py"):
-        assert f"configs/{path.name}: " in shown
+        _, _, after = shown.partition(f"configs/{path.name}: ")
+        assert after.splitlines()[1].startswith("      Sizes: "), path
 
 
 def test_help_names_config_files_that_are_half_written_too(tmp_path: Path) -> None:
