@@ -48,6 +48,11 @@ class OptimizerConfig:
         for name in ("warmup_steps", "clip_norm", "weight_decay"):
             require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, got {getattr(self, name)}")
 
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the learning rate goes down to 0 at the last step, so that all depend on `train.steps`."""
+        return self.schedule in ("cosine", "linear")
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -34,7 +34,8 @@ _FREE = (
     "train.max_skipped_steps",
 )
 """Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them, or (the last
-two) only where the run would otherwise end."""
+two) only where the run would otherwise end. Learning rates that go down to 0 at the last step do depend on
+`train.steps`, which may change all the same, with a warning: a run that can be made longer is worth more."""
 
 _OF_A_HOST = ("data.directory", "data.vocabulary")
 """Keys that may differ between the processes of a run; that their data are the same is checked by itself."""
@@ -85,6 +86,13 @@ def _open(workdir: Path, config: Config) -> Config:
         check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
         for key, change in differences(saved, config).items():
             _log.info("resuming with another %s: %s", key, change)
+            if key == "train.steps" and config.optimizer.ends_at_zero:
+                _log.warning(
+                    "optimizer.schedule=%s goes down to 0 at the last step: learning rates are from here on those of a "
+                    "run of %d steps",
+                    config.optimizer.schedule,
+                    config.train.steps,
+                )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,13 +1,14 @@
 """What a run keeps beside its checkpoints and metrics: whole files, and one run at a time."""
 
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from switchjax.config import Config, TrainConfig, UserError
+from switchjax.config import Config, OptimizerConfig, TrainConfig, UserError
 from switchjax.training import workdir
 from switchjax.training.workdir import exclusive_run, open_workdir, record_run, write_summary
 from tests.training.full_disk import full_disk
@@ -72,6 +73,19 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     (tmp_path / "checkpoints").mkdir()
     open_workdir(tmp_path, Config(train=TrainConfig(steps=7)))
+
+
+@pytest.mark.parametrize(("schedule", "warned"), [("cosine", True), ("linear", True), ("rsqrt", False)])
+def test_another_number_of_steps_is_warned_of_where_learning_rates_depend_on_it(
+    schedule: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(optimizer=OptimizerConfig(schedule=schedule), train=TrainConfig(steps=7))
+    record_run(tmp_path, config, None)
+    open_workdir(tmp_path, config)
+    assert not caplog.messages
+    open_workdir(tmp_path, Config(optimizer=config.optimizer, train=TrainConfig(steps=9)))
+    message = f"optimizer.schedule={schedule} goes down to 0 at the last step: .* those of a run of 9 steps"
+    assert any(re.fullmatch(message, line) for line in caplog.messages) is warned
 
 
 def test_a_folder_that_the_first_of_several_processes_cannot_write_is_one_line(
