@@ -78,25 +78,38 @@ def _open(workdir: Path, config: Config) -> Config:
             saved = load_workdir_config(workdir)
         except UserError as error:
             raise UserError(f"{workdir} holds no run that could go on ({error}); {_ELSEWHERE}") from None
-        if common := tuple(name for name in saved.data.corpora if name in config.data.corpora):
-            if others := set(config.data.corpora) - set(common):
-                _log.warning("%s was begun without %s, and goes on so", workdir, ", ".join(sorted(others)))
-            # That these are the ones, neither more nor fewer, is for the checkpoints to say.
-            saved, config = with_corpora(saved, common), with_corpora(config, common)
-        check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
-        for key, change in differences(saved, config).items():
-            _log.info("resuming with another %s: %s", key, change)
-            if key == "train.steps" and config.optimizer.ends_at_zero:
-                _log.warning(
-                    "optimizer.schedule=%s goes down to 0 at the last step: learning rates are from here on those of a "
-                    "run of %d steps",
-                    config.optimizer.schedule,
-                    config.train.steps,
-                )
+        # One that has not come to its first record, as for want of memory, may be tried with another config.
+        if resumes or _has_records(workdir):
+            config = _as_begun(workdir, saved, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    return config
+
+
+def _has_records(workdir: Path) -> bool:
+    path = workdir / METRICS
+    return path.exists() and path.stat().st_size > 0
+
+
+def _as_begun(workdir: Path, saved: Config, config: Config) -> Config:
+    """`config` with the corpora of the run that goes on, whose config is `saved`."""
+    if common := tuple(name for name in saved.data.corpora if name in config.data.corpora):
+        if others := set(config.data.corpora) - set(common):
+            _log.warning("%s was begun without %s, and goes on so", workdir, ", ".join(sorted(others)))
+        # That these are the ones, neither more nor fewer, is for the checkpoints to say.
+        saved, config = with_corpora(saved, common), with_corpora(config, common)
+    check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
+    for key, change in differences(saved, config).items():
+        _log.info("resuming with another %s: %s", key, change)
+        if key == "train.steps" and config.optimizer.ends_at_zero:
+            _log.warning(
+                "optimizer.schedule=%s goes down to 0 at the last step: learning rates are from here on those of a "
+                "run of %d steps",
+                config.optimizer.schedule,
+                config.train.steps,
+            )
     return config
 
 

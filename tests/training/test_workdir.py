@@ -47,12 +47,17 @@ def test_a_summary_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path
     assert (tmp_path / "summary.json").read_bytes() == before
 
 
+RECORD = '{"kind": "train", "step": 1}\n'
+
 OTHERS: dict[str, tuple[dict[str, str], str]] = {
     "a model of Hugging Face's": ({"config.json": '{"architectures": ["ViT"]}'}, "unknown config key 'architectures'"),
     "what is no JSON": ({"config.json": "{"}, "not valid JSON"),
     "a vocabulary": ({"vocabulary.model": "pieces"}, "No such file"),
     "metrics of another program": ({"metrics.jsonl": '{"loss": 1}\n'}, "No such file"),
-    "another run": ({"config.json": Config(train=TrainConfig(seed=1)).to_json()}, r"train\.seed: 1 -> 0"),
+    "another run": (
+        {"config.json": Config(train=TrainConfig(seed=1)).to_json(), "metrics.jsonl": RECORD},
+        r"train\.seed: 1 -> 0",
+    ),
     "a complete run": ({"config.json": Config().to_json(), "summary.json": "{}"}, "without its checkpoints"),
     "a summary": ({"summary.json": "{}"}, "without its checkpoints"),
 }
@@ -70,9 +75,15 @@ def test_a_folder_without_checkpoints_that_holds_anothers_files_is_refused(name:
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
     record_run(tmp_path, Config(), None)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text(RECORD)
     (tmp_path / "checkpoints").mkdir()
     open_workdir(tmp_path, Config(train=TrainConfig(steps=7)))
+
+
+def test_a_run_that_has_recorded_nothing_may_be_tried_with_another_config(tmp_path: Path) -> None:
+    record_run(tmp_path, Config(train=TrainConfig(seed=1)), None)
+    (tmp_path / "metrics.jsonl").touch()
+    assert open_workdir(tmp_path, Config()) == Config()
 
 
 @pytest.mark.parametrize(("schedule", "warned"), [("cosine", True), ("linear", True), ("rsqrt", False)])
@@ -81,6 +92,7 @@ def test_another_number_of_steps_is_warned_of_where_learning_rates_depend_on_it(
 ) -> None:
     config = Config(optimizer=OptimizerConfig(schedule=schedule), train=TrainConfig(steps=7))
     record_run(tmp_path, config, None)
+    (tmp_path / "metrics.jsonl").write_text(RECORD)
     open_workdir(tmp_path, config)
     assert not caplog.messages
     open_workdir(tmp_path, Config(optimizer=config.optimizer, train=TrainConfig(steps=9)))
