@@ -46,7 +46,7 @@ def check_causal(config: Config) -> None:
     """Refuses, for a decoder, routers that let what comes after a token change its experts.
 
     Raises:
-        UserError: saying why, and what to set.
+        UserError: saying why, and what to set; or if there is no such router.
     """
     if not config.model.has_experts or "peer" in config.model.pattern or config.moe.allow_noncausal_routing:
         return

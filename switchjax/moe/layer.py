@@ -46,7 +46,12 @@ def check_router(config: MoEConfig) -> None:
 
 
 def noncausal_because(config: MoEConfig) -> str | None:
-    """Why, in evaluation, what comes after a token can change its experts; None if it cannot."""
+    """Why, in evaluation, what comes after a token can change its experts; None if it cannot.
+
+    Raises:
+        UserError: if there is no such router.
+    """
+    check_choice("moe.router", config.router, ROUTERS)
     if (reason := ROUTERS[config.router].noncausal) is not None:
         return reason
     if config.dropless:

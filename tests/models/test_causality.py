@@ -9,6 +9,7 @@ import pytest
 from switchjax.config import UserError
 from switchjax.models.families import build
 from tests.models.examples import changed, forward, make_batch, make_model
+from tests.models.families import FAMILIES
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"router": "expert_choice"}, r"a later token has no room .* asks for it by name"),
@@ -24,6 +25,12 @@ def test_routers_that_see_the_future_are_refused_unless_asked_for(moe: dict[str,
         jax.eval_shape(lambda: build(changed(**moe), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, allow_noncausal_routing=True), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, pattern=("dense",)), jax.random.key(0)))
+
+
+@pytest.mark.parametrize("family", ["gpt", "lstm"])
+def test_a_router_that_does_not_exist_is_refused_by_name(family: str) -> None:
+    with pytest.raises(UserError, match=r"moe.router: unknown value 'swich' \(did you mean 'switch'\?\)"):
+        jax.eval_shape(lambda: build(changed(FAMILIES[family], router="swich"), jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
