@@ -20,7 +20,6 @@ from switchjax.models.layers import dropout, make_norm, split_key
 from switchjax.models.runs import find_runs
 from switchjax.moe.exchange import EXCHANGE
 from switchjax.moe.layer import RoutingSums, noncausal_because
-from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.sharding import gather
 from switchjax.parallel.stacking import stack
 
@@ -42,23 +41,25 @@ REMAT_POLICIES: dict[str, Callable] = {
 }
 
 
+_CAUSAL: dict[str, Any] = {"fill_order": "token_by_token", "no_token_left_behind": 0, "dropless": True}
+"""Settings that can make a router causal, each by itself if it is to be named."""
+
+
 def check_causal(config: Config) -> None:
     """Refuses, for a decoder, routers that let what comes after a token change its experts.
 
     Raises:
         UserError: saying why, and what to set; or if there is no such router.
     """
-    if not config.model.has_experts or "peer" in config.model.pattern or config.moe.allow_noncausal_routing:
+    moe = config.moe
+    if not config.model.has_experts or "peer" in config.model.pattern or moe.allow_noncausal_routing:
         return
-    if (reason := noncausal_because(config.moe)) is not None:
+    if (reason := noncausal_because(moe)) is not None:
+        remedies = [f"moe.{k}={v}" for k, v in _CAUSAL.items() if noncausal_because(replace(moe, **{k: v})) is None]
         raise UserError(
-            f"moe.router={config.moe.router} would let a decoder see the future: {reason}; "
+            f"moe.router={moe.router} would let a decoder see the future: {reason}; "
             "moe.allow_noncausal_routing=True asks for it by name"
-            + (
-                ""
-                if ROUTERS[config.moe.router].noncausal
-                else ", moe.fill_order=token_by_token or moe.dropless=True avoids it"
-            )
+            + (f", {' or '.join(remedies)} avoids it" if remedies else "")
         )
 
 

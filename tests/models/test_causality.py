@@ -1,5 +1,6 @@
 """A decoder looks at no later token, and refuses routers that would."""
 
+import re
 from typing import Any
 
 import jax
@@ -11,20 +12,32 @@ from switchjax.models.families import build
 from tests.models.examples import changed, forward, make_batch, make_model
 from tests.models.families import FAMILIES
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"router": "expert_choice"}, r"a later token has no room .* asks for it by name"),
-    ({"fill_order": "batch_prioritized"}, r"higher gate take a slot; .*fill_order=token_by_token"),
-    ({"router": "top_k", "num_selected_experts": 2}, r"a second choice loses its slot .*dropless=True"),
-    ({"no_token_left_behind": 2}, r"sent on to another expert"),
+REFUSED: list[tuple[dict[str, Any], str, set[str]]] = [
+    ({"router": "expert_choice"}, "a later token has no room", set()),
+    ({"fill_order": "batch_prioritized"}, "higher gate take a slot", {"fill_order=token_by_token", "dropless=True"}),
+    (
+        {"router": "top_k", "num_selected_experts": 2},
+        "a second choice loses its slot",
+        {"fill_order=token_by_token", "dropless=True"},
+    ),
+    ({"no_token_left_behind": 2}, "sent on to another expert", {"no_token_left_behind=0", "dropless=True"}),
+    ({"no_token_left_behind": 2, "fill_order": "batch_prioritized"}, "higher gate take a slot", {"dropless=True"}),
 ]
 
 
-@pytest.mark.parametrize(("moe", "reason"), REFUSED)
-def test_routers_that_see_the_future_are_refused_unless_asked_for(moe: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
+@pytest.mark.parametrize(("moe", "reason", "remedies"), REFUSED)
+def test_routers_that_see_the_future_are_refused_unless_asked_for(
+    moe: dict[str, Any], reason: str, remedies: set[str]
+) -> None:
+    with pytest.raises(UserError, match=rf"{reason}.* asks for it by name") as refusal:
         jax.eval_shape(lambda: build(changed(**moe), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, allow_noncausal_routing=True), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, pattern=("dense",)), jax.random.key(0)))
+    named = dict(re.findall(r"moe\.(\w+)=(\w+)", str(refusal.value).partition("by name")[2]))
+    assert {f"{key}={value}" for key, value in named.items()} == remedies
+    known = {"True": True, "0": 0}
+    for key, value in named.items():  # what the message says does help
+        jax.eval_shape(lambda k=key, v=value: build(changed(**(moe | {k: known.get(v, v)})), jax.random.key(0)))
 
 
 @pytest.mark.parametrize("family", ["gpt", "lstm"])
