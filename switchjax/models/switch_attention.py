@@ -1,5 +1,6 @@
 """Experts in the place of the attention's weights (Switch Transformer, appendix A)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,8 +21,11 @@ class LinearExpert(nnx.Module):
     def __init__(self, d_in: int, d_out: int, scale: float, dtype: str, key: PRNGKeyArray):
         self.weight = kernel(key, (d_in, d_out), ("embed", None), dtype, scale=scale)
 
-    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None) -> Float[Array, "N M"]:
-        return x @ self.weight[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "N D"], key: PRNGKeyArray | None, matmul: Callable[[Array, Array], Array] = project
+    ) -> Float[Array, "N M"]:
+        """Applies the weights, as `FeedForward` does; there is no dropout."""
+        return matmul(x, self.weight[...].astype(x.dtype))
 
 
 class SwitchAttention(nnx.Module):

@@ -74,7 +74,9 @@ class MoELayer(nnx.Module):
 
     Args:
         make_expert: makes one expert from a key: a module from [N, D] to [N, D'], called as `expert(x, key)` where the
-            key is for dropout; None in evaluation, and where `moe.expert_dropout` is 0.
+            key is for dropout; None in evaluation, and where `moe.expert_dropout` is 0. For ragged dispatch, all
+            experts, stacked, are called at once as `experts(x, None, matmul)`, where `matmul` is to be used for every
+            product with a weight (`switchjax.moe.ragged`).
         d_model: D.
         config: routing, capacity and losses.
         key: for initialisation.

@@ -51,6 +51,16 @@ def test_a_model_reports_both_routers_of_each_layer() -> None:
     }
 
 
+def test_ragged_experts_give_what_buffers_for_every_token_give() -> None:
+    found, expected = (
+        loss_and_gradients(make_model(changed(ROUTED, dropless=True, dispatch=form)), make_batch(ROUTED), None)
+        for form in ("ragged", "gather")
+    )
+    # The models' static configs differ, so leaf by leaf; float32 sums in another order.
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 4, 2)])
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(shape: tuple[int, int, int]) -> None:

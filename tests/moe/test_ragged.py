@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from switchjax.analysis.compile_benchmark import compiled_programs_in
 from switchjax.analysis.hardware import parse_slice
 from switchjax.analysis.topology import describe_devices
-from switchjax.config import MeshConfig, MoEConfig, UserError
+from switchjax.config import MeshConfig, UserError
 from switchjax.moe.ragged import grouped_product, megablox_product
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
@@ -95,7 +95,10 @@ def test_without_drops_a_sequence_does_not_depend_on_its_batch_mates() -> None:
     np.testing.assert_array_equal(y[:3], changed[:3])
 
 
-@pytest.mark.parametrize("changes", [{"dropless": False}, {"dropless": True, "expert_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"dropless": False}, {"dropless": True, "expert_dropout": 0.1}, {"dropless": True, "router": "expert_choice"}],
+)
 def test_what_ragged_cannot_do_is_refused(changes: dict) -> None:
     with pytest.raises(UserError, match=r"moe\.dispatch=ragged"):
-        MoEConfig(dispatch="ragged", **changes)
+        make_layer(dispatch="ragged", **changes)

@@ -1,7 +1,7 @@
 """The routers. To add one, write a function like those here and enter it in `ROUTERS`."""
 
 from switchjax.moe.routers.balanced import base_router, route_base, route_sinkhorn
-from switchjax.moe.routers.expert_choice import route_expert_choice
+from switchjax.moe.routers.expert_choice import check_expert_choice, route_expert_choice
 from switchjax.moe.routers.fixed import hash_router, route_hash
 from switchjax.moe.routers.hierarchical import check_hierarchy, hierarchical_router, route_hierarchical
 from switchjax.moe.routers.noisy import noisy_router, route_noisy_top_k, route_v_moe
@@ -21,7 +21,7 @@ ROUTERS: dict[str, Router] = {
     "v_moe": Router(route_v_moe),
     "hierarchical": Router(route_hierarchical, hierarchical_router, check=check_hierarchy),
     "sigmoid": Router(route_sigmoid, sigmoid_router),
-    "expert_choice": Router(route_expert_choice, selected=(1,), noncausal=_EXPERTS_CHOOSE),
+    "expert_choice": Router(route_expert_choice, selected=(1,), noncausal=_EXPERTS_CHOOSE, check=check_expert_choice),
     "hash": Router(route_hash, hash_router, selected=(1,)),
     "base": Router(route_base, base_router, selected=(1,)),
     "sinkhorn": Router(route_sinkhorn, selected=(1,)),

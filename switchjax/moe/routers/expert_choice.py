@@ -3,9 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from switchjax.config import MoEConfig
+from switchjax.config import MoEConfig, UserError
 from switchjax.moe.losses import router_z_loss, routing_metrics
 from switchjax.moe.routing import Routing, Tokens, Weights, project
+
+
+def check_expert_choice(config: MoEConfig) -> None:
+    """Raises a `UserError` for ragged dispatch, whose rows are those of the K experts that each token chose."""
+    if config.dispatch == "ragged":
+        raise UserError(
+            "moe.dispatch=ragged needs a router in which tokens choose: "
+            "with moe.router=expert_choice, set moe.dispatch=gather"
+        )
 
 
 def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
