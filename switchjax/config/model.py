@@ -168,10 +168,11 @@ class ModelConfig:
             self.positions != "rotary" or self.d_head % 2 == 0,
             f"model.positions=rotary turns pairs of numbers: model.d_head={self.d_head} must be even",
         )
-        plain = self.positions in ("relative", "none") and not self.biases and self.kv_heads == self.num_heads
+        plain = self.positions in ("relative", "none") and self.kv_heads == self.num_heads
         require(
-            "switch_attention" not in self.pattern or plain,
-            "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, no shared heads",
+            "switch_attention" not in self.pattern or (plain and not self.biases and not self.scale_scores),
+            "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, no shared heads, "
+            "no scale_scores",
         )
         # No published encoder-decoder of this family adds positions to its inputs.
         require(

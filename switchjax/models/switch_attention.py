@@ -73,5 +73,6 @@ class SwitchAttention(nnx.Module):
         query_key, _, dropout_key = split_key(key, 3)
         query, sums = self.query(x, token_mask, query_key, token_ids)
         query = query.reshape(*x.shape[:2], -1, self.config.d_head)
-        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, dropout_key)
+        recomputed = self.config.remat != "none"
+        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, dropout_key, recomputed)
         return project(mixed, self.out[...].astype(x.dtype), num_inputs=2), sums

@@ -140,6 +140,7 @@ def test_a_pyramid_reports_the_load_of_every_layer_and_none_of_experts_that_are_
         ({"family": "vision"}, "a vision model has positions learned or none"),
         ({"positions": "rotary", "d_head": 7}, "must be even"),
         ({"pattern": ("switch_attention",), "biases": True}, "switch_attention is T5's attention"),
+        ({"pattern": ("switch_attention",), "scale_scores": True}, "switch_attention .* no scale_scores"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(fields: dict, message: str) -> None:
