@@ -171,8 +171,8 @@ class ModelConfig:
         plain = self.positions in ("relative", "none") and self.kv_heads == self.num_heads
         require(
             "switch_attention" not in self.pattern or (plain and not self.biases and not self.scale_scores),
-            "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, no shared heads, "
-            "no scale_scores",
+            "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, "
+            "no shared heads, no scale_scores",
         )
         # No published encoder-decoder of this family adds positions to its inputs.
         require(

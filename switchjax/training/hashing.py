@@ -1,13 +1,14 @@
 """The tables of hash layers that follow from data: by token counts, or by the embeddings of another run."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.data import Data
@@ -21,7 +22,7 @@ _COUNTED_TOKENS = 1_000_000
 
 
 def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
-    """A new run's model with the table of `moe.hash_table` in every hash layer.
+    """A new run's model with the table of `moe.hash_table` in every hash layer, for as many experts as that has.
 
     balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
     which are those of `init_from`. A model taken from a run with the same kind of table keeps the tables that its
@@ -39,19 +40,27 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
         there = load_workdir_config(Path(source)).moe
         if (there.router, there.hash_table) == (moe.router, moe.hash_table):
             return model
+    leaves = named_leaves(model)
+    make_table: Callable[[int], Any]  # E -> [V]
     if moe.hash_table == "balanced":
-        counts = count_tokens(data.train_batches(), config.model.vocab_size)
-        table = balanced_table(counts, moe.num_experts)
+        make_table = partial(balanced_table, count_tokens(data.train_batches(), config.model.vocab_size))
     else:
-        cluster = partial(clustered_table, num_experts=moe.num_experts, seed=config.train.seed)
-        table = jax.jit(cluster)(named_leaves(model)["embedding/vectors"])
-    return with_leaves(model, {name: _replace(name, leaf, table) for name, leaf in named_leaves(model).items()})
+        cluster = jax.jit(clustered_table, static_argnames=("num_experts", "seed"))
+        make_table = partial(cluster, leaves["embedding/vectors"], seed=config.train.seed)
+    table_for = cache(make_table)
+    tables = {name: leaf for name, leaf in leaves.items() if name.endswith("router/table")}
+    filled = {name: _fill(leaf, table_for(_num_experts(name, leaves))) for name, leaf in tables.items()}
+    return with_leaves(model, leaves | filled)
 
 
-def _replace(name: str, leaf: Array, table: Int[Array, "V"] | Int[np.ndarray, "V"]) -> Array:
-    """Tables are stacked over layers."""
-    if not name.endswith("router/table"):
-        return leaf
+def _num_experts(table: str, leaves: Mapping[str, Array]) -> int:
+    """E of the layers whose router has the table: experts, beside it, are stacked over layers and then over E."""
+    experts = table.removesuffix("router/table") + "experts/"
+    return next(leaf.shape[1] for name, leaf in leaves.items() if name.startswith(experts))
+
+
+def _fill(leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"]) -> Float[Array, "N V"]:
+    """The table in each of N layers, laid over the mesh as `leaf` is."""
     stack = partial(jnp.broadcast_to, shape=leaf.shape)
     return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
 

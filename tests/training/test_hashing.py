@@ -11,6 +11,7 @@ import pytest
 from switchjax.config import Config, UserError
 from switchjax.data.text import TextData
 from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.models.families import build
 from switchjax.moe.routers.fixed import balanced_table, clustered_table
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
@@ -69,6 +70,15 @@ def test_a_run_keeps_the_balanced_table_in_every_layer(balanced: Config, workdir
     assert np.any(first["embedding/vectors"] != last["embedding/vectors"])
     for record in read_metrics(workdir, "train"):
         assert record["load_balance_loss"] == pytest.approx(1, abs=0.2)
+
+
+def test_in_a_pyramid_each_layer_has_a_table_for_its_own_experts(balanced: Config, data: TextData) -> None:
+    config = changed(balanced, model={"pattern": ("moe",)}, moe={"experts_per_layer": (4, 8)})
+    model = jax.jit(lambda: build(config, jax.random.key(0)))()
+    leaves, counts = named_leaves(with_hash_tables(model, config, data)), count_tokens(data.train_batches(), 352)
+    for stack, (run, experts) in itertools.product(("encoder", "decoder"), enumerate((4, 8))):
+        table = leaves[f"{stack}/runs/{run}/blocks/0/ff/router/table"]
+        np.testing.assert_array_equal(table, [balanced_table(counts, experts)])
 
 
 def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workdir: Path, tmp_path: Path) -> None:
