@@ -113,9 +113,9 @@ def layer_weights(config: Config, stack: str, layer: Layer) -> Iterator[Weight]:
     model, length, kind = config.model, config.stack_lengths[stack], layer.kind
     if kind == "base":
         yield from _moe(config, layer, length)
-        yield Weight(
-            "experts", {"expert": layer.num_experts, "embed": model.d_model}, selected=experts_per_token(config)
-        )
+        for _ in range(_NORM_VECTORS[model.norm]):  # each expert has a norm of its own
+            axes = {"expert": layer.num_experts, "embed": model.d_model}
+            yield Weight("experts", axes, selected=experts_per_token(config))
         return
     yield from _norm(model)
     if kind == "lstm":
@@ -137,8 +137,12 @@ def layer_weights(config: Config, stack: str, layer: Layer) -> Iterator[Weight]:
         yield from _feed_forward(model, "feed_forward", model.activation, model.d_ff, length)
 
 
+_NORM_VECTORS = {"rms": 1, "layer": 2, "none": 0}
+"""Scale and shift of a norm."""
+
+
 def _norm(model: ModelConfig) -> Iterator[Weight]:
-    for _ in range({"rms": 1, "layer": 2, "none": 0}[model.norm]):
+    for _ in range(_NORM_VECTORS[model.norm]):
         yield Weight("norms", {"embed": model.d_model})
 
 

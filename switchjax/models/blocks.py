@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -12,7 +14,7 @@ from switchjax.config import Config, Layer, ModelConfig
 from switchjax.models.attention import Attention
 from switchjax.models.cache import KeyValues, LayerCache, State
 from switchjax.models.inputs import StackInputs
-from switchjax.models.layers import FeedForward, dropout, make_norm, split_key
+from switchjax.models.layers import FeedForward, Norm, dropout, split_key
 from switchjax.models.lstm import LSTM
 from switchjax.models.switch_attention import SwitchAttention
 from switchjax.moe.base_layer import BaseLayer
@@ -31,19 +33,19 @@ class Block(nnx.Module):
     def __init__(self, config: Config, kind: str, cross: bool, key: PRNGKeyArray):
         self.config = config.model
         self_key, cross_key, ff_key = jax.random.split(key, 3)
-        self.self_norm = make_norm(config.model)
+        self.self_norm = Norm(config.model)
         routed_attention = kind == "switch_attention"
         self.self_attention = (
             SwitchAttention(config, self_key) if routed_attention else Attention(config.model, self_key)
         )
         if cross:
-            self.cross_norm = make_norm(config.model)
+            self.cross_norm = Norm(config.model)
             self.cross_attention = Attention(config.model, cross_key)
-        self.ff_norm = make_norm(config.model)
+        self.ff_norm = Norm(config.model)
         self.ff = FEED_FORWARD[kind](config, ff_key)
         self.has_extra = kind == "moe_dense"
         if self.has_extra:
-            self.extra_norm = make_norm(config.model)
+            self.extra_norm = Norm(config.model)
             self.extra = _dense(config, jax.random.fold_in(ff_key, 0))
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
@@ -91,12 +93,34 @@ class Block(nnx.Module):
         return y, sums, None if cache is None else context
 
 
+class NormedExpert(Norm):
+    """`expert(norm(x))`, 0 at first: what a BASE layer adds.
+
+    A norm, not a module that has one: the norm's weights are the expert's own in the names that checkpoints know.
+
+    Args:
+        make_expert: makes the expert from a key: a module as `MoELayer` takes it, with a parameter `w_out`, its last.
+        config: says which norm.
+        key: for the expert.
+    """
+
+    def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], config: ModelConfig, key: PRNGKeyArray):
+        super().__init__(config)
+        self.expert = make_expert(key)
+        self.expert.w_out[...] = jnp.zeros_like(self.expert.w_out[...])
+
+    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None = None) -> Float[Array, "N D"]:
+        """Applies norm and expert; the key is for dropout."""
+        return self.expert(super().__call__(x), key)
+
+
 class BaseBlock(nnx.Module):
     """A BASE layer by itself, between two other blocks (Lewis et al. 2021)."""
 
     def __init__(self, config: Config, kind: str, cross: bool, key: PRNGKeyArray):
         del kind, cross
-        self.layer = BaseLayer(_make_expert(config), config.model.d_model, config.moe, key)
+        make_expert = partial(NormedExpert, _make_expert(config), config.model)
+        self.layer = BaseLayer(make_expert, config.model.d_model, config.moe, key)
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
         """Nothing: the layer looks at one token at a time."""
@@ -117,7 +141,7 @@ class LSTMBlock(nnx.Module):
     def __init__(self, config: Config, kind: str, cross: bool, key: PRNGKeyArray):
         del kind, cross
         self.config = config.model
-        self.norm = make_norm(config.model)
+        self.norm = Norm(config.model)
         self.lstm = LSTM(config.model, key)
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
@@ -147,7 +171,7 @@ class BetweenBlock(nnx.Module):
     def __init__(self, config: Config, kind: str, cross: bool, key: PRNGKeyArray):
         del cross
         self.config = config.model
-        self.norm = make_norm(config.model)
+        self.norm = Norm(config.model)
         self.ff = FEED_FORWARD[kind](config, key)
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:

@@ -88,53 +88,29 @@ def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray] | list
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale`, in float32, without mean or bias (T5)."""
+class Norm(nnx.Module):
+    """The norm that `model.norm` names, in float32.
 
-    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(d_model, dtype), axes=("embed",))
+    rms: `x / rms(x) * scale`, without mean or bias (T5). layer: `(x - mean) / deviation * scale + shift` (Ba et al.
+    2016). none: `x`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.norm_epsilon
+        size, dtype = config.d_model, config.param_dtype
+        self.scale = None if config.norm == "none" else nnx.Param(jnp.ones(size, dtype), axes=("embed",))
+        self.shift = nnx.Param(jnp.zeros(size, dtype), axes=("embed",)) if config.norm == "layer" else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        if self.scale is None:
+            return x
         wide = x.astype(jnp.float32)
+        if self.shift is not None:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (normed * over_last_axes(self.scale[...].astype(jnp.float32), normed)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """`(x - mean) / deviation * scale + shift`, in float32 (Ba et al. 2016)."""
-
-    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(d_model, dtype), axes=("embed",))
-        self.shift = nnx.Param(jnp.zeros(d_model, dtype), axes=("embed",))
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        scale, shift = (over_last_axes(weight[...].astype(jnp.float32), wide) for weight in (self.scale, self.shift))
-        return (normed * scale + shift).astype(x.dtype)
-
-
-class NoNorm(nnx.Module):
-    """`x`."""
-
-    def __init__(self, d_model: int, dtype: DTypeLike, epsilon: float = 1e-6):
-        del d_model, dtype, epsilon
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return x
-
-
-Norm = RMSNorm | LayerNorm | NoNorm
-NORMS: dict[str, Callable[[int, DTypeLike, float], Norm]] = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
-
-
-def make_norm(config: ModelConfig) -> Norm:
-    """The norm that `model.norm` names."""
-    return NORMS[config.norm](config.d_model, config.param_dtype, config.norm_epsilon)
+        return add_bias(normed * over_last_axes(self.scale[...].astype(jnp.float32), normed), self.shift).astype(
+            x.dtype
+        )
 
 
 class Embedding(nnx.Module):

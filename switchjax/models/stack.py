@@ -16,7 +16,7 @@ from switchjax.models.attention import RelativePositionBias, attention_mask, cac
 from switchjax.models.blocks import make_block
 from switchjax.models.cache import Cache, LayerCache, State
 from switchjax.models.inputs import CrossInputs, StackInputs
-from switchjax.models.layers import dropout, make_norm, split_key
+from switchjax.models.layers import Norm, dropout, split_key
 from switchjax.models.runs import find_runs
 from switchjax.moe.exchange import EXCHANGE
 from switchjax.moe.layer import RoutingSums, noncausal_because
@@ -116,7 +116,7 @@ class Stack(nnx.Module):
                 for run, key in zip(runs, run_keys, strict=True)
             ]
         )
-        self.norm = make_norm(config.model)
+        self.norm = Norm(config.model)
 
     def __call__(
         self,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,14 @@ from switchjax.parallel.sharding import partition_spec
 
 
 class BaseLayer(nnx.Module):
-    """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own.
+    """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own, and 0 at first.
 
     In training, tokens are first shuffled over the batch, so that a group does not hold neighbours, which resemble each
     other, and each expert takes equally many of a group (`switchjax.moe.routers.balanced.route_base`). The shuffle goes
     by the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
 
-    The experts' last matrices start at zero, and with them the layer at the identity.
-
     Args:
-        make_expert: makes one expert from a key: a module as `MoELayer` takes it, with a parameter `w_out`, its last.
+        make_expert: makes one f_e from a key: a module as `MoELayer` takes it (`switchjax.models.blocks.NormedExpert`).
         d_model: D.
         config: with the router base.
         key: for initialisation.
@@ -35,16 +32,15 @@ class BaseLayer(nnx.Module):
         UserError: for another router, or for ragged dispatch, which knows no expert's own norm.
     """
 
-    def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], d_model: int, config: MoEConfig, key: PRNGKeyArray):
+    def __init__(
+        self, make_expert: Callable[[PRNGKeyArray], nnx.Module], d_model: int, config: MoEConfig, key: PRNGKeyArray
+    ):
         if config.router != "base" or config.dispatch == "ragged":
             raise UserError(
                 "a BASE layer needs moe.router=base and moe.dispatch=gather or einsum, "
                 f"got moe.router={config.router} and moe.dispatch={config.dispatch}"
             )
-        self.moe = MoELayer(partial(NormedExpert, make_expert, d_model), d_model, config, key)
-        experts: Any = self.moe.experts
-        w_out = experts.expert.w_out
-        w_out[...] = jnp.zeros_like(w_out[...])
+        self.moe = MoELayer(make_expert, d_model, config, key)
 
     def __call__(
         self,
@@ -71,19 +67,6 @@ class BaseLayer(nnx.Module):
         shuffle_key, key = jax.random.split(key)
         y, sums = self.moe(shuffle(x, shuffle_key), shuffle(token_mask, shuffle_key), key)
         return x + unshuffle(y, shuffle_key), sums
-
-
-class NormedExpert(nnx.Module):
-    """`expert(x / rms(x) * scale)`."""
-
-    def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], d_model: int, key: PRNGKeyArray):
-        self.expert = make_expert(key)
-        self.scale = nnx.Param(jnp.ones(d_model, self.expert.w_out.dtype), axes=("embed",))
-
-    def __call__(self, x: Float[Array, "N D"], key: PRNGKeyArray | None) -> Float[Array, "N D"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        return self.expert((normed * self.scale[...].astype(jnp.float32)[None]).astype(x.dtype), key)
 
 
 def shuffle(x: Shaped[Array, "B L *D"], key: PRNGKeyArray) -> Shaped[Array, "B L *D"]:

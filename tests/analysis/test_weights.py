@@ -44,6 +44,11 @@ def test_layers(tiny: Config, model: dict) -> None:
     assert_counts(changed(tiny, model=model))
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_base_layers(tiny: Config, norm: str) -> None:
+    assert_counts(changed(tiny, model={"pattern": ("dense", "base"), "norm": norm}, moe={"router": "base"}))
+
+
 def test_experts_of_a_token(tiny: Config) -> None:
     assert experts_per_token(changed(tiny, moe={"num_selected_experts": 2})) == 2
     chosen = {"router": "expert_choice", "train_capacity_factor": 2.0, "allow_noncausal_routing": True}

@@ -14,12 +14,10 @@ from switchjax.models.layers import (
     ACTIVATIONS,
     Embedding,
     FeedForward,
-    LayerNorm,
-    RMSNorm,
+    Norm,
     cast_kernels,
     dropout,
     kernel,
-    make_norm,
     project,
     split_key,
 )
@@ -46,7 +44,7 @@ def test_a_projection_and_its_gradients_are_those_of_the_einsum(
 
 
 def test_rms_norm_is_x_over_its_root_mean_square() -> None:
-    norm = RMSNorm(4, jnp.float32)
+    norm = Norm(replace(CONFIG, d_model=4))
     norm.scale[...] = jnp.array([1.0, 2.0, 3.0, -1.0])
     x = np.array([[2.0, -2.0, 2.0, 2.0], [3.0, 0.0, 0.0, 4.0]], np.float32)
     expected = [[1, -2, 3, -1], [3 / 2.5, 0, 0, -4 / 2.5]]  # the second row's root mean square is 2.5
@@ -54,7 +52,7 @@ def test_rms_norm_is_x_over_its_root_mean_square() -> None:
 
 
 def test_rms_norm_computes_in_float32_and_returns_the_inputs_dtype() -> None:
-    norm = RMSNorm(256, jnp.bfloat16)
+    norm = Norm(replace(CONFIG, d_model=256, param_dtype="bfloat16"))
     x = jnp.asarray(300 + np.arange(256)).astype(jnp.bfloat16)
     y = norm(x)
     wide = np.asarray(x.astype(jnp.float32), np.float64)
@@ -65,7 +63,7 @@ def test_rms_norm_computes_in_float32_and_returns_the_inputs_dtype() -> None:
 
 
 def test_huge_values_do_not_overflow_the_norm_in_bfloat16() -> None:
-    y = RMSNorm(4, jnp.float32)(jnp.full((1, 4), 1e15, jnp.bfloat16))
+    y = Norm(replace(CONFIG, d_model=4))(jnp.full((1, 4), 1e15, jnp.bfloat16))
     np.testing.assert_array_equal(y, np.ones((1, 4)))
 
 
@@ -130,7 +128,7 @@ def test_a_kernel_is_truncated_normal_of_variance_scale_over_fan_in(
 
 
 def test_layer_norm_has_mean_0_and_deviation_1_before_its_scale_and_shift() -> None:
-    norm = LayerNorm(4, jnp.float32)
+    norm = Norm(replace(CONFIG, d_model=4, norm="layer"))
     norm.scale[...] = jnp.array([1.0, 2.0, 3.0, -1.0])
     norm.shift[...] = jnp.array([0.0, 1.0, 0.0, 5.0])
     x = np.array([[1.0, 3.0, 1.0, 3.0], [0.0, 0.0, 0.0, 4.0]], np.float32)
@@ -143,8 +141,8 @@ def test_a_norm_divides_by_the_variance_and_epsilon() -> None:
     config = replace(CONFIG, d_model=4, norm_epsilon=2.0)
     x = jnp.asarray([[1.0, 3.0, 1.0, 3.0]])
     root = np.sqrt(5 + 2), np.sqrt(1 + 2)  # of the mean square, and of the variance
-    np.testing.assert_allclose(make_norm(config)(x), x / root[0], rtol=1e-6)
-    np.testing.assert_allclose(make_norm(replace(config, norm="layer"))(x), (x - 2) / root[1], rtol=1e-6)
+    np.testing.assert_allclose(Norm(config)(x), x / root[0], rtol=1e-6)
+    np.testing.assert_allclose(Norm(replace(config, norm="layer"))(x), (x - 2) / root[1], rtol=1e-6)
 
 
 def test_gelu_is_by_tanh_and_gelu_exact_by_erf() -> None:

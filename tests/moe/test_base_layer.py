@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from switchjax.analysis.hlo_collectives import count_collectives
-from switchjax.config import MeshConfig, MoEConfig, UserError
+from switchjax.config import MeshConfig, ModelConfig, MoEConfig, UserError
+from switchjax.models.blocks import NormedExpert
 from switchjax.moe.base_layer import BaseLayer, shuffle, unshuffle
 from switchjax.parallel.mesh import make_mesh
-from switchjax.parallel.sharding import parameter_shardings, partition_spec
+from switchjax.parallel.sharding import named_leaves, parameter_shardings, partition_spec
 from tests.moe.layers import LENGTH, ROWS, D, TinyExpert, make_inputs
 from tests.parameters import random_parameters
 
@@ -24,14 +25,15 @@ MESH = (2, 4, 1)
 SHARDS = 8
 
 
-def build(**changes: Any) -> BaseLayer:
+def build(norm: str = "rms", **changes: Any) -> BaseLayer:
     """As initialised; groups of 2 rows, one a shard of the mesh."""
     settings = {"router": "base", "num_experts": 4, "group_size": 2 * LENGTH, "jitter_noise": 0.0} | changes
-    return BaseLayer(partial(TinyExpert, 0.0), D, MoEConfig(**settings), jax.random.key(0))
+    make_expert = partial(NormedExpert, partial(TinyExpert, 0.0), ModelConfig(d_model=D, norm=norm, norm_epsilon=1e-2))
+    return BaseLayer(make_expert, D, MoEConfig(**settings), jax.random.key(0))
 
 
-def make_layer(**changes: Any) -> BaseLayer:
-    return random_parameters(partial(build, **changes))
+def make_layer(norm: str = "rms", **changes: Any) -> BaseLayer:
+    return random_parameters(partial(build, norm, **changes))
 
 
 @contextmanager
@@ -59,20 +61,20 @@ def run_with_gradients(layer: BaseLayer, x: jax.Array, mask: jax.Array, key: jax
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
 
 
-def by_hand(layer: BaseLayer, x: np.ndarray) -> np.ndarray:
+def by_hand(layer: BaseLayer, x: np.ndarray, norm: str = "rms") -> np.ndarray:
     """`x + sigmoid(x . w_e) f_e(x)` with each token's best expert, in float64."""
     wide = x.astype(np.float64)
     scores = wide @ np.asarray(layer.moe.router["logits"][...], np.float64)
-    normed = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
-    experts = layer.moe.experts
-    scale, w_in, w_out = (
-        np.asarray(weight[...], np.float64) for weight in (experts.scale, experts.expert.w_in, experts.expert.w_out)
-    )
+    experts = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer.moe.experts).items()}
+    centred = wide - np.mean(wide, axis=-1, keepdims=True) if norm == "layer" else wide
+    normed = wide if norm == "none" else centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + 1e-2)
+    scale, shift = experts.get("scale", np.ones((4, D))), experts.get("shift", np.zeros((4, D)))
+    w_in, w_out = experts["expert/w_in"], experts["expert/w_out"]
     y = np.empty_like(wide)
     for place in np.ndindex(x.shape[:2]):
         e = scores[place].argmax()
         gate = 1 / (1 + np.exp(-scores[place][e]))
-        y[place] = wide[place] + gate * np.tanh(normed[place] * scale[e] @ w_in[e]) @ w_out[e]
+        y[place] = wide[place] + gate * np.tanh((normed[place] * scale[e] + shift[e]) @ w_in[e]) @ w_out[e]
     return y
 
 
@@ -90,10 +92,11 @@ def test_from_there_the_last_matrices_learn(key: jax.Array | None) -> None:
     assert np.all(np.any(gradient.moe.experts.expert.w_out[...] != 0, axis=(1, 2)))
 
 
-def test_it_adds_the_best_experts_output_times_the_sigmoid_of_its_score() -> None:
-    layer, (x, mask) = make_layer(eval_capacity_factor=4.0), make_inputs()
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_it_adds_the_best_experts_output_times_the_sigmoid_of_its_score(norm: str) -> None:
+    layer, (x, mask) = make_layer(norm, eval_capacity_factor=4.0), make_inputs()
     y, _ = run(layer, x, mask, None)
-    expected = np.where(mask[..., None], by_hand(layer, x), x)
+    expected = np.where(mask[..., None], by_hand(layer, x, norm), x)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # float32 sums of up to 16 terms
 
 
