@@ -73,7 +73,7 @@ def slots_per_sequence(config: Config, num_experts: int, length: int) -> int:
         return length * moe.num_selected_experts
     group = moe.tokens_per_group(config.data.batch_size // config.train.accumulation_steps, length)
     capacity = capacity_of(moe, num_experts, group, training=True)
-    if moe.router == "base" and not moe.dropless:
+    if moe.router == "base":  # in training, whatever the capacity
         capacity = -(-group // num_experts)
     return num_experts * capacity * length // group
 

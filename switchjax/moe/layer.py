@@ -69,8 +69,8 @@ class MoELayer(nnx.Module):
     """E experts behind a router and buffers of `expert_capacity` slots an expert and group.
 
     The outcome for a token depends on others of its group, as those may fill its expert's buffer; not so where
-    `moe.dropless`. All noise is the same on every mesh, but for expert dropout where `model` > 1: each slice of d_ff
-    draws its own.
+    `moe.dropless`, but for routers that balance a group in training (base, sinkhorn). All noise is the same on
+    every mesh, but for expert dropout where `model` > 1: each slice of d_ff draws its own.
 
     Args:
         make_expert: makes one expert from a key: a module from [N, D] to [N, D'], called as `expert(x, key)` where the

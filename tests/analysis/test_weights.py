@@ -66,3 +66,5 @@ def test_slots_of_a_sequence(tiny: Config) -> None:
     assert slots_per_sequence(changed(tiny, moe={**moe, "dropless": True}), 4, 32) == 128
     assert slots_per_sequence(changed(tiny, moe={**moe, "dropless": True, "dispatch": "ragged"}), 4, 32) == 32
     assert slots_per_sequence(changed(tiny, moe={**moe, "router": "base", "num_experts": 3}), 3, 32) == 33
+    dropless = {**moe, "router": "base", "num_experts": 3, "dropless": True}
+    assert slots_per_sequence(changed(tiny, moe=dropless), 3, 32) == 33
