@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from switchjax.config import MoEConfig
+from switchjax.config import MoEConfig, UserError
 from switchjax.moe.choice import gates_of, select_experts, token_choice
 from switchjax.moe.losses import choices_of_experts
 from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, linear_router, project
@@ -14,6 +14,15 @@ def sigmoid_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
     """W_r as `linear_router`, and the bias b [E], 0 at first, which moves by the sign of its gradient."""
     bias = Weight(jnp.zeros(sizes.num_experts, jnp.float32), (None,), update="sign")
     return linear_router(sizes, key) | {"bias": bias}
+
+
+def check_sigmoid(config: MoEConfig) -> None:
+    """Raises a `UserError` for tokens sent on to their next best experts, which would go by the scores without b."""
+    if config.no_token_left_behind:
+        raise UserError(
+            "moe.no_token_left_behind goes by probabilities, and moe.router=sigmoid chooses by its bias too: "
+            "set moe.no_token_left_behind=0"
+        )
 
 
 def route_sigmoid(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:

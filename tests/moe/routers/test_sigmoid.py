@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.config import MoEConfig
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.layer import check_router
 from switchjax.moe.losses import summarize
 from switchjax.moe.routers.sigmoid import sigmoid_router
 from switchjax.moe.routing import RouterSizes, Tokens
@@ -160,3 +161,8 @@ def test_saturated_scores_give_gates_that_sum_to_1_and_finite_gradients(scale: f
     np.testing.assert_array_equal(chosen_experts(routing), np.broadcast_to([0, 1], (2, 16, 2)))
     np.testing.assert_allclose(token_gates(routing).sum(axis=-1), 1, rtol=1e-6)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_no_token_is_sent_on_past_the_bias() -> None:
+    with pytest.raises(UserError, match=r"chooses by its bias too: set moe\.no_token_left_behind=0"):
+        check_router(router_config("sigmoid", no_token_left_behind=1))
