@@ -95,7 +95,7 @@ class Config:
     @property
     def rows_per_group(self) -> int:
         """Rows of a batch that go together into micro-batches and onto shards, so that no routing group is divided."""
-        if not self.model.has_experts:
+        if not self.model.routes_groups:
             return 1
         rows = self.data.batch_size // self.train.accumulation_steps
         tokens = ((self.moe.tokens_per_group(rows, length), length) for length in self.stack_lengths.values())

@@ -86,6 +86,11 @@ class ModelConfig:
         return any(kind in ROUTED for kind in self.pattern)
 
     @property
+    def routes_groups(self) -> bool:
+        """Whether experts have buffers that the tokens of a group share; PEER's have none."""
+        return self.has_experts and "peer" not in self.pattern
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads

@@ -35,7 +35,7 @@ def dropless(config: Config) -> Config:
     """
     if config.model.family == "vision":
         raise UserError("decoding and scoring are for text, but this run has model.family=vision")
-    if not config.model.has_experts or "peer" in config.model.pattern:
+    if not config.model.routes_groups:
         return config
     if (reason := ROUTERS[config.moe.router].noncausal) is not None:
         raise UserError(f"moe.router={config.moe.router} cannot route token by token: {reason}")

@@ -52,7 +52,7 @@ def check_causal(config: Config) -> None:
         UserError: saying why, and what to set; or if there is no such router.
     """
     moe = config.moe
-    if not config.model.has_experts or "peer" in config.model.pattern or moe.allow_noncausal_routing:
+    if not config.model.routes_groups or moe.allow_noncausal_routing:
         return
     if (reason := noncausal_because(moe)) is not None:
         remedies = [f"moe.{k}={v}" for k, v in _CAUSAL.items() if noncausal_because(replace(moe, **{k: v})) is None]

@@ -99,7 +99,7 @@ def check_fit(config: Config, mesh: Mesh) -> None:
             f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
         )
     check_parameters(config, mesh)
-    if not config.model.has_experts:
+    if not config.model.routes_groups:
         return
     for key, length in config.stack_lengths.items():
         tokens = moe.tokens_per_group(rows, length)

@@ -32,7 +32,7 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
         UserError: if `moe.hash_table` is clustered and there is no run to take vectors from.
     """
     moe, source = config.moe, config.init_from.workdir
-    if moe.router != "hash" or not config.model.has_experts or moe.hash_table == "random":
+    if moe.router != "hash" or not config.model.routes_groups or moe.hash_table == "random":
         return model
     if moe.hash_table == "clustered" and not source:
         raise UserError("moe.hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")

@@ -132,6 +132,15 @@ def test_experts_and_groups_do_not_matter_to_a_dense_model() -> None:
     check_fit(replace(FITTING, model=dense, moe=MoEConfig(num_experts=3, group_size=7)), make_mesh(MeshConfig(1, 8)))
 
 
+def test_groups_do_not_matter_to_peer_and_experts_do() -> None:
+    peer = replace(FITTING, model=replace(FITTING.model, pattern=("dense", "peer")))
+    config = replace(peer, moe=MoEConfig(num_experts=64, group_size=7), train=TrainConfig(accumulation_steps=2))
+    assert config.rows_per_group == 1
+    check_fit(config, make_mesh(MeshConfig(1, 8)))
+    with pytest.raises(UserError, match=r"moe.num_experts=49 .* mesh.expert=8"):
+        check_fit(replace(config, moe=MoEConfig(num_experts=49, group_size=7)), make_mesh(MeshConfig(1, 8)))
+
+
 def test_emulated_devices_come_too_late_only_where_there_are_fewer() -> None:
     jax.devices()  # JAX has started
     for count in (0, 4, 8):
