@@ -106,6 +106,17 @@ def test_load_balance_loss_is_1_at_perfect_balance(name: str) -> None:
     np.testing.assert_allclose(summary["expert_load"], 0.25)
 
 
+@TRAINING
+@pytest.mark.parametrize("name", [name for name in ROUTERS if not ROUTERS[name].noncausal])
+def test_losses_count_choices_before_capacity(name: str, training: bool) -> None:
+    few, many = (route(router_config(name), random_tokens(capacity=c, training=training)) for c in (1, 16))
+    jax.tree.map(np.testing.assert_array_equal, few.losses, many.losses)
+    if name == "base" and training:  # its capacity is its own
+        np.testing.assert_array_equal(few.metrics["dispatched"], many.metrics["dispatched"])
+    else:
+        assert np.all(few.metrics["dispatched"] < many.metrics["dispatched"])
+
+
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "hash"])  # which has nothing to train
 def test_the_router_gets_the_models_gradient_through_the_gates(name: str) -> None:
     config, tokens = router_config(name), random_tokens(training=True)
