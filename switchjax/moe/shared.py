@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.moe.layer import MoELayer, RoutingSums
+from switchjax.moe.routing import project
 
 
 class SharedMoELayer(nnx.Module):
@@ -41,6 +42,6 @@ class SharedMoELayer(nnx.Module):
         routed, sums = self.routed(x, token_mask, routed_key, token_ids)
         if not self.learned:
             return shared + routed, sums
-        logits = x.astype(jnp.float32) @ self.mixing[...] + self.mixing_bias[...][None, None]
+        logits = project(x.astype(jnp.float32), self.mixing[...]) + self.mixing_bias[...][None, None]
         weight = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
         return shared * weight[..., :1] + routed * weight[..., 1:], sums

@@ -43,6 +43,13 @@ def test_learned_weights_sum_to_1_and_weigh_each_token() -> None:
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_mixing_weights_are_computed_in_full_float32_as_a_routers_logits() -> None:
+    # TPUs round what a product of float32 numbers is given, unless it asks for full precision.
+    x, mask = map(jnp.asarray, make_inputs())
+    programs = [str(jax.make_jaxpr(make(mixing))(x, mask, None)) for mixing in ("sum", "learned")]
+    assert [program.count("Precision.HIGHEST, Precision.HIGHEST") for program in programs] == [1, 2]
+
+
 @pytest.mark.parametrize("mixing", ["sum", "learned"])
 def test_a_token_without_a_slot_still_has_its_shared_expert(mixing: str) -> None:
     layer = make(mixing, eval_capacity_factor=0.1, min_expert_capacity=1)
