@@ -7,7 +7,7 @@ from switchjax.config import Config
 from switchjax.models.attention import attention_mask
 from switchjax.models.cache import Cache
 from switchjax.models.inputs import CrossInputs
-from switchjax.models.layers import Embedding, kernel, project, split_key
+from switchjax.models.layers import Embedding, predict, split_key, untied_output
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
 from switchjax.moe.layer import RoutingSums
@@ -23,9 +23,7 @@ class EncoderDecoder(Model):
         self.embedding = Embedding(model, embedding_key)
         self.encoder = Stack(config, config.layers("encoder"), causal=False, cross=False, key=encoder_key)
         self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=True, key=decoder_key)
-        shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
-        untied = not model.tie_embeddings
-        self.logits = kernel(logits_key, shape, axes, model.param_dtype, scale=1.0) if untied else None
+        self.logits = untied_output(model, logits_key)
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
         """Logits of the decoder's targets, and the routing sums of both stacks."""
@@ -53,7 +51,7 @@ class EncoderDecoder(Model):
         """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
         x, sums = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
-        return self._predict(x), sums
+        return predict(x, self.embedding, self.logits), sums
 
     def start(self, batch: Batch, max_length: int) -> Cache:
         """The cache of the decoder for the encoder's inputs in `batch`, with room for `max_length` tokens a row."""
@@ -66,10 +64,7 @@ class EncoderDecoder(Model):
     ) -> tuple[Float[Array, "B L V"], Cache]:
         """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
         x, cache = self.decoder.extend(embed(self.embedding, tokens), tokens, token_mask, cache)
-        return self._predict(x), cache
-
-    def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        return self.embedding.logits(x) if self.logits is None else project(x, self.logits[...].astype(x.dtype))
+        return predict(x, self.embedding, self.logits), cache
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from switchjax.config import Config, UserError
 from switchjax.models.attention import positions_in_segments, sinusoids
 from switchjax.models.cache import Cache
-from switchjax.models.layers import Embedding, kernel, learned_positions, project
+from switchjax.models.layers import Embedding, learned_positions, predict, untied_output
 from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
 from switchjax.models.stack import Stack
 from switchjax.parallel.sharding import constrain
@@ -25,16 +25,14 @@ class LanguageModel(Model):
         self.embedding = Embedding(model, embedding_key)
         self.positions = learned_positions(model, model.max_length, position_key)
         self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=False, key=decoder_key)
-        shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
-        untied = not model.tie_embeddings
-        self.logits = kernel(logits_key, shape, axes, model.param_dtype, scale=1.0) if untied else None
+        self.logits = untied_output(model, logits_key)
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
         """Logits of the token that follows each of `decoder_inputs`, and the decoder's routing sums."""
         tokens, segments = batch["decoder_inputs"], batch["decoder_segments"]
         x = self._embed(tokens, positions_in_segments(segments), tokens.shape[1])
         x, sums = self.decoder(x, tokens, segments, key)
-        return self._predict(x), {"decoder": sums}
+        return predict(x, self.embedding, self.logits), {"decoder": sums}
 
     def start(self, batch: Batch, max_length: int) -> Cache:
         """The cache for as many rows as `batch` has, with room for `max_length` tokens a row.
@@ -54,7 +52,7 @@ class LanguageModel(Model):
         """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
         x = self._embed(tokens, cache.positions(tokens.shape[1]), cache.max_length)
         x, cache = self.decoder.extend(x, tokens, token_mask, cache)
-        return self._predict(x), cache
+        return predict(x, self.embedding, self.logits), cache
 
     def _embed(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], count: int) -> Float[Array, "B L D"]:
         """Token vectors, with those of their positions, of which there are `count`, where these are added."""
@@ -63,9 +61,6 @@ class LanguageModel(Model):
             return x
         table = sinusoids(count, x.shape[2]) if self.positions is None else self.positions[...]
         return constrain(x + jnp.take(table.astype(x.dtype), positions, axis=0), "batch", "length", "embed")
-
-    def _predict(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        return self.embedding.logits(x) if self.logits is None else project(x, self.logits[...].astype(x.dtype))
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -130,6 +130,18 @@ class Embedding(nnx.Module):
         return project(x, self.vectors[...].T.astype(x.dtype))
 
 
+def untied_output(config: ModelConfig, key: PRNGKeyArray) -> nnx.Param | None:
+    """The output layer's weights [D, V], if they are not the tokens' vectors."""
+    if config.tie_embeddings:
+        return None
+    return kernel(key, (config.d_model, config.vocab_size), ("embed", "vocab"), config.param_dtype, scale=1.0)
+
+
+def predict(x: Float[Array, "B L D"], embedding: Embedding, untied: nnx.Param | None) -> Float[Array, "B L V"]:
+    """Logits of each token of the vocabulary: by `untied_output`, or if there is none by the tokens' vectors."""
+    return embedding.logits(x) if untied is None else project(x, untied[...].astype(x.dtype))
+
+
 def learned_positions(config: ModelConfig, count: int, key: PRNGKeyArray) -> nnx.Param | None:
     """A vector for each of `count` positions, if the model learns them."""
     if config.positions != "learned":

@@ -31,6 +31,11 @@ def gates_of(values: Float[Array, "G S E"], expert_index: Int[Array, "G S K"]) -
     return jnp.sum(values[..., None, :], axis=-1, where=chosen)
 
 
+def is_chosen(expert_index: Int[Array, "G S K"], num_experts: int) -> Bool[Array, "G S E"]:
+    """Which experts are among the chosen."""
+    return jnp.any(jax.nn.one_hot(expert_index, num_experts, dtype=bool), axis=2)
+
+
 def token_choice(
     tokens: Tokens,
     config: MoEConfig,
@@ -123,7 +128,7 @@ def leave_no_token_behind(
     if rank is None:
         first_come = jnp.arange(num_tokens)[:, None] + num_tokens * jnp.arange(selected)[None]
         rank = jnp.broadcast_to(first_come[None], expert_index.shape)
-    tried = jnp.any(jax.nn.one_hot(expert_index, num_experts, dtype=bool), axis=2)
+    tried = is_chosen(expert_index, num_experts)
     for _ in range(config.no_token_left_behind):
         _, choice_slot = fill_slots(expert_index, taken, num_experts, tokens.capacity, rank)
         dropped = taken & (choice_slot == num_experts * tokens.capacity)
@@ -133,5 +138,5 @@ def leave_no_token_behind(
         moved = dropped & (jnp.take_along_axis(value, nth, axis=-1) >= 0)
         expert_index = jnp.where(moved, jnp.take_along_axis(best, nth, axis=-1), expert_index)
         rank = rank + jnp.where(moved, num_tokens * selected, 0)
-        tried |= jnp.any(jax.nn.one_hot(expert_index, num_experts, dtype=bool), axis=2)
+        tried |= is_chosen(expert_index, num_experts)
     return expert_index, rank

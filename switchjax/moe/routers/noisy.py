@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import MoEConfig
-from switchjax.moe.choice import gates_of, select_experts, token_choice
+from switchjax.moe.choice import gates_of, is_chosen, select_experts, token_choice
 from switchjax.moe.losses import importance_loss, load_loss
 from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, project
 
@@ -119,11 +119,6 @@ def add_noise(tokens: Tokens, clean: Float[Array, "G S E"], std: Float[Array, "G
     if not tokens.training:
         return clean
     return clean + std * tokens.random("router noise", lambda key: jax.random.normal(key, clean.shape[1:]))
-
-
-def is_chosen(expert_index: Int[Array, "G S K"], num_experts: int) -> Bool[Array, "G S E"]:
-    """Which experts are among the chosen."""
-    return jnp.any(jax.nn.one_hot(expert_index, num_experts, dtype=bool), axis=2)
 
 
 def load_probability(
