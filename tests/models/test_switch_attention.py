@@ -7,6 +7,7 @@ import pytest
 
 from switchjax.config import MeshConfig
 from switchjax.models.attention import Attention, attention_mask
+from switchjax.models.families import build
 from switchjax.models.switch_attention import SwitchAttention
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
@@ -59,6 +60,15 @@ def test_ragged_experts_give_what_buffers_for_every_token_give() -> None:
     # The models' static configs differ, so leaf by leaf; float32 sums in another order.
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("remat", "kept"), [("none", 3), ("full", 0)])
+def test_weights_are_kept_only_where_the_backward_pass_does_not_compute_them_again(remat: str, kept: int) -> None:
+    config = changed(ROUTED, pattern=("switch_attention",), remat=remat)
+    model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
+    batch = {name: jnp.asarray(values) for name, values in make_batch(config).items()}
+    program = str(jax.make_jaxpr(lambda model: model(batch, None)[0])(model))
+    assert program.count("name=_softmax") == kept  # of the encoder, the decoder and its cross-attention
 
 
 @pytest.mark.slow
