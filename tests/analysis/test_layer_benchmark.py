@@ -48,6 +48,7 @@ def test_the_table_has_a_row_for_each_model_case_and_form() -> None:
     assert "auction" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
 def test_gathers_add_no_flops_on_tpus_and_einsums_do() -> None:
     model = ModelConfig(d_model=128, d_ff=256, dtype="bfloat16")

@@ -119,6 +119,7 @@ def test_other_data_is_refused_and_leaves_the_vocabulary_of_the_run(tiny: Config
     assert (tmp_path / "vocabulary.model").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_corpora_that_it_was_begun_with(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
