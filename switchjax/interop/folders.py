@@ -9,12 +9,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from switchjax.config import UserError
+from switchjax.training.workdir import check_mounted
 
 _TRIES, _PAUSE = 20, 0.1  # seconds
 
 
 def check_new(folder: Path) -> None:
-    """Raises a `UserError` if there is anything in the folder, or no telling."""
+    """Raises a `UserError` if there is anything in the folder, or no telling, or if it is a bucket's address."""
+    check_mounted(folder)
     try:
         taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     except OSError as error:

@@ -60,7 +60,7 @@ def open_workdir(workdir: Path, config: Config) -> Config:
         UserError: naming the first key that differs, from that run or between processes; or if the folder holds files
             of something else or a complete run without its checkpoints, cannot be made, or not all processes see it.
     """
-    _check_mounted(workdir)
+    check_mounted(workdir)
     config = first_then_others(lambda: _open(workdir, config))
     if process_count() > 1:
         _check_shared(workdir)
@@ -216,8 +216,9 @@ def _has_checkpoints(workdir: Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def _check_mounted(workdir: Path) -> None:
-    # Otherwise it would be made as a folder of this machine, and gone with it.
+def check_mounted(workdir: Path) -> None:
+    """Raises a `UserError` for the address of a bucket: a folder of that name would be made here, and gone with the
+    machine."""
     if workdir.parts and workdir.parts[0].endswith(":"):
         raise UserError(f"{workdir} is no folder: mount the bucket and name the folder there (docs/pods.md)")
 

@@ -11,10 +11,11 @@ import jax
 import pytest
 
 from switchjax.analysis import planning, topology
+from switchjax.analysis.accounting import account, mesh_axes
 from switchjax.analysis.hardware import Slice, find_chip, parse_slice, show_bytes
 from switchjax.analysis.hlo_collectives import Traffic
 from switchjax.analysis.hlo_liveness import Held
-from switchjax.analysis.plan_report import merge, show_plan, write_json
+from switchjax.analysis.plan_report import accounting_dict, merge, show_estimate, show_plan, write_json
 from switchjax.analysis.planning import (
     DeviceMemory,
     OutOfMemory,
@@ -199,6 +200,17 @@ def test_bytes_are_shown_in_the_unit_that_reads_best() -> None:
         "1.0 MiB",
         "1.5 TiB",
     ]
+
+
+def test_what_a_device_holds_is_told_where_nothing_is_compiled(tiny: Config) -> None:
+    accounting, mesh = account(tiny), mesh_axes(tiny, 1)
+    head, held, sent = show_estimate(accounting, mesh).splitlines()
+    assert head == "a device of data 2 x expert 4 x model 1, not compiled"
+    assert f"parameters {show_bytes(accounting.memory.parameters)}" in held
+    assert f"all-to-all {show_bytes(accounting.communication.all_to_all)}" in sent
+    assert accounting_dict(accounting)["estimate"]["memory"] == dataclasses.asdict(accounting.memory)
+    alone = changed(tiny, mesh={"data": 1, "expert": 1})
+    assert len(show_estimate(account(alone), mesh_axes(alone, 1)).splitlines()) == 2  # it sends nothing
 
 
 def run_plan(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:

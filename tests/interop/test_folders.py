@@ -8,6 +8,12 @@ from switchjax.config import UserError
 from switchjax.interop.folders import check_new, new_folder
 
 
+def test_a_bucket_is_no_folder() -> None:
+    with pytest.raises(UserError, match="mount the bucket"):
+        check_new(Path("gs://bucket/model"))
+    assert not Path("gs:").exists()
+
+
 def test_what_is_written_stays(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a/b"):
         (tmp_path / "a/b/file").touch()
