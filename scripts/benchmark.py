@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 
 from switchjax import command
-from switchjax.analysis.document import find_place, read_tables, write_table
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
+from switchjax.studies.markdown import find_place, read_tables, write_table
 
 _REPORT = partial(print, flush=True)
 
@@ -111,7 +111,7 @@ def _command(flags: Namespace, parser: ArgumentParser) -> str:
 def _layer(flags: Namespace) -> None:
     models = [ModelConfig(d_model=size, d_ff=4 * size, dtype=dtype) for size in flags.d_model for dtype in flags.dtype]
 
-    from switchjax.analysis.layer_benchmark import benchmark_layer, cases_of
+    from switchjax.studies.layer_benchmark import benchmark_layer, cases_of
 
     cases = cases_of(flags.experts)
     for case in cases:
@@ -122,13 +122,13 @@ def _layer(flags: Namespace) -> None:
 
 def _step(flags: Namespace) -> None:
     if flags.huggingface:
-        from switchjax.interop.step_benchmark import benchmark_beside_transformers
+        from switchjax.studies.huggingface_training import benchmark_beside_transformers
 
         return _show(flags, benchmark_beside_transformers(flags.repeats, _REPORT))
     dense = command.load_config(flags.config, flags.overrides) if flags.config else None
 
-    from switchjax.analysis.step_benchmark import DENSE, DEVICES, benchmark_step
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.studies.step_benchmark import DENSE, DEVICES, benchmark_step
 
     emulate_devices(MeshConfig(emulated_devices=DEVICES))
     _show(flags, benchmark_step(dense or DENSE, flags.repeats, _REPORT))
@@ -137,8 +137,8 @@ def _step(flags: Namespace) -> None:
 def _input(flags: Namespace) -> None:
     config = command.load_config("configs/quickstart.py:switch")
 
-    from switchjax.analysis.input_benchmark import benchmark_input
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.studies.input_benchmark import benchmark_input
 
     emulate_devices(config.mesh)
     _show(flags, benchmark_input(config, flags.repeats, _REPORT))
@@ -148,8 +148,8 @@ def _compile(flags: Namespace) -> None:
     config = command.load_config("configs/switch.py:runlocal")
     first = command.load_config("configs/quickstart.py:switch")
 
-    from switchjax.analysis.compile_benchmark import benchmark_compile
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.studies.compile_benchmark import benchmark_compile
 
     emulate_devices(config.mesh)
     _show(flags, benchmark_compile(config, first, flags.repeats, _REPORT))
@@ -158,8 +158,8 @@ def _compile(flags: Namespace) -> None:
 def _routers(flags: Namespace) -> None:
     config = command.load_config(flags.config)
 
-    from switchjax.analysis.router_study import study_routers
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.studies.router_study import study_routers
 
     emulate_devices(config.mesh)
     _show(flags, study_routers(config, flags.workdir, report=_REPORT))
@@ -171,14 +171,14 @@ def _families(flags: Namespace) -> None:
 
     load("runlocal")  # a missing file is refused before JAX is started
 
-    from switchjax.analysis.family_study import study_families
+    from switchjax.studies.family_study import study_families
 
     _show(flags, study_families(load, flags.workdir, report=_REPORT))
 
 
 def _decode(flags: Namespace) -> None:
     if flags.huggingface:
-        from switchjax.interop.decode_benchmark import benchmark_beside_transformers
+        from switchjax.studies.huggingface_decoding import benchmark_beside_transformers
 
         table = benchmark_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats, _REPORT)
         return _show(flags, table)
@@ -186,7 +186,7 @@ def _decode(flags: Namespace) -> None:
         load_workdir_config(flags.workdir)  # a missing run is refused before JAX is started
     configs = {} if flags.workdir else {name: command.load_config(name) for name in flags.config}
 
-    from switchjax.analysis.decode_benchmark import benchmark_decoding, fresh, trained
+    from switchjax.studies.decode_benchmark import benchmark_decoding, fresh, trained
 
     models = [(name, partial(fresh, config)) for name, config in configs.items()]
     models = models or [(str(flags.workdir), partial(trained, flags.workdir))]
@@ -196,9 +196,9 @@ def _decode(flags: Namespace) -> None:
 def _layouts(flags: Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the devices are emulated
 
-    from switchjax.analysis.layout_picture import draw_layouts
-    from switchjax.analysis.layouts import LAYOUTS, count_layout, tabulate_layouts
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.planning.layout_picture import draw_layouts
+    from switchjax.studies.layouts import LAYOUTS, count_layout, tabulate_layouts
 
     layouts = {name: command.load_config(f"{flags.config}:{name}") for name in LAYOUTS}
     emulate_devices(layouts[LAYOUTS[0]].mesh)
@@ -216,8 +216,8 @@ def _faults(flags: Namespace) -> None:
         raise UserError(f"--tries must be positive, got {flags.tries}")
     config = command.load_config(flags.config)
 
-    from switchjax.analysis.fault_study import study_faults
     from switchjax.parallel.mesh import emulate_devices
+    from switchjax.studies.fault_study import study_faults
 
     emulate_devices(config.mesh)
     training = [sys.executable, str(Path(__file__).with_name("train.py")), f"--config={flags.config}"]
@@ -228,7 +228,7 @@ def _plan(flags: Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
 
-    from switchjax.analysis.plan_table import tabulate_plans
+    from switchjax.studies.plan_benchmark import tabulate_plans
 
     def load(name: str, overrides: Sequence[str]) -> Config:
         return command.load_config(str(flags.configs / name), overrides)
@@ -237,8 +237,8 @@ def _plan(flags: Namespace) -> None:
 
 
 def _show(flags: Namespace, text: str) -> None:
-    from switchjax.analysis.origin import origin, show_origin
-    from switchjax.analysis.plan_report import write_json
+    from switchjax.planning.report import write_json
+    from switchjax.studies.provenance import origin, show_origin
 
     found = origin(flags.command)
     shown = f"{text}\n\n{show_origin(found)}"

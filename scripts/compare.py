@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--baseline", type=Path, required=True, help="the complete run that it is measured against")
     flags = parser.parse_args(arguments)
 
-    from switchjax.analysis.comparison import compare
+    from switchjax.studies.comparison import compare
 
     print(compare(flags.workdir, flags.baseline))
 

@@ -25,9 +25,10 @@ def main(arguments: Sequence[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
 
-    from switchjax.analysis.accounting import account, mesh_axes
-    from switchjax.analysis.hardware import find_chip, parse_slice
-    from switchjax.analysis.plan_report import (
+    from switchjax.accounting.accounting import account, mesh_axes
+    from switchjax.accounting.hardware import find_chip, parse_slice
+    from switchjax.planning.plan import plan_step, smallest_fit
+    from switchjax.planning.report import (
         accounting_dict,
         show_accounting,
         show_estimate,
@@ -35,7 +36,6 @@ def main(arguments: Sequence[str]) -> None:
         show_published,
         write_json,
     )
-    from switchjax.analysis.planning import plan_step, smallest_fit
 
     chip = find_chip(flags.topology or "v5p") if flags.fit else None
     slice_ = parse_slice(flags.topology) if flags.topology and not chip else None

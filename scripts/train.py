@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _train(config: Config, flags: Namespace) -> bool:
     """Whether SIGTERM has stopped the run before its end."""
-    from switchjax.analysis.utilization import step_cost
+    from switchjax.accounting.utilization import step_cost
     from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices
     from switchjax.parallel.processes import process_index

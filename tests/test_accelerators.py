@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.analysis.step_benchmark import train_program
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
 from switchjax.models.attention import attend, attention_mask
 from switchjax.models.layers import FeedForward
 from switchjax.moe.layer import MoELayer
+from switchjax.studies.step_benchmark import train_program
 
 _PLATFORM, _, _REFERENCE = os.environ.get("JAX_PLATFORMS", "cpu").partition(",")
 pytestmark = pytest.mark.skipif(_REFERENCE != "cpu", reason="no accelerator was asked for")

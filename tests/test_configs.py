@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from switchjax.analysis.accounting import account
-from switchjax.analysis.parameters import count_parameters
-from switchjax.analysis.published import PUBLISHED, TOLERANCE, compare
+from switchjax.accounting.accounting import account
+from switchjax.accounting.parameters import count_parameters
+from switchjax.accounting.published import PUBLISHED, TOLERANCE, compare
 from switchjax.config import Config, UserError
 from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training.loop import train

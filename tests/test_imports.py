@@ -11,7 +11,19 @@ import pytest
 import switchjax
 
 PACKAGE = Path(switchjax.__file__).parent
-ROOMS = ("config", "parallel", "moe", "models", "data", "training", "inference", "analysis", "interop")
+ROOMS = (
+    "config",
+    "parallel",
+    "moe",
+    "models",
+    "accounting",
+    "data",
+    "training",
+    "inference",
+    "planning",
+    "interop",
+    "studies",
+)
 """DESIGN's order: a room imports itself and those before it."""
 ALLOWED = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)} | {
     "command": {"command", "config"},

@@ -6,13 +6,13 @@ checked dataclasses. An unknown key, a wrong type or a value out of range is a `
 This package imports no jax.
 """
 
+from switchjax.config.cache_dir import user_cache
 from switchjax.config.checks import UserError, check_choice, check_seed, suggest
 from switchjax.config.config import Config, Layer, check_key, differences, load_workdir_config
 from switchjax.config.data import DataConfig
 from switchjax.config.decoding import DecodingConfig
 from switchjax.config.model import ModelConfig
 from switchjax.config.moe import MoEConfig
-from switchjax.config.places import user_cache
 from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [

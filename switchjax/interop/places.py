@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from switchjax.config import Config
-from switchjax.models.runs import find_runs
+from switchjax.models.scan_periods import find_runs
 
 _STACKED = re.compile(r"(?P<stack>\w+)/runs/(?P<run>\d+)/blocks/(?P<block>\d+)/(?P<rest>.+)")
 

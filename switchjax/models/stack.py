@@ -17,8 +17,8 @@ from switchjax.models.blocks import make_block
 from switchjax.models.cache import Cache, LayerCache, State
 from switchjax.models.inputs import CrossInputs, StackInputs
 from switchjax.models.layers import Norm, dropout, split_key
-from switchjax.models.runs import find_runs
-from switchjax.moe.exchange import EXCHANGE
+from switchjax.models.scan_periods import find_runs
+from switchjax.moe.expert_parallel import EXCHANGE
 from switchjax.moe.layer import RoutingSums, noncausal_because
 from switchjax.parallel.sharding import gather
 from switchjax.parallel.stacking import stack

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError, check_choice
 from switchjax.moe.dispatch import DISPATCHERS
-from switchjax.moe.exchange import apply_experts, apply_experts_over_mesh, are_sliced, group_keys
+from switchjax.moe.expert_parallel import apply_experts, apply_experts_over_mesh, are_sliced, group_keys
 from switchjax.moe.ragged import apply_ragged
 from switchjax.moe.routers import ROUTERS
 from switchjax.moe.routing import RouterSizes, Routing, Tokens, jitter

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from switchjax.config import UserError
-from switchjax.moe.exchange import apply_experts, apply_experts_over_mesh, are_sliced
+from switchjax.moe.expert_parallel import apply_experts, apply_experts_over_mesh, are_sliced
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack

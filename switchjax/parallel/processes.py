@@ -17,7 +17,7 @@ from jax._src.clusters import ClusterEnv, K8sCluster
 
 from switchjax.config import UserError
 from switchjax.config.checks import require
-from switchjax.parallel.endings import LastWords, closing_together
+from switchjax.parallel.shutdown import LastWords, closing_together
 
 _log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
-from switchjax.parallel.endings import another_has_gone
 from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
+from switchjax.parallel.shutdown import another_has_gone
 from switchjax.training.state import StatePlan, TrainState
 from switchjax.training.workdir import check_same_run, with_corpora
 

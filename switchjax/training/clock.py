@@ -3,24 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import jax
+
+from switchjax.accounting.utilization import StepCost
 
 _STEPS = ("data_wait", "step", "logging")
 """Waiting for a batch; handing it to the devices and waiting for them; writing metrics."""
 _BETWEEN = ("evaluation", "checkpoint")
 """What interrupts training; speed is measured without."""
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What a train step takes."""
-
-    flops: float
-    """The model's, of one step on all devices together."""
-    peak_flops: float | None
-    """FLOP/s of all devices at their best; None where that is not known, as of CPUs."""
 
 
 class Clock:

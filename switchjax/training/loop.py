@@ -20,16 +20,16 @@ from switchjax.data.data import Data
 from switchjax.data.images import ImageData
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
-from switchjax.parallel.endings import Watchdog, closing_together
+from switchjax.models.parameters import count_trained
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import partition_spec, process_rows
+from switchjax.parallel.shutdown import Watchdog, closing_together
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.clock import Clock, StepCost, device_memory
-from switchjax.training.hashing import with_hash_tables
+from switchjax.training.hash_tables import with_hash_tables
 from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
 from switchjax.training.non_finite import SkippedSteps
-from switchjax.training.optimizer import count_trained
 from switchjax.training.preemption import Preempted, Preemption, preemption
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step

@@ -6,10 +6,9 @@ import optax
 from flax import nnx
 
 from switchjax.config import Config, OptimizerConfig
+from switchjax.models.parameters import GRADIENT, update_rules
 from switchjax.parallel.sharding import is_variable, named_leaves
 
-GRADIENT = "gradient"
-"""The update rule of parameters that say nothing else: the optimiser proper."""
 AVERAGE_STEP = 0.1
 """What an exponential moving average takes of each batch's statistic."""
 
@@ -33,22 +32,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     schedule = optax.join_schedules([rise, decay], [warmup])
     return lambda step: schedule(step.astype(jnp.float32))
-
-
-def update_rules(model: nnx.Module) -> dict[str, str]:
-    """How training changes each parameter of `named_leaves(model)`: the `update` of its metadata.
-
-    gradient: the optimiser. frozen: never. sign: `p <- p - rate sign(g)`, without schedule (DeepSeek-V3's bias).
-    average: `p <- p - 0.1 g`, an exponential moving average where g is p less the batch's statistic.
-    """
-    rules = jax.tree.map(lambda variable: variable.get_metadata("update", GRADIENT), model, is_leaf=is_variable)
-    return named_leaves(rules)
-
-
-def count_trained(model: nnx.Module) -> int:
-    """How many numbers the optimiser moves: tables, balancing biases and averages are state and no parameters."""
-    rules = update_rules(model)
-    return sum(leaf.size for name, leaf in named_leaves(model).items() if rules[name] == GRADIENT)
 
 
 def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransformation:

@@ -13,10 +13,11 @@ from switchjax.config import Config
 from switchjax.models.families import FAMILIES
 from switchjax.models.layers import cast_kernels
 from switchjax.models.model import Batch, Model, Routing
+from switchjax.models.parameters import GRADIENT, update_rules
 from switchjax.moe.layer import RoutingSums
 from switchjax.moe.losses import summarize
 from switchjax.parallel.sharding import constrain, gather, leaves_for_update, partition_spec, with_leaves
-from switchjax.training.optimizer import GRADIENT, make_schedule, update_rules
+from switchjax.training.optimizer import make_schedule
 from switchjax.training.reinforce import with_policy_losses
 from switchjax.training.state import StatePlan, TrainState
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from switchjax.analysis.hlo_collectives import count_collectives
 from switchjax.config import Config, MeshConfig
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings, partition_spec
+from switchjax.planning.hlo_collectives import count_collectives
 from tests.models.examples import changed, loss_and_gradients, make_batch, make_model
 
 KEY = jax.random.key(5)

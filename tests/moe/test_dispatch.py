@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.analysis.hlo import count_operations
 from switchjax.config import MoEConfig
 from switchjax.moe.choice import token_choice
 from switchjax.moe.dispatch import DISPATCHERS
 from switchjax.moe.routing import Routing, Tokens
+from switchjax.planning.hlo import count_operations
 from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_choices
 
 D = 5

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from switchjax.analysis.hlo_collectives import count_collectives
 from switchjax.config import MeshConfig, UserError
 from switchjax.moe.layer import MoELayer
 from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings, partition_spec
+from switchjax.planning.hlo_collectives import count_collectives
 from tests.moe.layers import make_inputs, make_layer, run, run_with_gradients
 
 Shape = tuple[int, int, int]

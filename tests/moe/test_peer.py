@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from switchjax.analysis.hlo_collectives import count_collectives
 from switchjax.config import MeshConfig, UserError
 from switchjax.moe import peer
 from switchjax.moe.peer import PEERLayer, apply_neurons, product_key_top_k
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings, with_leaves
+from switchjax.planning.hlo_collectives import count_collectives
 from tests.moe.layers import D, make_inputs
 from tests.parameters import random_parameters
 

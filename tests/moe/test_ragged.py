@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from switchjax.analysis.compile_benchmark import compiled_programs_in
-from switchjax.analysis.hardware import parse_slice
-from switchjax.analysis.topology import describe_devices
+from switchjax.accounting.hardware import parse_slice
 from switchjax.config import MeshConfig, UserError
 from switchjax.moe.ragged import grouped_product, megablox_product
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
+from switchjax.planning.topology import describe_devices
+from switchjax.studies.compile_benchmark import compiled_programs_in
 from tests.moe.layers import make_inputs, make_layer, run, run_with_gradients
 
 KEY = jax.random.key(7)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from switchjax.analysis.hlo_collectives import count_collectives
 from switchjax.config import MeshConfig, UserError
 from switchjax.moe.soft import SoftMoELayer, soft_weights
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings, partition_spec
+from switchjax.planning.hlo_collectives import count_collectives
 from tests.moe.layers import LENGTH, D, TinyExpert, make_inputs
 from tests.parameters import random_parameters
 

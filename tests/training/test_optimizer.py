@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from switchjax.config import Config, MoEConfig, OptimizerConfig, TrainConfig
+from switchjax.models.parameters import update_rules
 from switchjax.parallel.sharding import named_leaves
 from switchjax.parallel.stacking import stack
-from switchjax.training.optimizer import make_optimizer, make_schedule, update_rules
+from switchjax.training.optimizer import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (99, 0.1), (100, 0.1), (400, 0.05), (10_000, 0.01)])

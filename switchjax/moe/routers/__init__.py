@@ -2,7 +2,7 @@
 
 from switchjax.moe.routers.balanced import base_router, route_base, route_sinkhorn
 from switchjax.moe.routers.expert_choice import check_expert_choice, route_expert_choice
-from switchjax.moe.routers.fixed import hash_router, route_hash
+from switchjax.moe.routers.hash import hash_router, route_hash
 from switchjax.moe.routers.hierarchical import check_hierarchy, hierarchical_router, route_hierarchical
 from switchjax.moe.routers.noisy import noisy_router, route_noisy_top_k, route_v_moe
 from switchjax.moe.routers.reinforced import reinforced_router, route_reinforced

@@ -1,1 +1,0 @@
-"""Accounting and comparison of models and runs."""

@@ -1,0 +1,1 @@
+"""What XLA makes of a model: topologies, HLO, memory, roofline, layouts."""

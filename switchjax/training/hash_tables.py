@@ -1,0 +1,83 @@
+"""The tables of hash layers that follow from data: by token counts, or by the embeddings of another run."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from switchjax.config import Config, UserError, load_workdir_config
+from switchjax.data.data import Data
+from switchjax.data.rows import Batch
+from switchjax.models.model import Model
+from switchjax.moe.routers.hash import balanced_table, clustered_table
+from switchjax.parallel.sharding import named_leaves, with_leaves
+
+_COUNTED_TOKENS = 1_000_000
+"""Enough for the frequent tokens, on which balance depends."""
+
+
+def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
+    """A new run's model with the table of `moe.hash_table` in every hash layer, for as many experts as that has.
+
+    balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
+    which are those of `init_from`. A model taken from a run with the same kind of table keeps the tables that its
+    experts were trained with.
+
+    Raises:
+        UserError: if `moe.hash_table` is clustered and there is no run to take vectors from.
+    """
+    moe, source = config.moe, config.init_from.workdir
+    if moe.router != "hash" or not config.model.routes_groups or moe.hash_table == "random":
+        return model
+    if moe.hash_table == "clustered" and not source:
+        raise UserError("moe.hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")
+    if source:
+        there = load_workdir_config(Path(source)).moe
+        if (there.router, there.hash_table) == (moe.router, moe.hash_table):
+            return model
+    leaves = named_leaves(model)
+    make_table: Callable[[int], Any]  # E -> [V]
+    if moe.hash_table == "balanced":
+        make_table = partial(balanced_table, count_tokens(data.train_batches(), config.model.vocab_size))
+    else:
+        cluster = jax.jit(clustered_table, static_argnames=("num_experts", "seed"))
+        make_table = partial(cluster, leaves["embedding/vectors"], seed=config.train.seed)
+    table_for = cache(make_table)
+    tables = {name: leaf for name, leaf in leaves.items() if name.endswith("router/table")}
+    filled = {name: _fill(leaf, table_for(_num_experts(name, leaves))) for name, leaf in tables.items()}
+    return with_leaves(model, leaves | filled)
+
+
+def _num_experts(table: str, leaves: Mapping[str, Array]) -> int:
+    """E of the layers whose router has the table: experts, beside it, are stacked over layers and then over E."""
+    experts = table.removesuffix("router/table") + "experts/"
+    return next(leaf.shape[1] for name, leaf in leaves.items() if name.startswith(experts))
+
+
+def _fill(leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"]) -> Float[Array, "N V"]:
+    """The table in each of N layers, laid over the mesh as `leaf` is."""
+    stack = partial(jnp.broadcast_to, shape=leaf.shape)
+    return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
+
+
+def count_tokens(batches: Iterable[Batch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:
+    """How often each id comes before the routers of either stack, sentinels and all, in the first batches.
+
+    Args:
+        batches: of training.
+        vocab_size: V.
+        at_least: tokens after which no further batch is counted.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    for batch in batches:
+        stacks = (("encoder_tokens", "encoder"), ("decoder_inputs", "decoder"))
+        for tokens, stack in [pair for pair in stacks if pair[0] in batch]:
+            counts += np.bincount(batch[tokens][batch[f"{stack}_segments"] > 0], minlength=vocab_size)
+        if counts.sum() >= at_least:
+            break
+    return counts

@@ -1,0 +1,61 @@
+"""Printed figures: what they round, and how a config is held against them."""
+
+import pytest
+
+from switchjax.accounting.accounting import account
+from switchjax.accounting.published import PUBLISHED, agrees, compare
+from switchjax.config import Config, DataConfig, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("count", "printed", "expected"),
+    [
+        (395e9, "395B", True),
+        (398.9e9, "395B", True),  # within 1 %
+        (399.0e9, "395B", False),
+        (1.04e12, "1T", True),  # rounds to it
+        (1.51e12, "1T", False),
+        (1.161e12, "1.2T", True),
+        (2.2275e22, "22.27Z", True),
+        (8_396_800, "8.4M", True),
+        (619_339_008, "619339008", True),
+    ],
+)
+def test_a_count_agrees_within_a_percent_or_if_it_rounds_to_the_print(
+    count: float, printed: str, expected: bool
+) -> None:
+    assert agrees(count, printed) is expected
+
+
+def test_a_tolerance_is_a_relative_difference() -> None:
+    assert agrees(106.9e9, "100B", 0.07)
+    assert not agrees(107.1e9, "100B", 0.07)
+
+
+def test_what_is_no_figure_is_refused() -> None:
+    with pytest.raises(ValueError, match="about 3B"):
+        agrees(3e9, "about 3B")
+
+
+def test_every_print_can_be_read_and_every_disagreement_is_explained() -> None:
+    for key, published in PUBLISHED.items():
+        for figure in ("total", "active", "flops", "training_flops"):
+            if printed := getattr(published, figure):
+                agrees(1, printed)
+        assert published.note or not published.tolerance, key
+        assert set(published.tolerance) <= {"total", "active", "flops"}
+
+
+def test_a_config_of_no_published_model_is_compared_with_nothing() -> None:
+    assert compare("quickstart:switch", Config()) == ()
+
+
+def test_parameters_are_counted_with_the_vocabulary_of_the_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(family="decoder_only", vocab_size=4096, pattern=("dense",), tie_embeddings=False)
+    config = Config(model=model, data=DataConfig(objective="causal"))
+    accounting = account(config)
+    inner = accounting.total - 2 * model.vocab_size * model.d_model
+    for vocabulary, expected in ((None, accounting.total), (0, inner), (1024, inner + 2 * 1024 * model.d_model)):
+        monkeypatch.setitem(PUBLISHED, "some:model", type(PUBLISHED["t5:base"])("1B", vocabulary=vocabulary))
+        (total,) = compare("some:model", config)
+        assert (total.figure, total.ours) == ("total", expected)

@@ -1,0 +1,75 @@
+"""What is compared computes the same, and each ratio is of the two steps that it names."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from switchjax.accounting.accounting import account
+from switchjax.config import Config, MeshConfig
+from switchjax.studies import step_benchmark
+from switchjax.studies.markdown import read_tables
+from switchjax.studies.step_benchmark import (
+    DENSE,
+    DEVICES,
+    benchmark_step,
+    cases,
+    random_rows,
+    train_program,
+)
+from tests.tiny import changed
+
+SMALL = changed(
+    DENSE,
+    model={"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 2, "d_head": 8},
+    moe={"group_size": 64},
+    data={"vocabulary_size": 40, "num_sentinels": 8, "encoder_length": 16, "decoder_length": 8},
+)
+
+
+def test_switch_transformers_have_the_dense_models_flops_and_the_capacity_that_is_said() -> None:
+    dense, *switches = cases(DENSE)
+    for case in switches:
+        assert case.config.moe.train_capacity_factor == 1.25
+        assert account(case.config).forward_flops == account(dense.config).forward_flops
+        assert account(case.config).total > account(dense.config).total
+    one, many = switches[-2:]
+    assert many.beside == one.name
+    assert replace(many.config, mesh=one.config.mesh) == one.config
+
+
+def test_rows_are_named_after_what_their_config_has() -> None:
+    config = changed(DENSE, moe={"router": "top_k", "num_selected_experts": 2}, mesh={"data": 2, "expert": 4})
+    found = cases(config)
+    assert [case.name for case in found[:3]] == ["dense", "top_k, K = 2, 32 experts", "top_k, K = 2, 128 experts"]
+    assert [case.devices for case in found] == [1, 1, 1, 1, DEVICES]
+    assert all(case.config.mesh == MeshConfig() for case in found[:-1])
+
+
+def test_rows_are_full() -> None:
+    rows = random_rows(SMALL)
+    assert all(np.all(array == 1) for name, array in rows.items() if name.endswith("segments"))
+    assert rows["encoder_tokens"].shape == (16, 16)
+    assert 3 <= rows["encoder_tokens"].min() < rows["encoder_tokens"].max() < 64
+
+
+@pytest.mark.slow
+def test_one_device_and_8_take_the_same_steps() -> None:
+    one, many = (train_program(case.config, jax.devices()[: case.devices]) for case in cases(SMALL)[-2:])
+    losses = [[float(step()["loss"]) for _ in range(2)] for step in (one, many)]
+    assert losses[0][1] < losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
+
+
+def test_the_table_compares_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Config] = []
+    monkeypatch.setattr(step_benchmark, "train_program", lambda config, devices: compiled.append(config) or jax.devices)
+    seconds = {case.name: [float(2**i)] * 3 for i, case in enumerate(cases(SMALL))}
+    monkeypatch.setattr(step_benchmark, "interleaved_seconds", lambda programs, repeats: seconds)
+    table = read_tables(benchmark_step(SMALL, 3, report=lambda line: None))[0]
+    assert compiled == [case.config for case in cases(SMALL)]
+    assert [row[2:4] for row in table[1:3]] == [["1000", "384"], ["2000", "192"]]
+    ratios = [row[5].split(" ")[0] for row in table[1:]]
+    assert ratios == ["", "0.50", "0.25", "", "0.50"]
+    assert table[-1][0] == f"the same on {DEVICES} devices"

@@ -1,0 +1,107 @@
+"""Tables of hash layers from token counts and from embeddings, in every layer, never to change."""
+
+import collections
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from switchjax.config import Config, UserError
+from switchjax.data.text import TextData
+from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.models.families import build
+from switchjax.moe.routers.hash import balanced_table, clustered_table
+from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import named_leaves
+from switchjax.training import loop
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.hash_tables import count_tokens, with_hash_tables
+from switchjax.training.metrics import read_metrics
+from switchjax.training.state import plan_state
+from tests.tiny import changed
+
+TABLES = [f"{stack}/runs/0/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
+SEGMENTS = ("encoder_segments", "decoder_segments")
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Config) -> TextData:
+    return TextData.prepare(tiny.data)
+
+
+@pytest.fixture(scope="module")
+def balanced(tiny: Config) -> Config:
+    return changed(tiny, moe={"router": "hash", "hash_table": "balanced"}, train={"steps": 2, "checkpoint_every": 1})
+
+
+@pytest.fixture(scope="module")
+def workdir(balanced: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of two steps with balanced tables."""
+    workdir = tmp_path_factory.mktemp("balanced")
+    loop.train(balanced, workdir, perplexity_evaluator)
+    return workdir
+
+
+def weights_of(config: Config, workdir: Path, step: int) -> dict[str, np.ndarray]:
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        _, model = Checkpoints(workdir).load_model(plan_state(config, mesh), step)
+    return jax.device_get(named_leaves(model))
+
+
+def test_ids_are_counted_where_routers_see_them(data: TextData) -> None:
+    batches = list(itertools.islice(data.train_batches(), 3))
+    counts = count_tokens(iter(batches), 352, at_least=1 + int(sum(np.sum(batches[0][n] > 0) for n in SEGMENTS)))
+    expected: collections.Counter[int] = collections.Counter()
+    for batch in batches[:2]:
+        for tokens, segments in zip(("encoder_tokens", "decoder_inputs"), SEGMENTS, strict=True):
+            expected.update(t for t, s in zip(batch[tokens].flat, batch[segments].flat, strict=True) if s)
+    np.testing.assert_array_equal(counts, [expected[token] for token in range(352)])
+
+
+def test_a_run_keeps_the_balanced_table_in_every_layer(balanced: Config, workdir: Path, data: TextData) -> None:
+    expected = balanced_table(count_tokens(data.train_batches(), 352), balanced.moe.num_experts)
+    first, last = (weights_of(balanced, workdir, step) for step in (1, 2))
+    for weights in (first, last):
+        for name in TABLES:
+            np.testing.assert_array_equal(weights[name], [expected], err_msg=name)
+    assert np.any(first["embedding/vectors"] != last["embedding/vectors"])
+    for record in read_metrics(workdir, "train"):
+        assert record["load_balance_loss"] == pytest.approx(1, abs=0.2)
+
+
+def test_in_a_pyramid_each_layer_has_a_table_for_its_own_experts(balanced: Config, data: TextData) -> None:
+    config = changed(balanced, model={"pattern": ("moe",)}, moe={"experts_per_layer": (4, 8)})
+    model = jax.jit(lambda: build(config, jax.random.key(0)))()
+    leaves, counts = named_leaves(with_hash_tables(model, config, data)), count_tokens(data.train_batches(), 352)
+    for stack, (run, experts) in itertools.product(("encoder", "decoder"), enumerate((4, 8))):
+        table = leaves[f"{stack}/runs/{run}/blocks/0/ff/router/table"]
+        np.testing.assert_array_equal(table, [balanced_table(counts, experts)])
+
+
+def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workdir: Path, tmp_path: Path) -> None:
+    clustered = changed(
+        balanced, moe={"hash_table": "clustered"}, init_from={"workdir": str(workdir)}, train={"steps": 1, "seed": 5}
+    )
+    loop.train(clustered, tmp_path, perplexity_evaluator)
+    vectors = weights_of(balanced, workdir, 2)["embedding/vectors"]
+    expected = clustered_table(jax.numpy.asarray(vectors), 4, 5)
+    trained = weights_of(clustered, tmp_path, 1)
+    for name in TABLES:
+        np.testing.assert_array_equal(trained[name], expected[None], err_msg=name)
+
+
+def test_a_table_of_the_same_kind_comes_with_the_experts_that_know_it(
+    balanced: Config, workdir: Path, data: TextData
+) -> None:
+    config = changed(balanced, init_from={"workdir": str(workdir)})
+    model = plan_state(config, make_mesh(config.mesh)).shapes.model
+    assert with_hash_tables(model, config, data) is model
+
+
+def test_clusters_need_a_run_to_take_embeddings_from(balanced: Config, tmp_path: Path) -> None:
+    config = changed(balanced, moe={"hash_table": "clustered"})
+    with pytest.raises(UserError, match=r"set init_from\.workdir"):
+        loop.train(config, tmp_path, perplexity_evaluator)
