@@ -47,7 +47,7 @@ def get_config(arg: str = "128") -> ConfigDict:
             group_size=1024,
             eval_capacity_factor=4.0,
             jitter_noise=0.0,
-            load_balance_loss_weight=0.0,
+            loss_weights={"load_balance_loss": 0.0},
         ),
         data=DataConfig(
             objective="causal", vocabulary_size=50_257, num_sentinels=0, batch_size=1024, decoder_length=1024

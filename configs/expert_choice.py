@@ -47,7 +47,7 @@ def get_config(arg: str = "0.1b-64e") -> ConfigDict:
             eval_capacity_factor=2.0,
             allow_noncausal_routing=True,
             jitter_noise=0.0,
-            load_balance_loss_weight=0.0,
+            loss_weights={"load_balance_loss": 0.0},
         ),
         data=DataConfig(
             objective="causal", vocabulary_size=256_000, num_sentinels=0, batch_size=1024, decoder_length=1024

@@ -106,7 +106,12 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
         {
             "model": {"pattern": ("dense", "dense", "base", "dense", "dense"), "num_decoder_layers": 5},
             # A token's best expert always has room, as in the paper's evaluation.
-            "moe": {"router": "base", "num_experts": 4, "eval_capacity_factor": 4.0, "load_balance_loss_weight": 0.0},
+            "moe": {
+                "router": "base",
+                "num_experts": 4,
+                "eval_capacity_factor": 4.0,
+                "loss_weights": {"load_balance_loss": 0.0},
+            },
         },
         {"d_ff": 120},
     ),
@@ -130,9 +135,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
                 "num_experts": 16,
                 "train_capacity_factor": 2.0,
                 "eval_capacity_factor": 4.0,
-                "load_balance_loss_weight": 0.0,
-                "importance_loss_weight": 0.1,
-                "load_loss_weight": 0.1,
+                "loss_weights": {"load_balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1},
             },
         },
         {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 384},
@@ -148,9 +151,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
                 "train_capacity_factor": 1.05,
                 "eval_capacity_factor": 1.05,
                 "fill_order": "batch_prioritized",
-                "load_balance_loss_weight": 0.0,
-                "importance_loss_weight": 0.005,
-                "load_loss_weight": 0.005,
+                "loss_weights": {"load_balance_loss": 0.0, "importance_loss": 0.005, "load_loss": 0.005},
             }
         },
         {"d_ff": 192},

@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/hash_layers.py:1x64 --workdir=runs/hash
 Sizes: 1x16, 1x64, 1x128 (one layer of so many experts, the 7th of 8), 3x64, 5x16 (three and five layers); runlocal for
 a small machine.
 
-The table balances the experts by the corpora's token counts; `moe.hash_table` has the others.
+The table balances the experts by the corpora's token counts; `moe.options.hash_table` has the others.
 """
 
 from ml_collections import ConfigDict
@@ -45,9 +45,9 @@ def get_config(arg: str = "1x64") -> ConfigDict:
             router="hash",
             num_experts=experts,
             group_size=2048,
-            hash_table="balanced",
+            options={"hash_table": "balanced"},
             jitter_noise=0.0,
-            load_balance_loss_weight=0.0,
+            loss_weights={"load_balance_loss": 0.0},
         ),
         data=DataConfig(
             objective="causal", vocabulary_size=50_257, num_sentinels=0, batch_size=512, decoder_length=1024

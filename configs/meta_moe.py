@@ -66,7 +66,7 @@ def get_config(arg: str = "125m") -> ConfigDict:
             eval_capacity_factor=12.8,  # a twentieth of all tokens
             fill_order="token_by_token",
             jitter_noise=0.0,
-            load_balance_loss_weight=0.01 * layers / 2,
+            loss_weights={"load_balance_loss": 0.01 * layers / 2},
         ),
         data=DataConfig(
             objective="causal", vocabulary_size=50_257, num_sentinels=0, batch_size=rows, decoder_length=_LENGTH

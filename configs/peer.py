@@ -38,9 +38,7 @@ def get_config(arg: str = "1024x1024") -> ConfigDict:
             embedding_stddev=0.02,
             dtype="bfloat16",
         ),
-        moe=MoEConfig(
-            num_experts=SIZES.get(arg, 2**20), num_selected_experts=16, peer_heads=8, load_balance_loss_weight=0.0
-        ),
+        moe=MoEConfig(num_experts=SIZES.get(arg, 2**20), num_selected_experts=16, options={"peer_heads": 8}),
         data=DataConfig(
             objective="causal", vocabulary_size=32_000, num_sentinels=0, batch_size=128, decoder_length=2048
         ),

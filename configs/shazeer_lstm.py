@@ -16,7 +16,7 @@ from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, Optimiz
 from switchjax.config.runlocal import runlocal
 
 _SMALL = {"d_model": 512, "d_ff": 1024}
-_HIERARCHICAL = {"router": "hierarchical", "num_expert_groups": 16, "num_selected_groups": 2}
+_HIERARCHICAL = {"router": "hierarchical", "options": {"num_expert_groups": 16, "num_selected_groups": 2}}
 
 SIZES = {
     **{f"moe-{experts}": (_SMALL, {"num_experts": experts}) for experts in (4, 32, 256)},
@@ -50,9 +50,7 @@ def get_config(arg: str = "moe-32") -> ConfigDict:
             eval_capacity_factor=2.0,
             fill_order="token_by_token",
             jitter_noise=0.0,
-            load_balance_loss_weight=0.0,
-            importance_loss_weight=0.1,
-            load_loss_weight=0.1,
+            loss_weights={"load_balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1},
         ),
         data=DataConfig(
             objective="causal",
@@ -66,5 +64,9 @@ def get_config(arg: str = "moe-32") -> ConfigDict:
         train=TrainConfig(steps=27_000),
     )
     if arg == "runlocal":
-        config = runlocal(config, {"num_decoder_layers": 3}, {"num_experts": 16, "num_expert_groups": 4})
+        config = runlocal(
+            config,
+            {"num_decoder_layers": 3},
+            {"num_experts": 16, "options": {"num_expert_groups": 4, "num_selected_groups": 2}},
+        )
     return config.to_config_dict()

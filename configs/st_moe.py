@@ -42,7 +42,7 @@ def get_config(arg: str = "l") -> ConfigDict:
             num_selected_experts=2,
             fill_order="token_by_token",
             jitter_noise=0.0,
-            router_z_loss_weight=1e-3,
+            loss_weights={"router_z_loss": 1e-3},
         ),
         data=DataConfig(
             vocabulary_size=32000, num_sentinels=100, batch_size=2048, encoder_length=512, decoder_length=114

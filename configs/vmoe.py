@@ -68,9 +68,7 @@ def get_config(arg: str = "s-32-every2") -> ConfigDict:
             train_capacity_factor=1.05,
             eval_capacity_factor=1.05,
             jitter_noise=0.0,
-            load_balance_loss_weight=0.0,
-            importance_loss_weight=0.005,
-            load_loss_weight=0.005,
+            loss_weights={"load_balance_loss": 0.0, "importance_loss": 0.005, "load_loss": 0.005},
         ),
         data=DataConfig(objective="classification", corpora=("imagenet2012",), batch_size=4096),
         optimizer=OptimizerConfig(

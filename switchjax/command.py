@@ -10,14 +10,14 @@ import sys
 import textwrap
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from switchjax.config import Config, UserError, check_key, suggest, user_cache
+from switchjax.config import OPEN_KEYS, Config, UserError, check_key, suggest, user_cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -164,7 +164,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"no config file {path}{suggest(str(path), map(str, path.parent.glob('*.py')))}")
     values = flags.FlagValues()
-    arguments = ["", f"--config={name}", *_checked(overrides)]
+    ordinary, opened = _divide(overrides)
+    arguments = ["", f"--config={name}", *ordinary]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not the process's own
     try:
         _parse(values, arguments)
@@ -172,7 +173,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise
     except Exception as error:  # A config file is code, and anything may go wrong in it.
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    return Config.from_dict(config.value)
+    return _with_open_keys(config.value, opened)
 
 
 def _load_json(path: Path) -> Config:
@@ -191,17 +192,39 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         UserError: for an unknown key or a value that does not fit.
     """
     values = flags.FlagValues()
-    arguments = ["", *_checked(overrides)]
+    ordinary, opened = _divide(overrides)
+    arguments = ["", *ordinary]
     changed = config_flags.DEFINE_config_dict("config", config.to_config_dict(), flag_values=values, sys_argv=arguments)
     _parse(values, arguments)
-    return Config.from_dict(changed.value)
+    return _with_open_keys(changed.value, opened)
 
 
-def _checked(overrides: Sequence[str]) -> Sequence[str]:
+def _divide(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Overrides that ml_collections applies, and those of a router's own keys, which no config file needs to have."""
+    ordinary: list[str] = []
+    opened: dict[str, str] = {}
     for argument in overrides:
+        key, _, value = argument.removeprefix("--config.").partition("=")
         if argument.startswith("--config."):
-            check_key(argument.removeprefix("--config.").partition("=")[0])
-    return overrides
+            check_key(key)
+        if argument.startswith("--config.") and key.startswith(OPEN_KEYS):
+            opened[key] = value
+        else:
+            ordinary.append(argument)
+    return ordinary, opened
+
+
+def _with_open_keys(config: ConfigDict, opened: Mapping[str, str]) -> Config:
+    """The config with values at `moe.options.NAME` and `moe.loss_weights.NAME`, read as Python reads them if it can."""
+    values = config.to_dict()
+    for key, text in opened.items():
+        section, group, name = key.split(".", 2)
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # a word
+            value = text
+        values.setdefault(section, {}).setdefault(group, {})[name] = value
+    return Config.from_dict(values)
 
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from switchjax.accounting.training_cost import six_nd
 from switchjax.accounting.weights import Weight, layer_weights, list_weights, slots_per_sequence
-from switchjax.config import Config, Layer
-from switchjax.config.model import GATED, ROUTED
+from switchjax.config import KINDS, Config, Layer
+from switchjax.config.model import GATED
 from switchjax.models.scan_periods import find_runs
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import AXIS_RULES, partition_spec, sharded_spec
@@ -231,7 +231,7 @@ def _communication(config: Config, weights: list[Weight], mesh: Mapping[str, int
         (config.stack_lengths[stack], layer)
         for stack in config.model.stacks
         for layer in config.layers(stack)
-        if layer.kind in ROUTED and layer.kind != "peer"
+        if KINDS[layer.kind].has_experts and layer.kind != "peer"
     ]
     exchanged = sum(_exchanged(config, layer, length, mesh) for length, layer in layers)
     rows = _local_rows(config, mesh) * config.train.accumulation_steps

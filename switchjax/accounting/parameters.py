@@ -7,7 +7,6 @@ import jax
 from switchjax.accounting.weights import experts_per_token
 from switchjax.config import Config
 from switchjax.models.families import build
-from switchjax.models.parameters import GRADIENT
 from switchjax.parallel.sharding import is_variable
 
 
@@ -27,7 +26,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     selected = experts_per_token(config)
     total = active = 0
     for variable in jax.tree.leaves(model, is_leaf=is_variable):
-        if variable.get_metadata("update", GRADIENT) != GRADIENT:
+        if not variable.get_metadata("trained", True):
             continue
         size = variable.size
         total += size

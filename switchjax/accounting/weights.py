@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isqrt, prod
 
-from switchjax.config import Config, Layer, ModelConfig
+from switchjax.config import Config, Layer, ModelConfig, from_mapping
 from switchjax.config.model import GATED
-from switchjax.moe.slots import capacity_of
+from switchjax.moe.capacity import capacity_of
+from switchjax.moe.peer import PEEROptions
+from switchjax.moe.routers import router_options
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def list_weights(config: Config) -> list[Weight]:
 def experts_per_token(config: Config) -> int:
     """Experts that a token meets in a layer; where experts choose, on average."""
     if "peer" in config.model.pattern:
-        return config.moe.num_selected_experts * config.moe.peer_heads
+        return config.moe.num_selected_experts * from_mapping(PEEROptions, config.moe.options, "moe.options").peer_heads
     if config.moe.router == "expert_choice":
         return round(config.moe.num_selected_experts * config.moe.train_capacity_factor)
     return config.moe.num_selected_experts
@@ -220,7 +222,7 @@ def _expert_weight(config: Config, experts: int, length: int, axes: Mapping[str,
 
 def _router(config: Config, experts: int, length: int) -> Iterator[Weight]:
     """What the router learns; tables of ids and balancing biases are set, not learned."""
-    groups = config.moe.num_expert_groups
+    groups = getattr(router_options(config.moe), "num_expert_groups", 1)
     matrices = {
         "noisy_top_k": (experts, experts),
         "hierarchical": (experts, experts, groups, groups),
@@ -232,13 +234,13 @@ def _router(config: Config, experts: int, length: int) -> Iterator[Weight]:
 
 
 def _peer(config: Config, layer: Layer, length: int) -> Iterator[Weight]:
-    model, moe = config.model, config.moe
-    query = {"peer_heads": moe.peer_heads, "halves": 2, "half": moe.peer_query // 2}
+    model, options = config.model, from_mapping(PEEROptions, config.moe.options, "moe.options")
+    query = {"peer_heads": options.peer_heads, "halves": 2, "half": options.peer_query // 2}
     yield Weight("routers", {"embed": model.d_model, **query}, length, dtype="float32")
     for _ in ("scale", "bias"):
         yield Weight("routers", query, dtype="float32")
-    sub_keys = {"halves": 2, "side": isqrt(layer.num_experts), "half": moe.peer_query // 2}
-    yield Weight("routers", sub_keys, length * moe.peer_heads, dtype="float32")
+    sub_keys = {"halves": 2, "side": isqrt(layer.num_experts), "half": options.peer_query // 2}
+    yield Weight("routers", sub_keys, length * options.peer_heads, dtype="float32")
     selected = experts_per_token(config)
     for _ in ("down", "up"):
         rows = {"expert": layer.num_experts, "embed": model.d_model}

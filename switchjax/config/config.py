@@ -9,23 +9,19 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from switchjax.config.checks import UserError, require, suggest
 from switchjax.config.data import DataConfig
-from switchjax.config.model import ROUTED, ModelConfig
+from switchjax.config.layers import KINDS, Layer
+from switchjax.config.model import ModelConfig
 from switchjax.config.moe import MoEConfig
 from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
 
-
-class Layer(NamedTuple):
-    """One layer of a stack: its kind, as in `ModelConfig.pattern`, and its number of experts (0: none)."""
-
-    kind: str
-    num_experts: int
-
+OPEN_KEYS = ("moe.options.", "moe.loss_weights.")
+"""Keys below these belong to a router; they are checked where it is built."""
 
 _OBJECTIVES = {
     "encoder_decoder": "span_corruption",
@@ -78,7 +74,7 @@ class Config:
         )
         counts = self.moe.experts_per_layer
         for stack, layers in self.model.stacks.items() if counts else ():
-            routed = layers // len(self.model.pattern) * sum(kind in ROUTED for kind in self.model.pattern)
+            routed = layers // len(self.model.pattern) * sum(kind.has_experts for kind in self.model.kinds)
             require(
                 len(counts) == routed,
                 f"moe.experts_per_layer has {len(counts)} counts for the {routed} routed layers of the {stack}",
@@ -105,7 +101,7 @@ class Config:
         """The layers of a stack, first to last."""
         kinds = self.model.pattern * (self.model.stacks[stack] // len(self.model.pattern))
         counts = iter(self.moe.experts_per_layer or itertools.repeat(self.moe.num_experts))
-        return tuple(Layer(kind, next(counts) if kind in ROUTED else 0) for kind in kinds)
+        return tuple(Layer(kind, next(counts) if KINDS[kind].has_experts else 0) for kind in kinds)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -114,7 +110,7 @@ class Config:
         Raises:
             UserError: for an unknown key (with a suggestion), a wrong type or a value out of range.
         """
-        return _build(cls, values, "")
+        return from_mapping(cls, values, "")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Config":
@@ -148,10 +144,16 @@ def check_key(key: str) -> None:
     sections = typing.get_type_hints(Config)
     require(section in sections, f"unknown config key '{section}'{suggest(section, sections)}")
     names = [entry.name for entry in dataclasses.fields(sections[section])]
-    require(name in names, f"unknown config key '{key}'{suggest(name, names)}")
+    known = name in names or key.startswith(OPEN_KEYS)
+    require(known, f"unknown config key '{key}'{suggest(name, names)}")
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def from_mapping(cls: type, values: Any, path: str) -> Any:
+    """The dataclass `cls` of these values, which messages call `path`.
+
+    Raises:
+        UserError: for an unknown key (with a suggestion), a wrong type or a value out of range.
+    """
     require(isinstance(values, Mapping | ConfigDict), f"{path or 'config'} must hold keys and values, got {values!r}")
     hints = typing.get_type_hints(cls)
     arguments = {}
@@ -166,7 +168,13 @@ def _build(cls: type, values: Any, path: str) -> Any:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the annotated type; only int -> float and list -> tuple are converted."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value, key)
+        return from_mapping(hint, value, key)
+    if typing.get_origin(hint) is Mapping:
+        require(isinstance(value, Mapping | ConfigDict), f"{key} must hold keys and values, got {value!r}")
+        of_values = typing.get_args(hint)[1]
+        return {name: _convert(of_values, item, f"{key}.{name}") for name, item in value.items()}
+    if hint is Any:
+        return value
     if isinstance(hint, types.GenericAlias):
         require(isinstance(value, list | tuple), f"{key} must be a tuple, got {value!r}")
         return tuple(_convert(hint.__args__[0], item, f"{key}[{i}]") for i, item in enumerate(value))

@@ -1,20 +1,10 @@
 """The section `model`: the network around the experts."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from switchjax.config.checks import check_choice, check_fraction, check_positive, require
-
-_ATTENTION = ("dense", "moe", "moe_dense", "switch_attention", "base", "peer")
-
-KINDS: dict[str, tuple[str, ...]] = {
-    "encoder_decoder": _ATTENTION,
-    "decoder_only": _ATTENTION,
-    "vision": ("dense", "moe"),
-    "recurrent": ("lstm", "dense_only", "moe_only"),
-}
-"""Family -> the kinds of layers that `model.pattern` may name."""
-ROUTED = frozenset({"moe", "moe_dense", "moe_only", "switch_attention", "base", "peer"})
-"""Kinds with experts."""
+from switchjax.config.layers import KINDS, Family, LayerKind
 
 
 @dataclass(frozen=True)
@@ -35,8 +25,9 @@ class ModelConfig:
     pattern: tuple[str, ...] = ("dense", "moe")
     """The layers of one period, which repeats to fill each stack. Kinds: dense, moe (experts for the feed-forward
     network), moe_dense (a dense feed-forward layer after such a one), switch_attention (experts for queries, keys and
-    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a recurrent
-    model: lstm, dense_only and moe_only (a feed-forward network between two others)."""
+    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a vision model
+    also soft (soft MoE for the feed-forward network); of a recurrent model: lstm, dense_only and moe_only (a
+    feed-forward network between two others). See `switchjax.config.layers.KINDS`."""
     activation: str = "relu"
     """Of the feed-forward networks: relu, gelu (by tanh), gelu_exact (by erf), or with a gate geglu, swiglu."""
     expert_activation: str = ""
@@ -81,14 +72,19 @@ class ModelConfig:
     param_dtype: str = "float32"
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The layers of one period."""
+        return tuple(KINDS[kind] for kind in self.pattern)
+
+    @property
     def has_experts(self) -> bool:
-        """Whether any layer is routed."""
-        return any(kind in ROUTED for kind in self.pattern)
+        """True if any layer has experts."""
+        return any(kind.has_experts for kind in self.kinds)
 
     @property
     def routes_groups(self) -> bool:
-        """Whether experts have buffers that the tokens of a group share; PEER's have none."""
-        return self.has_experts and "peer" not in self.pattern
+        """True if experts have buffers that the tokens of a group share; those of PEER and soft MoE have none."""
+        return any(kind.routes_groups for kind in self.kinds)
 
     @property
     def kv_heads(self) -> int:
@@ -119,7 +115,7 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        check_choice("model.family", self.family, KINDS)
+        check_choice("model.family", self.family, get_args(Family))
         sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base", "norm_epsilon"]
         sizes += ["embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes"]
         check_positive("model", {name: getattr(self, name) for name in sizes})
@@ -147,11 +143,14 @@ class ModelConfig:
 
     def _check_layers(self) -> None:
         require(len(self.pattern) > 0, "model.pattern must name at least one layer")
-        for kind in self.pattern:
-            check_choice("model.pattern", kind, KINDS[self.family])
+        known = [name for name, kind in KINDS.items() if self.family in kind.families]
+        for name in self.pattern:
+            check_choice("model.pattern", name, known)
+        parts = {kind.feed_forward for kind in self.kinds if kind.has_experts}
         require(
-            len({kind == "peer" for kind in self.pattern if kind in ROUTED}) < 2,
-            "model.pattern names peer and other layers with experts: moe.num_experts can be that of one of them only",
+            len(parts) < 2 or parts.isdisjoint({"peer", "soft"}),
+            f"model.pattern={self.pattern}: the section moe can describe the experts of peer or soft layers or those "
+            "behind a router, not both",
         )
         for stack, layers in self.stacks.items():
             require(

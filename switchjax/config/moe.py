@@ -1,8 +1,17 @@
 """The section `moe`: routing, capacity and losses."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+
+
+class Settings(dict[str, Any]):
+    """Named values that nobody changes, so that a config that holds them can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 @dataclass(frozen=True)
@@ -11,11 +20,15 @@ class MoEConfig:
 
     router: str = "switch"
     """A name of `switchjax.moe.routers.ROUTERS`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The router's own options, or those of PEER or soft MoE: see the dataclass beside its equation."""
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the router's losses, by name; a loss that is left out has its default weight."""
     num_experts: int = 8
     experts_per_layer: tuple[int, ...] = ()
     """Experts of each routed layer of a stack, first to last (DeepSpeed-MoE's pyramid); empty: num_experts in all."""
     num_selected_experts: int = 1
-    """K; a hierarchical router selects K / num_selected_groups in each group of experts that it selects."""
+    """K."""
     group_size: int = 512
     """Most tokens that compete for the same buffers (whole rows, or an even part of one); the mesh plays no part. 0:
     those of a row, however long."""
@@ -34,8 +47,6 @@ class MoEConfig:
     tokens with all their choices), batch_prioritized (highest gate first) or random (in training)."""
     no_token_left_behind: int = 0
     """Rounds in which a choice that found no slot goes to the token's next best expert."""
-    normalize_gates: bool = True
-    """Gates of a token's K > 1 experts sum to 1 (routers top_k and sigmoid)."""
     sample_experts: bool = False
     """In training, experts are drawn from the router's distribution instead of its K best."""
     jitter_noise: float = 0.01
@@ -43,19 +54,6 @@ class MoEConfig:
     input_dropout: float = 0.0
     """In training, the rate of dropout on the router's input."""
     expert_dropout: float = 0.0
-    second_expert_threshold: float = 0.2
-    """st_moe: the gate that a second expert must exceed."""
-    num_expert_groups: int = 1
-    """hierarchical: groups that the experts are divided into."""
-    num_selected_groups: int = 1
-    """hierarchical: groups that a token selects."""
-    bias_update_rate: float = 0.001
-    """sigmoid: the step by which an expert's bias rises or falls after each train step."""
-    hash_table: str = "random"
-    """hash: random, balanced (by the corpora's token counts) or clustered (by the embeddings of `init_from`)."""
-    sinkhorn_iterations: int = 20
-    auction_rounds: int = 2000
-    """base: most rounds of bidding; tokens without an expert then take what is left, in order."""
     allow_noncausal_routing: bool = False
     """Let a decoder route by what comes after a token, as expert choice and orders across tokens do."""
 
@@ -63,18 +61,6 @@ class MoEConfig:
     """Experts that every token passes through beside the routed ones."""
     shared_mixing: str = "sum"
     """How their output joins: sum, or learned (a softmax of two weights a token, DeepSpeed-MoE's code)."""
-    peer_heads: int = 8
-    """peer: heads, each of which selects num_selected_experts of the num_experts single neurons."""
-    peer_query: int = 256
-    """peer: length of a head's query."""
-
-    load_balance_loss_weight: float = 0.01
-    router_z_loss_weight: float = 0.0
-    importance_loss_weight: float = 0.0
-    load_loss_weight: float = 0.0
-    policy_loss_weight: float = 0.01
-    """reinforced: weight of the policy gradient and of its baseline."""
-    policy_entropy_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
         sizes = (
@@ -83,22 +69,14 @@ class MoEConfig:
             "train_capacity_factor",
             "eval_capacity_factor",
             "min_expert_capacity",
-            "num_expert_groups",
-            "num_selected_groups",
-            "bias_update_rate",
-            "sinkhorn_iterations",
-            "auction_rounds",
-            "peer_heads",
-            "peer_query",
         )
         check_positive("moe", {name: getattr(self, name) for name in sizes})
         check_positive("moe", {f"experts_per_layer[{i}]": n for i, n in enumerate(self.experts_per_layer)})
-        fractions = ("jitter_noise", "input_dropout", "expert_dropout", "second_expert_threshold")
+        fractions = ("jitter_noise", "input_dropout", "expert_dropout")
         check_fraction("moe", {name: getattr(self, name) for name in fractions})
         check_choice("moe.dispatch", self.dispatch, ["gather", "einsum", "ragged"])
         orders = ["first_come", "token_by_token", "batch_prioritized", "random"]
         check_choice("moe.fill_order", self.fill_order, orders)
-        check_choice("moe.hash_table", self.hash_table, ["random", "balanced", "clustered"])
         check_choice("moe.shared_mixing", self.shared_mixing, ["sum", "learned"])
         for name, experts in [
             ("num_experts", self.num_experts),
@@ -117,18 +95,19 @@ class MoEConfig:
             "moe.dispatch=ragged has no expert dropout: set moe.expert_dropout=0",
         )
         for name in (
-            "load_balance_loss_weight",
-            "router_z_loss_weight",
-            "importance_loss_weight",
-            "load_loss_weight",
-            "policy_loss_weight",
-            "policy_entropy_loss_weight",
             "no_token_left_behind",
             "num_shared_experts",
             "group_size",
             "expert_capacity",
         ):
             require(getattr(self, name) >= 0, f"moe.{name} must not be negative, got {getattr(self, name)}")
+        for name, weight in self.loss_weights.items():
+            require(weight >= 0, f"moe.loss_weights.{name} must not be negative, got {weight}")
+        for name in ("options", "loss_weights"):  # as of JSON or a ConfigDict
+            values = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in getattr(self, name).items()
+            }
+            object.__setattr__(self, name, Settings(values))
 
     def tokens_per_group(self, rows: int, length: int) -> int:
         """S, the tokens of a group when `rows` x `length` tokens are divided into groups of at most `group_size`.

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,11 +17,12 @@ from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
-from switchjax.parallel.sharding import gather, process_rows
+from switchjax.parallel.sharding import process_rows
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.loop import Evaluator, place_batch
+from switchjax.training.objective import count_batch, sum_over_targets
 from switchjax.training.state import plan_state
-from switchjax.training.step import Metrics, token_losses
+from switchjax.training.step import Metrics
 from switchjax.training.workdir import vocabulary_path
 
 _log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
     capacity.
     """
     evaluate = config.evaluate
-    step = jax.jit(_sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    step = jax.jit(partial(_sums, config), out_shardings=NamedSharding(mesh, PartitionSpec()))
     own = process_rows(mesh, config.data.batch_size)
 
     def batches(corpus: str) -> Iterator[Batch]:
@@ -87,18 +89,15 @@ def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tup
         return checkpoints.load_model(plan_state(config, mesh), step)
 
 
-def _sums(model: Model, batch: Batch) -> Metrics:
-    logits, routing = gather(model)(batch, None)
-    routed = [sums for runs in routing.values() for sums in runs if "routed" in sums]
-    targets, segments = model.targets(batch)
-    mask = segments > 0
-    nll, _ = token_losses(logits, targets, mask)
+def _sums(config: Config, model: Model, batch: Batch) -> Metrics:
+    sums = sum_over_targets(config, model, batch, None)
+    routed = [report.metrics for report in sums.reports.values() if report.metrics is not None]
     return {
-        "nll": nll,
-        "correct": jnp.sum(jnp.argmax(logits, axis=-1) == targets, where=mask),
-        "target_tokens": jnp.sum(mask),
-        "routed": sum(jnp.sum(sums["routed"]) for sums in routed),
-        "dispatched": sum(jnp.sum(sums["dispatched"]) for sums in routed),
+        "nll": sums.nll,
+        "correct": sums.correct,
+        "target_tokens": count_batch(model, batch).targets,
+        "routed": sum(jnp.sum(metrics.routed) for metrics in routed),
+        "dispatched": sum(jnp.sum(metrics.dispatched) for metrics in routed),
     }
 
 

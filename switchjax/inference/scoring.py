@@ -25,7 +25,7 @@ from switchjax.inference.text import pad_rows
 from switchjax.models.families import TextModel
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import count_shards, one_at_a_time
-from switchjax.training.step import target_log_probs
+from switchjax.training.objective import target_log_probs
 
 _log = logging.getLogger(__name__)
 

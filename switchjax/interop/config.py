@@ -5,6 +5,7 @@ What transformers has and the models here lack is refused by name, and so is the
 
 import json
 import logging
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from switchjax.interop.family import Values
 from switchjax.interop.patterns import find_pattern
 from switchjax.interop.tensors import DTYPES, TensorFolder
 from switchjax.interop.tokenizer import vocabulary_sizes
+from switchjax.moe.routers import router_options
 
 _log = logging.getLogger(__name__)
 
@@ -175,13 +177,17 @@ def _common_dtype(source: TensorFolder) -> str:
 
 
 def _config(values: Values) -> Config:
-    sections: dict[str, Values] = {}
+    sections: Values = {}
     for key, value in values.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        *path, name = key.split(".")
+        section = sections
+        for part in path:
+            section = section.setdefault(part, {})
+        section[name] = value
     return Config.from_dict(sections)
 
 
 def _get(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    if key.startswith("moe.options."):
+        return getattr(router_options(config.moe), key.removeprefix("moe.options."))
+    return operator.attrgetter(key)(config)

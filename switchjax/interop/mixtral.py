@@ -24,6 +24,7 @@ from switchjax.interop.family import (
     Values,
     attention_rules,
 )
+from switchjax.moe.routers import loss_weights
 
 _CONTEXT = 1024
 """Length of rows that the config of an imported model has, where the model allows as much."""
@@ -66,7 +67,7 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
         "model.scale_logits": False,
         "moe.num_selected_experts": selected,
         "moe.group_size": 0,
-        "moe.load_balance_loss_weight": selected * theirs.get("router_aux_loss_coef", 0.001),
+        "moe.loss_weights.load_balance_loss": selected * theirs.get("router_aux_loss_coef", 0.001),
         "data.objective": "causal",
         "data.num_sentinels": 0,
         "data.decoder_length": min(theirs.get("max_position_embeddings", 131_072), _CONTEXT),
@@ -87,7 +88,7 @@ def _write(config: Config) -> Values:
         "sliding_window": model.sliding_window or None,
         "num_experts_per_tok": moe.num_selected_experts,
         "max_position_embeddings": config.data.decoder_length,
-        "router_aux_loss_coef": moe.load_balance_loss_weight / moe.num_selected_experts,
+        "router_aux_loss_coef": loss_weights(moe)["load_balance_loss"] / moe.num_selected_experts,
     }
 
 
@@ -117,7 +118,7 @@ MIXTRAL = Family(
         "model.scale_scores": True,
         "model.dropout": 0.0,
         "moe.router": "top_k",
-        "moe.normalize_gates": True,
+        "moe.options.normalize_gates": True,
         "moe.dropless": True,
         "moe.experts_per_layer": (),
         "moe.num_shared_experts": 0,

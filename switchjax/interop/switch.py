@@ -26,7 +26,8 @@ from switchjax.config import Config, UserError
 from switchjax.interop.family import ACTIVATIONS, NO_Z_LOSS, Family, Key, Values, our_activation, their_activation
 from switchjax.interop.patterns import find_pattern, sparse_kinds, sparse_step
 from switchjax.interop.t5 import KEYS, OURS, TOKENS, t5_table
-from switchjax.moe.slots import capacity_of
+from switchjax.moe.capacity import capacity_of
+from switchjax.moe.routers import loss_weights
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
         "moe.expert_dropout": theirs.get("dropout_rate", 0.1),
         "moe.group_size": 0,
         "moe.expert_capacity": theirs.get("expert_capacity", 64),
-        "moe.load_balance_loss_weight": 2 * theirs.get("router_aux_loss_coef", 0.001),
-        "moe.router_z_loss_weight": 2 * theirs.get("router_z_loss_coef", 0.001),
+        "moe.loss_weights.load_balance_loss": 2 * theirs.get("router_aux_loss_coef", 0.001),
+        "moe.loss_weights.router_z_loss": 2 * theirs.get("router_z_loss_coef", 0.001),
     }
 
 
@@ -76,8 +77,8 @@ def _write(config: Config) -> Values:
         "dense_act_fn": their_activation(model.activation, ACTIVATIONS),
         "tie_word_embeddings": model.tie_embeddings,
         "expert_capacity": _expert_capacity(config),
-        "router_aux_loss_coef": moe.load_balance_loss_weight / 2,
-        "router_z_loss_coef": moe.router_z_loss_weight / 2,
+        "router_aux_loss_coef": loss_weights(moe)["load_balance_loss"] / 2,
+        "router_z_loss_coef": loss_weights(moe)["router_z_loss"] / 2,
     }
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from switchjax.config import Config, UserError
 from switchjax.interop.places import Place, place_of
 from switchjax.models.families import build
+from switchjax.models.inputs import metrics_by_layer
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
@@ -108,14 +109,15 @@ def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usag
     """
 
     @jax.jit
-    def loads(model: Model, batch: Batch) -> dict[str, list[Array]]:
-        _, routing = model(batch, None)
-        return {stack: [sums["expert_load"] for sums in runs] for stack, runs in routing.items()}
+    def loads(model: Model, batch: Batch) -> dict[str, Array]:
+        _, reports = model(batch, None)
+        by_layer = metrics_by_layer(reports).items()
+        return {stack: jnp.stack([metrics.expert_load for metrics in layers]) for stack, layers in by_layer}
 
     totals = [jax.device_get(loads(model, batch)) for batch in batches]
     if not totals:
         raise UserError(f"no corpus has anything in its {config.evaluate.split} split")
-    return {stack: np.sum([np.concatenate(total[stack]) for total in totals], axis=0) for stack in config.model.stacks}
+    return {stack: np.sum([total[stack] for total in totals], axis=0) for stack in config.model.stacks}
 
 
 def pruned_config(config: Config, num_experts: int) -> Config:

@@ -9,8 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from switchjax.config import ModelConfig
-from switchjax.models.cache import KeyValues
+from switchjax.models.cache import KeyValues, LayerCache, seen
+from switchjax.models.inputs import StackInputs
 from switchjax.models.layers import INIT_SCALE, add_bias, bias, dropout, kernel, project
+from switchjax.moe.routing import RoutingReport
 
 
 def attention_mask(
@@ -142,6 +144,14 @@ class Attention(nnx.Module):
         keys = add_bias(project(context, self.key[...].astype(context.dtype)), self.key_bias)
         values = add_bias(project(context, self.value[...].astype(context.dtype)), self.value_bias)
         return KeyValues(keys if positions is None else rotate(keys, positions, self.config.rotary_base), values)
+
+    def attend_to_itself(
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B L D"], dict[str, RoutingReport], KeyValues | None]:
+        """Self-attention of a block: the output, no reports, and the cache's new state if there is a cache."""
+        context = seen(self.keys_values(x, inputs.positions), cache, inputs.slots)
+        y = self(x, context, inputs.self_mask, inputs.self_bias, key, inputs.positions)
+        return y, {}, None if cache is None else context
 
     def __call__(
         self,

@@ -65,6 +65,11 @@ class LayerCache:
     """`KeyValues`, in a decoder of an encoder's output."""
 
 
+def seen(new: KeyValues, cache: LayerCache | None, slots: Int[Array, "B T"] | None) -> KeyValues:
+    """What self-attention attends to: the keys and values of T new tokens, and those that the cache has before them."""
+    return new if cache is None else cache.state.write(new, slots)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:

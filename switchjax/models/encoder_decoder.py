@@ -6,11 +6,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from switchjax.config import Config
 from switchjax.models.attention import attention_mask
 from switchjax.models.cache import Cache
-from switchjax.models.inputs import CrossInputs
+from switchjax.models.inputs import CrossInputs, Reports
 from switchjax.models.layers import Embedding, predict, split_key, untied_output
-from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
+from switchjax.models.model import Batch, Model, below, embed, token_arrays
 from switchjax.models.stack import Stack
-from switchjax.moe.layer import RoutingSums
 
 
 class EncoderDecoder(Model):
@@ -25,19 +24,19 @@ class EncoderDecoder(Model):
         self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=True, key=decoder_key)
         self.logits = untied_output(model, logits_key)
 
-    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
-        """Logits of the decoder's targets, and the routing sums of both stacks."""
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
+        """Logits of the decoder's targets, and the reports of both stacks."""
         encoder_key, decoder_key = split_key(key, 2)
-        encoded, encoder_sums = self.encode(batch["encoder_tokens"], batch["encoder_segments"], encoder_key)
-        logits, decoder_sums = self.decode(
+        encoded, encoder_reports = self.encode(batch["encoder_tokens"], batch["encoder_segments"], encoder_key)
+        logits, decoder_reports = self.decode(
             encoded, batch["encoder_segments"], batch["decoder_inputs"], batch["decoder_segments"], decoder_key
         )
-        return logits, {"encoder": encoder_sums, "decoder": decoder_sums}
+        return logits, below("encoder", encoder_reports) | below("decoder", decoder_reports)
 
     def encode(
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
-        """The encoder's output for each token, with its routing sums."""
+    ) -> tuple[Float[Array, "B L D"], Reports]:
+        """The encoder's output for each token, with its reports."""
         return self.encoder(embed(self.embedding, tokens), tokens, segments, key)
 
     def decode(
@@ -47,11 +46,11 @@ class EncoderDecoder(Model):
         tokens: Int[Array, "B L"],
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B L V"], list[RoutingSums]]:
-        """Logits of the token that follows each of `tokens`, with the decoder's routing sums."""
+    ) -> tuple[Float[Array, "B L V"], Reports]:
+        """Logits of the token that follows each of `tokens`, with the decoder's reports."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
-        x, sums = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
-        return predict(x, self.embedding, self.logits), sums
+        x, reports = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
+        return predict(x, self.embedding, self.logits), reports
 
     def start(self, batch: Batch, max_length: int) -> Cache:
         """The cache of the decoder for the encoder's inputs in `batch`, with room for `max_length` tokens a row."""

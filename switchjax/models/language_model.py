@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from switchjax.config import Config, UserError
 from switchjax.models.attention import positions_in_segments, sinusoids
 from switchjax.models.cache import Cache
+from switchjax.models.inputs import Reports
 from switchjax.models.layers import Embedding, learned_positions, predict, untied_output
-from switchjax.models.model import Batch, Model, Routing, embed, token_arrays
+from switchjax.models.model import Batch, Model, below, embed, token_arrays
 from switchjax.models.stack import Stack
 from switchjax.parallel.sharding import constrain
 
@@ -27,12 +28,12 @@ class LanguageModel(Model):
         self.decoder = Stack(config, config.layers("decoder"), causal=True, cross=False, key=decoder_key)
         self.logits = untied_output(model, logits_key)
 
-    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
-        """Logits of the token that follows each of `decoder_inputs`, and the decoder's routing sums."""
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
+        """Logits of the token that follows each of `decoder_inputs`, and the decoder's reports."""
         tokens, segments = batch["decoder_inputs"], batch["decoder_segments"]
         x = self._embed(tokens, positions_in_segments(segments), tokens.shape[1])
-        x, sums = self.decoder(x, tokens, segments, key)
-        return predict(x, self.embedding, self.logits), {"decoder": sums}
+        x, reports = self.decoder(x, tokens, segments, key)
+        return predict(x, self.embedding, self.logits), below("decoder", reports)
 
     def start(self, batch: Batch, max_length: int) -> Cache:
         """The cache for as many rows as `batch` has, with room for `max_length` tokens a row.

@@ -9,13 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from switchjax.config import Config
-from switchjax.moe.layer import RoutingSums
+from switchjax.models.inputs import Reports
 from switchjax.parallel.sharding import constrain
 
 Batch = dict[str, Integer[Array, "B ..."]]
 """Arrays whose first axis is the batch's; see `Model.batch_shapes` of a family."""
-Routing = dict[str, list[RoutingSums]]
-"""Stack -> routing sums of each of its runs with experts, layers on the first axis."""
 
 
 class Model(nnx.Module):
@@ -25,8 +23,8 @@ class Model(nnx.Module):
     def __init__(self, config: Config, key: PRNGKeyArray): ...
 
     @abstractmethod
-    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
-        """Logits of each target, and the routing sums of every stack.
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
+        """Logits of each target, and the reports of all layers with experts.
 
         Args:
             batch: as `batch_shapes` says.
@@ -56,3 +54,8 @@ def token_arrays(rows: int, length: int, *names: str) -> dict[str, jax.ShapeDtyp
 def embed(embedding: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Token vectors, laid over the mesh."""
     return constrain(embedding(tokens), "batch", "length", "embed")
+
+
+def below(name: str, reports: Reports) -> Reports:
+    """The reports of a module's parts, under the names that they have in the whole."""
+    return {f"{name}/{part}": report for part, report in reports.items()}

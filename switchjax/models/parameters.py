@@ -1,25 +1,42 @@
-"""The parameters of a model: which of them the optimiser trains."""
+"""The parameters of a model: which of them the optimiser trains, and how the others move."""
+
+from functools import reduce
+from typing import Any
 
 import jax
 from flax import nnx
 
+from switchjax.models.inputs import Reports
 from switchjax.parallel.sharding import is_variable, named_leaves
 
-GRADIENT = "gradient"
-"""The update rule of parameters that say nothing else: the optimiser proper."""
 
-
-def update_rules(model: nnx.Module) -> dict[str, str]:
-    """How training changes each parameter of `named_leaves(model)`: the `update` of its metadata.
-
-    gradient: the optimiser. frozen: never. sign: `p <- p - rate sign(g)`, without schedule (DeepSeek-V3's bias).
-    average: `p <- p - 0.1 g`, an exponential moving average where g is p less the batch's statistic.
-    """
-    rules = jax.tree.map(lambda variable: variable.get_metadata("update", GRADIENT), model, is_leaf=is_variable)
-    return named_leaves(rules)
+def is_trained(model: nnx.Module) -> dict[str, bool]:
+    """For each of `named_leaves(model)`, True if the optimiser trains it; tables, biases and averages are state."""
+    trained = jax.tree.map(lambda variable: variable.get_metadata("trained", True), model, is_leaf=is_variable)
+    return named_leaves(trained)
 
 
 def count_trained(model: nnx.Module) -> int:
-    """How many numbers the optimiser moves: tables, balancing biases and averages are state and no parameters."""
-    rules = update_rules(model)
-    return sum(leaf.size for name, leaf in named_leaves(model).items() if rules[name] == GRADIENT)
+    """How many numbers the optimiser trains."""
+    trained = is_trained(model)
+    return sum(leaf.size for name, leaf in named_leaves(model).items() if trained[name])
+
+
+def next_state(model: nnx.Module, reports: Reports) -> dict[str, jax.Array]:
+    """The leaves that are not trained and move after a step, by name, as the step's reports move them.
+
+    Args:
+        model: before the step.
+        reports: summed over the step's micro-batches.
+    """
+    moved: dict[str, jax.Array] = {}
+    for name, report in reports.items():
+        if report.state_sums:
+            layers = reduce(_part, name.split("/"), model)
+            values = jax.vmap(lambda layer, sums: layer.next_state(sums))(layers, report.state_sums)
+            moved |= {f"{name}/{leaf}": value for leaf, value in values.items()}
+    return moved
+
+
+def _part(module: Any, name: str) -> Any:
+    return module[int(name)] if name.isdecimal() else getattr(module, name)

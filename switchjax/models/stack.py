@@ -15,11 +15,11 @@ from switchjax.config import Config, Layer, UserError
 from switchjax.models.attention import RelativePositionBias, attention_mask, cached_mask, positions_in_segments
 from switchjax.models.blocks import make_block
 from switchjax.models.cache import Cache, LayerCache, State
-from switchjax.models.inputs import CrossInputs, StackInputs
+from switchjax.models.inputs import CrossInputs, Reports, StackInputs
 from switchjax.models.layers import Norm, dropout, split_key
 from switchjax.models.scan_periods import find_runs
 from switchjax.moe.expert_parallel import EXCHANGE
-from switchjax.moe.layer import RoutingSums, noncausal_because
+from switchjax.moe.routers import noncausal_because
 from switchjax.parallel.sharding import gather
 from switchjax.parallel.stacking import stack
 
@@ -80,17 +80,17 @@ class Period(nnx.Module):
         inputs: StackInputs,
         key: PRNGKeyArray | None,
         caches: list[LayerCache] | None = None,
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None, list[State]]:
-        """Applies the blocks; routing sums carry the period's MoE layers on their first axis, None without any."""
-        layers: list[RoutingSums] = []
+    ) -> tuple[Float[Array, "B L D"], Reports, list[State]]:
+        """Applies the blocks."""
+        reports: Reports = {}
         states: list[State] = []
         known: Sequence[LayerCache | None] = caches or [None] * len(self.blocks)
         keys = split_key(key, len(self.blocks))
-        for block, block_key, cache in zip(self.blocks, keys, known, strict=True):
-            x, sums, state = block(x, inputs, block_key, cache)
-            layers += sums
+        for i, (block, block_key, cache) in enumerate(zip(self.blocks, keys, known, strict=True)):
+            x, found, state = block(x, inputs, block_key, cache)
+            reports |= {f"blocks/{i}/{name}": replace(report, layers=(i,)) for name, report in found.items()}
             states.append(state)
-        return x, jax.tree.map(lambda *values: jnp.stack(values), *layers) if layers else None, states
+        return x, reports, states
 
 
 class Stack(nnx.Module):
@@ -125,7 +125,7 @@ class Stack(nnx.Module):
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
         cross: CrossInputs | None = None,
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums]]:
+    ) -> tuple[Float[Array, "B L D"], Reports]:
         """Applies all blocks.
 
         Args:
@@ -136,7 +136,7 @@ class Stack(nnx.Module):
             cross: what the cross-attention of a decoder attends to.
 
         Returns:
-            The normalised residual stream, and the routing sums of each run with MoE layers, these on a first axis.
+            The normalised residual stream, and the reports of the layers with experts.
         """
         inputs = StackInputs(
             tokens=tokens,
@@ -146,8 +146,8 @@ class Stack(nnx.Module):
             positions=positions_in_segments(segments) if self.config.positions == "rotary" else None,
             cross=cross,
         )
-        x, routing, _ = self._apply(x, inputs, key)
-        return x, routing
+        x, reports, _ = self._apply(x, inputs, key)
+        return x, reports
 
     def start(
         self,
@@ -202,18 +202,23 @@ class Stack(nnx.Module):
         inputs: StackInputs,
         key: PRNGKeyArray | None,
         caches: list[list[LayerCache]] | None = None,
-    ) -> tuple[Float[Array, "B L D"], list[RoutingSums], list[list[LayerCache]]]:
+    ) -> tuple[Float[Array, "B L D"], Reports, list[list[LayerCache]]]:
         first_key, last_key, key = split_key(key, 3)
         x = dropout(x, self.config.dropout, first_key)
-        routing: list[RoutingSums] = []
+        reports: Reports = {}
         layers: list[list[LayerCache]] = []
         known: Sequence[list[LayerCache] | None] = caches or [None] * len(self.runs)
         keys = split_key(key, len(self.runs))
-        for run, repeats, run_key, cache in zip(self.runs, self.repeats, keys, known, strict=True):
-            x, sums, states = self._apply_run(run, repeats, x, inputs, run_key, cache)
-            routing += [] if sums is None else [sums]
+        first = 0  # number of the run's first layer
+        for i, (run, repeats, run_key, cache) in enumerate(zip(self.runs, self.repeats, keys, known, strict=True)):
+            x, found, states = self._apply_run(run, repeats, x, inputs, run_key, cache)
+            period = len(run.blocks)
+            for name, report in found.items():
+                numbers = tuple(first + report.layers[0] + n * period for n in range(repeats))
+                reports[f"runs/{i}/{name}"] = replace(report, layers=numbers)
             layers += [] if cache is None else [[replace(c, state=s) for c, s in zip(cache, states, strict=True)]]
-        return dropout(self.norm(x), self.config.dropout, last_key), routing, layers
+            first += period * repeats
+        return dropout(self.norm(x), self.config.dropout, last_key), reports, layers
 
     def _apply_run(
         self,
@@ -223,11 +228,11 @@ class Stack(nnx.Module):
         inputs: StackInputs,
         key: PRNGKeyArray | None,
         caches: list[LayerCache] | None,
-    ) -> tuple[Float[Array, "B L D"], RoutingSums | None, list[State]]:
-        def body(x: Array, period: tuple[Any, ...]) -> tuple[Array, tuple[RoutingSums | None, list[State]]]:
+    ) -> tuple[Float[Array, "B L D"], Reports, list[State]]:
+        def body(x: Array, period: tuple[Any, ...]) -> tuple[Array, tuple[Reports, list[State]]]:
             module, key, caches = period
-            x, sums, states = gather(module)(x, inputs, key, caches)
-            return x, (sums, states)
+            x, reports, states = gather(module)(x, inputs, key, caches)
+            return x, (reports, states)
 
         if self.config.remat != "none" or self.sharded:
             body = jax.checkpoint(
@@ -235,5 +240,5 @@ class Stack(nnx.Module):
             )
         keys = None if key is None else jax.random.split(key, repeats)
         unroll = 1 if self.config.scan_layers else repeats
-        x, (sums, states) = jax.lax.scan(body, x, (run, keys, caches), unroll=unroll)
-        return x, jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), sums), states
+        x, (reports, states) = jax.lax.scan(body, x, (run, keys, caches), unroll=unroll)
+        return x, reports, states

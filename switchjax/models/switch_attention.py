@@ -6,13 +6,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from switchjax.config import Config
 from switchjax.models.attention import attend
-from switchjax.models.cache import KeyValues
+from switchjax.models.cache import KeyValues, LayerCache, seen
+from switchjax.models.inputs import StackInputs
 from switchjax.models.layers import INIT_SCALE, kernel, project, split_key
-from switchjax.moe.layer import MoELayer, RoutingSums
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.routing import RoutingReport
 
 
 class LinearExpert(nnx.Module):
@@ -46,33 +48,25 @@ class SwitchAttention(nnx.Module):
         shape = (model.num_heads, model.d_head, model.d_model)
         self.out = kernel(out_key, shape, ("heads", "head", "embed"), dtype, num_inputs=2)
 
-    def keys_values(
-        self,
-        x: Float[Array, "B L D"],
-        token_mask: Bool[Array, "B L"],
-        key: PRNGKeyArray | None,
-        token_ids: Int[Array, "B L"] | None,
-    ) -> tuple[KeyValues, RoutingSums]:
-        """Keys and values of `x`, and the routing sums of their router; the key is that of the queries' call."""
-        _, value_key, _ = split_key(key, 3)
-        both, sums = self.key_value(x, token_mask, value_key, token_ids)
+    def attend_to_itself(
+        self, x: Float[Array, "B L D"], inputs: StackInputs, key: PRNGKeyArray | None, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B L D"], dict[str, RoutingReport], KeyValues | None]:
+        """Self-attention of a block: the output, both routers' reports, and the cache's new state if there is one."""
+        query_key, value_key, dropout_key = split_key(key, 3)
+        both, value_report = self.key_value(x, inputs.token_mask, value_key, inputs.tokens)
         keys, values = jnp.split(both.reshape(*x.shape[:2], -1, self.config.d_head), 2, axis=2)
-        return KeyValues(keys, values), sums
-
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        context: KeyValues,
-        token_mask: Bool[Array, "B L"],
-        mask: Bool[Array, "B 1 L N"],
-        bias: Float[Array, "#B H L N"] | None,
-        key: PRNGKeyArray | None,
-        token_ids: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
-        """Attends from `x` to `context`, the `keys_values` of `x` and of what came before it."""
-        query_key, _, dropout_key = split_key(key, 3)
-        query, sums = self.query(x, token_mask, query_key, token_ids)
+        context = seen(KeyValues(keys, values), cache, inputs.slots)
+        query, query_report = self.query(x, inputs.token_mask, query_key, inputs.tokens)
         query = query.reshape(*x.shape[:2], -1, self.config.d_head)
-        recomputed = self.config.remat != "none"
-        mixed = attend(query, context.keys, context.values, mask, bias, self.config.dropout, dropout_key, recomputed)
-        return project(mixed, self.out[...].astype(x.dtype), num_inputs=2), sums
+        mixed = attend(
+            query,
+            context.keys,
+            context.values,
+            inputs.self_mask,
+            inputs.self_bias,
+            self.config.dropout,
+            dropout_key,
+            recomputed=self.config.remat != "none",
+        )
+        y = project(mixed, self.out[...].astype(x.dtype), num_inputs=2)
+        return y, {"query": query_report, "key_value": value_report}, None if cache is None else context

@@ -6,8 +6,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from switchjax.config import Config
+from switchjax.models.inputs import Reports
 from switchjax.models.layers import add_bias, bias, kernel, learned_positions, project
-from switchjax.models.model import Batch, Model, Routing
+from switchjax.models.model import Batch, Model, below
 from switchjax.models.stack import Stack
 from switchjax.parallel.sharding import constrain
 
@@ -29,8 +30,8 @@ class VisionTransformer(Model):
         self.head = kernel(head_key, (width, model.num_classes), ("embed", None), dtype)
         self.head_bias = bias(model, (model.num_classes,), (None,))
 
-    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Routing]:
-        """Logits of each image's class, as the only target of a row, and the encoder's routing sums."""
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
+        """Logits of each image's class, as the only target of a row, and the encoder's reports."""
         x = patch_vectors(batch["images"], self.config.patch_size).astype(self.config.dtype)
         x = add_bias(project(x, self.patches[...].astype(x.dtype)), self.patches_bias)
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -38,11 +39,11 @@ class VisionTransformer(Model):
         if self.positions is not None:
             x += self.positions[...].astype(x.dtype)[None]
         x = constrain(x, "batch", "length", "embed")
-        x, sums = self.encoder(x, None, self.segments(batch)["encoder"], key)
+        x, reports = self.encoder(x, None, self.segments(batch)["encoder"], key)
         x = x[:, :1]
         if self.pre_logits is not None:
             x = jnp.tanh(add_bias(x @ self.pre_logits[...].astype(x.dtype), self.pre_logits_bias))
-        return add_bias(x @ self.head[...].astype(x.dtype), self.head_bias), {"encoder": sums}
+        return add_bias(x @ self.head[...].astype(x.dtype), self.head_bias), below("encoder", reports)
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,6 +1,6 @@
 """The BASE layer (Lewis et al. 2021): experts as a residual layer of their own between two blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from switchjax.config import MoEConfig, UserError
-from switchjax.moe.layer import MoELayer, RoutingSums
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.routing import RoutingReport
 from switchjax.parallel.mesh import DATA, EXPERT
 from switchjax.parallel.sharding import partition_spec
 
@@ -19,7 +20,7 @@ class BaseLayer(nnx.Module):
     """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own, and 0 at first.
 
     In training, tokens are first shuffled over the batch, so that a group does not hold neighbours, which resemble each
-    other, and each expert takes equally many of a group (`switchjax.moe.routers.balanced.route_base`). The shuffle goes
+    other, and each expert takes equally many of a group (`switchjax.moe.routers.base.route_base`). The shuffle goes
     by the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
 
     Args:
@@ -48,7 +49,7 @@ class BaseLayer(nnx.Module):
         token_mask: Bool[Array, "B L"],
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
+    ) -> tuple[Float[Array, "B L D"], RoutingReport]:
         """Applies the layer; padding comes back as it is.
 
         Args:
@@ -62,11 +63,15 @@ class BaseLayer(nnx.Module):
         """
         del token_ids
         if key is None:
-            y, sums = self.moe(x, token_mask, None)
-            return x + y, sums
+            y, report = self.moe(x, token_mask, None)
+            return x + y, report
         shuffle_key, key = jax.random.split(key)
-        y, sums = self.moe(shuffle(x, shuffle_key), shuffle(token_mask, shuffle_key), key)
-        return x + unshuffle(y, shuffle_key), sums
+        y, report = self.moe(shuffle(x, shuffle_key), shuffle(token_mask, shuffle_key), key)
+        return x + unshuffle(y, shuffle_key), report
+
+    def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """As `MoELayer.next_state`, by the names in this layer."""
+        return {f"moe/{name}": value for name, value in self.moe.next_state(sums).items()}
 
 
 def shuffle(x: Shaped[Array, "B L *D"], key: PRNGKeyArray) -> Shaped[Array, "B L *D"]:

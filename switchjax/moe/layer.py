@@ -6,63 +6,25 @@ experts' tensor-parallel slices add up (all-reduce over `model`).
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from switchjax.config import MoEConfig, UserError, check_choice
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.capacity import capacity_of
 from switchjax.moe.dispatch import DISPATCHERS
 from switchjax.moe.expert_parallel import apply_experts, apply_experts_over_mesh, are_sliced, group_keys
 from switchjax.moe.ragged import apply_ragged
-from switchjax.moe.routers import ROUTERS
-from switchjax.moe.routing import RouterSizes, Routing, Tokens, jitter
-from switchjax.moe.slots import capacity_of
+from switchjax.moe.routers import check_router, router_of, router_options
+from switchjax.moe.routing import RouterSizes, Routing, RoutingReport, Tokens, jitter
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack
-
-RoutingSums = dict[str, Float[Array, "..."]]
-"""Losses and metrics of a layer, summed over tokens (see `switchjax.moe.losses.summarize`), and `Routing.token_values`
-as [B, L]."""
-
-
-def check_router(config: MoEConfig) -> None:
-    """Raises a `UserError` unless the router exists and can route by the config."""
-    check_choice("moe.router", config.router, ROUTERS)
-    known = ROUTERS[config.router].selected
-    if known is not None and config.num_selected_experts not in known:
-        raise UserError(
-            f"moe.router={config.router} selects {' or '.join(map(str, known))} expert(s), "
-            f"but moe.num_selected_experts={config.num_selected_experts}"
-        )
-    if (check := ROUTERS[config.router].check) is not None:
-        check(config)
-
-
-def noncausal_because(config: MoEConfig) -> str | None:
-    """Why, in evaluation, what comes after a token can change its experts; None if it cannot.
-
-    Raises:
-        UserError: if there is no such router.
-    """
-    check_choice("moe.router", config.router, ROUTERS)
-    if (reason := ROUTERS[config.router].noncausal) is not None:
-        return reason
-    if config.dropless:
-        return None
-    if config.fill_order == "batch_prioritized":
-        return "batch-prioritised routing lets a later token with a higher gate take a slot"
-    if config.no_token_left_behind:
-        return "a token sent on to another expert comes after the first choices of later tokens"
-    if config.num_selected_experts > 1 and config.fill_order != "token_by_token":
-        return "a second choice loses its slot to the first choice of a later token"
-    return None
 
 
 class MoELayer(nnx.Module):
@@ -93,12 +55,12 @@ class MoELayer(nnx.Module):
     ):
         check_router(config)
         router_key, expert_key = jax.random.split(key)
-        self.config = config
+        self.config, self.options = config, router_options(config)
+        sizes = RouterSizes(d_model, config.num_experts, vocab_size)
+        weights = router_of(config).weights(sizes, self.options, router_key)
         # float32 whatever the model's dtype: selective precision (Switch Transformer, section 2.4).
-        sizes = RouterSizes(d_model, config.num_experts, config.num_expert_groups, vocab_size)
-        weights = ROUTERS[config.router].weights(sizes, router_key)
         self.router = nnx.Dict(
-            {name: nnx.Param(weight.value, axes=weight.axes, update=weight.update) for name, weight in weights.items()}
+            {name: nnx.Param(made.value, axes=made.axes, trained=made.trained) for name, made in weights.items()}
         )
         self.experts = stack(make_expert, jax.random.split(expert_key, config.num_experts), "expert")
 
@@ -108,7 +70,7 @@ class MoELayer(nnx.Module):
         token_mask: Bool[Array, "B L"],
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L M"], RoutingSums]:
+    ) -> tuple[Float[Array, "B L M"], RoutingReport]:
         """Applies to each token the experts that it is routed to; zeros where it found no slot.
 
         Args:
@@ -117,36 +79,43 @@ class MoELayer(nnx.Module):
             key: for routing noise and expert dropout; None in evaluation, which also takes the evaluation's capacity.
             token_ids: in the vocabulary, for routers that go by them.
 
+        Returns:
+            The experts' outputs, and the report, summed over groups.
+
         Raises:
             UserError: if rows do not divide into groups, or groups not over the mesh.
         """
         size = self.config.tokens_per_group(x.shape[0], x.shape[1])
-        groups = x.reshape(-1, size, x.shape[-1])
-        mask = token_mask.reshape(-1, size)
         ids = None if token_ids is None else token_ids.reshape(-1, size)
-        apply = self._apply_local if jax.sharding.get_abstract_mesh().empty else self._apply_over_mesh
-        y, sums, token_values = apply(groups, mask, ids, key)
-        sums = {name: jnp.sum(values, axis=0) for name, values in sums.items()}
-        return y.reshape(*x.shape[:2], -1), sums | {n: v.reshape(x.shape[:2]) for n, v in token_values.items()}
+        groups = (x.reshape(-1, size, x.shape[-1]), token_mask.reshape(-1, size), ids)
+        if jax.sharding.get_abstract_mesh().empty:
+            y, routed = self._route_and_apply(*groups, key, 0, apply_experts)
+        else:
+            y, routed = self._over_mesh(*groups, key)
+        losses, metrics, state_sums = jax.tree.map(
+            lambda values: jnp.sum(values, axis=0), (routed.losses, routed.metrics, routed.state_sums)
+        )
+        values = {name: value.reshape(x.shape[:2]) for name, value in routed.token_values.items()}
+        return y.reshape(*x.shape[:2], -1), RoutingReport(losses, metrics, values, state_sums)
 
-    def _apply_local(
+    def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """The weights that are not trained, by their names in this layer, as they are after a step.
+
+        Args:
+            sums: the step's `RoutingReport.state_sums`.
+        """
+        move = router_of(self.config).next_state
+        weights = {name: weight[...] for name, weight in self.router.items()}
+        moved = {} if move is None else move(weights, sums, self.options)
+        return {f"router/{name}": value for name, value in moved.items()}
+
+    def _over_mesh(
         self,
         x: Float[Array, "G S D"],
         mask: Bool[Array, "G S"],
         ids: Int[Array, "G S"] | None,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "G S M"], RoutingSums, RoutingSums]:
-        routing = self._route(x, mask, ids, group_keys(key, 0, x.shape[0]))
-        y = self._experts(x, routing, partial(apply_experts, key=self._expert_key(key)))
-        return y, routing.losses | routing.metrics, routing.token_values
-
-    def _apply_over_mesh(
-        self,
-        x: Float[Array, "G S D"],
-        mask: Bool[Array, "G S"],
-        ids: Int[Array, "G S"] | None,
-        key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "G S M"], RoutingSums, RoutingSums]:
+    ) -> tuple[Float[Array, "G S M"], RoutingReport]:
         mesh = jax.sharding.get_abstract_mesh()
         columns = mesh.shape[EXPERT]
         local_groups, rest = divmod(x.shape[0], mesh.shape[DATA] * columns)
@@ -164,45 +133,51 @@ class MoELayer(nnx.Module):
             mask: Bool[Array, "G S"],
             ids: Int[Array, "G S"] | None,
             key: PRNGKeyArray | None,
-        ) -> tuple[Array, RoutingSums, RoutingSums]:
+        ) -> tuple[Float[Array, "G S M"], RoutingReport]:
             shard = jax.lax.axis_index(DATA) * columns + jax.lax.axis_index(EXPERT)
-            routing = layer._route(x, mask, ids, group_keys(key, shard * local_groups, local_groups))
-            y = layer._experts(x, routing, partial(apply_experts_over_mesh, key=layer._expert_key(key)))
-            # The slices of d_ff add up here, not before the way back: combine is linear, tokens are fewer than slots.
-            y = jax.lax.psum(y, MODEL) if sliced else y
-            return y, routing.losses | routing.metrics, routing.token_values
+            y, report = layer._route_and_apply(x, mask, ids, key, shard * local_groups, apply_experts_over_mesh)
+            # The slices of d_ff add up here and not before the way back: combine is linear, and tokens are fewer than
+            # slots.
+            return jax.lax.psum(y, MODEL) if sliced else y, report
 
         groups = partition_spec("group")
         in_specs = (parameter_specs(self), groups, groups, groups, PartitionSpec())
         # Pallas kernels, as grouped products are, do not say over which axes their results vary.
         checked = self.config.dispatch != "ragged"
-        shard = jax.shard_map(island, in_specs=in_specs, out_specs=(groups, groups, groups), check_vma=checked)
+        shard = jax.shard_map(island, in_specs=in_specs, out_specs=(groups, groups), check_vma=checked)
         return shard(self, x, mask, ids, key)
 
-    def _route(
+    def _route_and_apply(
         self,
         x: Float[Array, "G S D"],
         mask: Bool[Array, "G S"],
         ids: Int[Array, "G S"] | None,
-        keys: Key[Array, "G"] | None,
-    ) -> Routing:
-        config = self.config
+        key: PRNGKeyArray | None,
+        first_group: int | Int[Array, ""],
+        apply: Callable[[Any, Array, PRNGKeyArray | None], Array],
+    ) -> tuple[Float[Array, "G S M"], RoutingReport]:
+        """Route, dispatch, experts, combine: the groups of one device, numbered from `first_group` on."""
+        config, keys = self.config, group_keys(key, first_group, x.shape[0])
         capacity = capacity_of(config, config.num_experts, x.shape[1], training=keys is not None)
-        tokens = Tokens(x.astype(jnp.float32), mask, capacity, ids, keys)
+        tokens = explore(Tokens(x.astype(jnp.float32), mask, capacity, ids, keys), config)
         weights = {name: weight[...] for name, weight in self.router.items()}
-        return ROUTERS[config.router].route(weights, explore(tokens, config), config)
+        routing = router_of(config).route(weights, tokens, config, self.options)
+        self._check_losses(routing)
+        if config.dispatch == "ragged":
+            y = apply_ragged(self.experts, x, routing)
+        else:
+            form = DISPATCHERS[config.dispatch]
+            y = apply(self.experts, form.dispatch(x, routing), key if config.expert_dropout else None)
+            y = form.combine(y, routing)
+        return y, RoutingReport(routing.losses, routing.metrics, routing.token_values, routing.state_sums)
 
-    def _expert_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
-        return key if self.config.expert_dropout else None
-
-    def _experts(
-        self, x: Float[Array, "G S D"], routing: Routing, apply: Callable[[Any, Array], Array]
-    ) -> Float[Array, "G S M"]:
-        """Dispatch, experts, combine."""
-        if self.config.dispatch == "ragged":
-            return apply_ragged(self.experts, x, routing)
-        form = DISPATCHERS[self.config.dispatch]
-        return form.combine(apply(self.experts, form.dispatch(x, routing)), routing)
+    def _check_losses(self, routing: Routing) -> None:
+        undeclared = routing.losses.keys() - router_of(self.config).losses.keys()
+        if undeclared:
+            raise UserError(
+                f"router {self.config.router} returns {', '.join(sorted(undeclared))} without a default weight: "
+                "name it in Router.losses"
+            )
 
 
 def explore(tokens: Tokens, config: MoEConfig) -> Tokens:

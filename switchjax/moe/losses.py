@@ -4,7 +4,7 @@ Sums add up over groups, devices and micro-batches, and a token of padding adds 
 the token count once, at the end.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def load_balance_loss(
     num_experts = router_probs.shape[-1]
     tokens = jnp.maximum(jnp.sum(token_mask, axis=1, dtype=jnp.float32), 1)[:, None]
     taken = jnp.broadcast_to(token_mask[..., None], expert_index.shape)
-    fraction = choices_of_experts(expert_index, taken, num_experts) / (tokens * expert_index.shape[-1])
+    fraction = count_choices(expert_index, taken, num_experts) / (tokens * expert_index.shape[-1])
     mean_probability = jnp.sum(router_probs, axis=1, where=token_mask[..., None]) / tokens
     return num_experts * jnp.sum(fraction * mean_probability, axis=-1) * tokens[:, 0]
 
@@ -60,58 +60,97 @@ def _imbalance(values: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) ->
     return jnp.var(relative, axis=-1) * jnp.sum(token_mask, axis=1, dtype=jnp.float32)
 
 
-def routing_metrics(
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutingMetrics:
+    """What routing did, as sums over tokens; any leading axes, such as groups or layers."""
+
+    tokens: Float[Array, "*N"]
+    routed: Float[Array, "*N"]
+    """Choices that asked for a slot."""
+    dispatched: Float[Array, "*N"]
+    """Choices that found one."""
+    expert_load: Float[Array, "*N E"]
+    """Choices that fall on each expert, before capacity."""
+    router_entropy: Float[Array, "*N"]
+    """Nats."""
+    router_confidence: Float[Array, "*N"]
+    """The highest probability of each token."""
+
+
+def sum_metrics(
     router_probs: Float[Array, "G S E"],
     expert_index: Int[Array, "G S K"],
     taken: Bool[Array, "G S K"],
     dispatched: Int[Array, "G"],
     token_mask: Bool[Array, "G S"],
-) -> dict[str, Float[Array, "G *E"]]:
-    """Sums from which `summarize` makes the metrics.
+) -> RoutingMetrics:
+    """The metrics of each group.
 
     Args:
         router_probs: probabilities of the experts.
         expert_index: the experts that each token selected.
-        taken: the choices that ask for a slot.
-        dispatched: choices that found one.
+        taken: True for the choices that ask for a slot.
+        dispatched: number of choices that found one.
         token_mask: False for padding.
     """
     probs = jax.lax.stop_gradient(router_probs)
     entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs), 0.0), axis=-1)
-    return {
-        "tokens": jnp.sum(token_mask, axis=1, dtype=jnp.float32),
-        "routed": jnp.sum(taken, axis=(1, 2), dtype=jnp.float32),
-        "dispatched": dispatched.astype(jnp.float32),
-        "expert_load": choices_of_experts(expert_index, taken, probs.shape[-1]),
-        "router_entropy": jnp.sum(entropy, axis=1, where=token_mask),
-        "router_confidence": jnp.sum(jnp.max(probs, axis=-1), axis=1, where=token_mask),
-    }
+    return RoutingMetrics(
+        tokens=jnp.sum(token_mask, axis=1, dtype=jnp.float32),
+        routed=jnp.sum(taken, axis=(1, 2), dtype=jnp.float32),
+        dispatched=dispatched.astype(jnp.float32),
+        expert_load=count_choices(expert_index, taken, probs.shape[-1]),
+        router_entropy=jnp.sum(entropy, axis=1, where=token_mask),
+        router_confidence=jnp.sum(jnp.max(probs, axis=-1), axis=1, where=token_mask),
+    )
 
 
-def choices_of_experts(
+def count_choices(
     expert_index: Int[Array, "G S K"], taken: Bool[Array, "G S K"], num_experts: int
 ) -> Float[Array, "G E"]:
-    """How many choices fall on each expert, before capacity."""
+    """Number of choices that fall on each expert, before capacity."""
     chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.float32)
     return jnp.sum(chosen, axis=(1, 2), where=taken[..., None])
 
 
-def summarize(sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-    """Losses and metrics under their fixed names, from sums over tokens (any leading axes, e.g. layers).
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Metrics of routing under their fixed names, one row a layer."""
 
-    Returns:
-        The losses of the router, such as load_balance_loss (1 at perfect balance), router_entropy (nats) and
-        router_confidence (the highest probability) as means over tokens; fraction_tokens_dropped (of the choices that
-        asked for a slot); expert_load (share of the choices before capacity, sums to 1), and the shares of the most
-        and the least used expert, expert_load_top and expert_load_bottom.
-    """
-    tokens = jnp.maximum(sums["tokens"], 1.0)
-    routed = jnp.maximum(sums["routed"], 1.0)
-    means = [name for name in sums if name.endswith("_loss")] + ["router_entropy", "router_confidence"]
-    load = sums["expert_load"] / jnp.maximum(jnp.sum(sums["expert_load"], axis=-1, keepdims=True), 1.0)
-    return {name: sums[name] / tokens for name in means} | {
-        "fraction_tokens_dropped": (sums["routed"] - sums["dispatched"]) / routed,
-        "expert_load": load,
-        "expert_load_top": jnp.max(load, axis=-1),
-        "expert_load_bottom": jnp.min(load, axis=-1),
-    }
+    router_entropy: Float[Array, "*N"]
+    """Mean over tokens, nats."""
+    router_confidence: Float[Array, "*N"]
+    """Mean over tokens of the highest probability."""
+    fraction_tokens_dropped: Float[Array, "*N"]
+    """Of the choices that asked for a slot."""
+    expert_load: Float[Array, "*N E"]
+    """Share of the choices before capacity; sums to 1."""
+
+    @property
+    def expert_load_top(self) -> Float[Array, "*N"]:
+        """Share of the most used expert."""
+        return jnp.max(self.expert_load, axis=-1)
+
+    @property
+    def expert_load_bottom(self) -> Float[Array, "*N"]:
+        """Share of the least used expert."""
+        return jnp.min(self.expert_load, axis=-1)
+
+    @property
+    def dead_experts(self) -> Float[Array, "*N"]:
+        """Number of experts that no token chose."""
+        return jnp.sum(self.expert_load == 0, axis=-1, dtype=jnp.float32)
+
+
+def summarize(metrics: RoutingMetrics) -> RoutingSummary:
+    """Means and shares from sums over tokens."""
+    tokens, routed = jnp.maximum(metrics.tokens, 1.0), jnp.maximum(metrics.routed, 1.0)
+    choices = jnp.maximum(jnp.sum(metrics.expert_load, axis=-1, keepdims=True), 1.0)
+    return RoutingSummary(
+        router_entropy=metrics.router_entropy / tokens,
+        router_confidence=metrics.router_confidence / tokens,
+        fraction_tokens_dropped=(metrics.routed - metrics.dispatched) / routed,
+        expert_load=metrics.expert_load / choices,
+    )

@@ -4,7 +4,10 @@ There are no slots: a token is sent nowhere, the rows of its experts come to it.
 divided over the axis `expert`, and the tokens of that axis visit every part of them.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,28 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
-from switchjax.config import UserError
+from switchjax.config import MoEConfig, UserError, check_positive, from_mapping
+from switchjax.moe.routing import RoutingReport
 from switchjax.parallel.mesh import DATA, EXPERT
 from switchjax.parallel.sharding import partition_spec
 
 CHUNK_ELEMENTS = 2**21
 """Numbers gathered from each table at a time, whatever the number of tokens: 8 MB in float32."""
+AVERAGE_STEP = 0.1
+"""What the running averages take of each step's statistics."""
+
+
+@dataclass(frozen=True)
+class PEEROptions:
+    """Options of PEER, in `moe.options`."""
+
+    peer_heads: int = 8
+    """H, heads, each of which selects `num_selected_experts` of the `num_experts` single neurons."""
+    peer_query: int = 256
+    """Length of a head's query, half of it for each set of sub-keys."""
+
+    def __post_init__(self) -> None:
+        check_positive("moe.options", dataclasses.asdict(self))
 
 
 class PEERLayer(nnx.Module):
@@ -28,10 +47,7 @@ class PEERLayer(nnx.Module):
 
     Args:
         d_model: D.
-        num_experts: N, a square.
-        num_heads: H.
-        num_selected: k, experts of a head (16 in the paper).
-        d_query: length of a head's query, half of it for each set of sub-keys.
+        config: N `num_experts`, a square; k `num_selected_experts` of a head (16 in the paper); `PEEROptions`.
         key: for initialisation.
         dtype: of the two tables; all else is float32.
 
@@ -39,16 +55,9 @@ class PEERLayer(nnx.Module):
         UserError: if N is no square, k exceeds n, or the query has no two halves.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_experts: int,
-        num_heads: int,
-        num_selected: int,
-        d_query: int,
-        key: PRNGKeyArray,
-        dtype: DTypeLike = jnp.float32,
-    ):
+    def __init__(self, d_model: int, config: MoEConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32):
+        options = from_mapping(PEEROptions, config.options, "moe.options")
+        num_experts, num_selected, d_query = config.num_experts, config.num_selected_experts, options.peer_query
         side = math.isqrt(num_experts)
         if side**2 != num_experts:
             raise UserError(
@@ -60,10 +69,10 @@ class PEERLayer(nnx.Module):
                 f"a PEER head of {num_experts} experts selects at most {side} (their square root), got {num_selected}"
             )
         if d_query % 2:
-            raise UserError(f"a PEER query has two halves, but d_query={d_query} is odd")
+            raise UserError(f"a PEER query has two halves, but moe.options.peer_query={d_query} is odd")
         self.num_selected = num_selected
         query_key, sub_key, down_key, up_key = jax.random.split(key, 4)
-        heads, half = num_heads, d_query // 2
+        heads, half = options.peer_heads, d_query // 2
 
         def weight(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike = jnp.float32) -> Array:
             # Variance 0.1 / fan_in as everywhere; cut off at 2 deviations, a normal has lost 12 % of its own.
@@ -73,17 +82,21 @@ class PEERLayer(nnx.Module):
         self.query = nnx.Param(weight(query_key, (d_model, heads, 2, half), d_model), axes=("embed", *by_query))
         self.norm_scale = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query)
         self.norm_bias = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query)
-        # No gradient trains these two; see `average_loss`.
-        self.norm_mean = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query, update="average")
-        self.norm_variance = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query, update="average")
+        # Running averages, which `next_state` moves.
+        self.norm_mean = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query, trained=False)
+        self.norm_variance = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query, trained=False)
         self.sub_keys = nnx.Param(weight(sub_key, (2, side, half), half), axes=(None, None, None))
         self.down = nnx.Param(weight(down_key, (num_experts, d_model), d_model, dtype), axes=("expert", "embed"))
         # The gates of a head sum to 1, so that an output has as many inputs as there are heads.
         self.up = nnx.Param(weight(up_key, (num_experts, d_model), heads, dtype), axes=("expert", "embed"))
 
     def __call__(
-        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B L D"], dict[str, Float[Array, ""]]]:
+        self,
+        x: Float[Array, "B L D"],
+        token_mask: Bool[Array, "B L"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], RoutingReport]:
         """Applies to each token the experts that its heads select; zeros for padding.
 
         Args:
@@ -91,42 +104,41 @@ class PEERLayer(nnx.Module):
             token_mask: False for padding, which is no part of the batch's statistics.
             key: None in evaluation, where queries are normalised by running averages; nothing here is random.
 
+            token_ids: without effect; layers with experts are called alike.
+
         Returns:
-            The outputs, and `average_loss`, to be added to the training loss with weight 1: it is exactly 0, and its
-            gradient is what moves the running averages.
+            The outputs, and in training the sums from which the running averages move.
         """
         x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # of zeros, gelu(u . x) v is zero
-        query, loss = self._query(x.astype(jnp.float32), token_mask, key is not None)
+        query, sums = self._query(x.astype(jnp.float32), token_mask, key is not None)
         scores = jnp.einsum("blhsq,snq->blhsn", query, self.sub_keys[...], precision=jax.lax.Precision.HIGHEST)
         apply = _apply_local if jax.sharding.get_abstract_mesh().empty else _apply_over_mesh
         y = apply(x, scores, self.down[...], self.up[...], self.num_selected)
-        return y, {"average_loss": loss}
+        return y, RoutingReport(state_sums=sums)
+
+    def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """The running averages after a step, moved by `AVERAGE_STEP` towards the mean of its micro-batches."""
+        batches = jnp.maximum(sums["batches"], 1)
+        averages = {"norm_mean": self.norm_mean[...], "norm_variance": self.norm_variance[...]}
+        moved = {name: value - AVERAGE_STEP * (value - sums[name] / batches) for name, value in averages.items()}
+        # A step of padding alone leaves the averages where they are.
+        return {name: jnp.where(sums["batches"] > 0, moved[name], value) for name, value in averages.items()}
 
     def _query(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], training: bool
-    ) -> tuple[Float[Array, "B L H 2 Q"], Float[Array, ""]]:
-        """The queries, normalised by the batch of all devices (all-reduces of [H, 2, Q]), and the averages' loss."""
+    ) -> tuple[Float[Array, "B L H 2 Q"], dict[str, Float[Array, "..."]]]:
+        """The queries, normalised by the batch of all devices (all-reduces of [H, 2, Q]), and its statistics."""
         query = jnp.einsum("bld,dhsq->blhsq", x, self.query[...], precision=jax.lax.Precision.HIGHEST)
         mean, variance = jax.lax.stop_gradient((self.norm_mean[...], self.norm_variance[...]))
-        loss = jnp.zeros(())
+        sums = {}
         if training:
-            some = jnp.any(mask)  # a batch of padding has no mean, and leaves the averages where they are
-            real = (mask | ~some)[..., None, None, None]
+            some = jnp.any(mask)
+            real = (mask | ~some)[..., None, None, None]  # a batch of padding has no mean
             mean, variance = jnp.mean(query, axis=(0, 1), where=real), jnp.var(query, axis=(0, 1), where=real)
-            moved = average_loss(self.norm_mean[...], mean) + average_loss(self.norm_variance[...], variance)
-            loss = jnp.where(some, moved, loss)
+            statistics = {"norm_mean": mean, "norm_variance": variance, "batches": jnp.ones(())}
+            sums = {name: jax.lax.stop_gradient(jnp.where(some, value, 0.0)) for name, value in statistics.items()}
         scale = self.norm_scale[...] * jax.lax.rsqrt(variance + 1e-5)
-        return (query - mean[None, None]) * scale[None, None] + self.norm_bias[...][None, None], loss
-
-
-def average_loss(average: Float[Array, "*S"], batch: Float[Array, "*S"]) -> Float[Array, ""]:
-    """Exactly 0, with the gradient `average - batch` for `average` and none for `batch`.
-
-    A running average thus needs no state of its own: it is a parameter marked `update="average"`, for which the
-    optimiser's step `p <- p - (1 - decay) gradient` is `p <- decay p + (1 - decay) batch`. The gradient cannot ride on
-    the layer's output, whose cotangents are arbitrary; hence a loss, to be added with weight 1.
-    """
-    return jnp.sum(jax.lax.stop_gradient(average - batch) * (average - jax.lax.stop_gradient(average)))
+        return (query - mean[None, None]) * scale[None, None] + self.norm_bias[...][None, None], sums
 
 
 def product_key_top_k(

@@ -1,21 +1,22 @@
-"""The contract between routers and dispatchers: what a router sees (`Tokens`) and what it decides (`Routing`)."""
+"""The contract between routers and dispatchers: what a router sees, what it decides, and what a router is."""
 
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from switchjax.config import MoEConfig
-from switchjax.moe.gather import gather_sum
+from switchjax.moe.losses import RoutingMetrics
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tokens:
-    """What a router sees: the tokens of some groups, none of which knows of the others."""
+    """What a router sees: the tokens of some groups, each group by itself."""
 
     x: Float[Array, "G S D"]
     """float32 whatever the model's dtype; in training with jitter or dropout on it."""
@@ -30,11 +31,11 @@ class Tokens:
 
     @property
     def training(self) -> bool:
-        """Whether this is training: only then is anything random."""
+        """True in training; only then is anything random."""
         return self.keys is not None
 
     def random(self, purpose: str, draw: Callable[[PRNGKeyArray], Array]) -> Array:
-        """`draw(key)` for each group, stacked: a stream of its own for each purpose."""
+        """`draw(key)` for each group, stacked; each purpose has its own stream of keys."""
         assert self.keys is not None, "evaluation is deterministic"
         number = zlib.crc32(purpose.encode()) & 0x7FFFFFFF
         return jax.vmap(lambda key: draw(jax.random.fold_in(key, number)))(self.keys)
@@ -45,8 +46,8 @@ class Tokens:
 class Routing:
     """Which token fills each slot of the experts' buffers, and with which weight its output returns.
 
-    `losses` and `metrics` are sums over a group's tokens, so that they add up over groups, devices and micro-batches;
-    `switchjax.moe.losses.summarize` divides at the end.
+    Losses, metrics and state sums are sums over the tokens of a group, so that they add up over groups, devices and
+    micro-batches; the objective and `switchjax.moe.losses.summarize` divide at the end.
     """
 
     slot_token: Int[Array, "G E C"]
@@ -54,14 +55,32 @@ class Routing:
     slot_gate: Float[Array, "G E C"]
     """Weight of the slot's output (differentiable); 0 where the slot is empty."""
     token_slot: Int[Array, "G S K"] | None
-    """The inverse: slots `e * C + c` of each token; E * C where a choice was dropped. None where experts choose, as
-    a token may then have any number of slots."""
+    """The inverse: slots `e * C + c` of each token; E * C where a choice was dropped. None where experts choose,
+    because a token may then have any number of slots."""
     num_tokens: int = field(metadata={"static": True})
     """S, tokens of a group."""
     losses: dict[str, Float[Array, "G"]]
-    metrics: dict[str, Float[Array, "G *E"]]
+    """By the names that `Router.losses` declares."""
+    metrics: RoutingMetrics
     token_values: dict[str, Float[Array, "G S"]] = field(default_factory=dict)
-    """What a loss outside of the layer needs to know of each token (reinforced routing)."""
+    """What `Router.reward_losses` needs to know of each token."""
+    state_sums: dict[str, Float[Array, "G ..."]] = field(default_factory=dict)
+    """What `Router.next_state` needs to know of the step."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutingReport:
+    """What a layer with experts returns beside its output; with a leading axis of layers where these are stacked."""
+
+    losses: dict[str, Float[Array, "..."]] = field(default_factory=dict)
+    metrics: RoutingMetrics | None = None
+    """None for a layer without choices to count (PEER, soft MoE)."""
+    token_values: dict[str, Float[Array, "..."]] = field(default_factory=dict)
+    """As in `Routing`, but [B, L]."""
+    state_sums: dict[str, Float[Array, "..."]] = field(default_factory=dict)
+    layers: tuple[int, ...] = field(default=(), metadata={"static": True})
+    """Numbers of the stacked layers in their stack, from 0."""
 
 
 Weights = Mapping[str, Float[Array, "..."]]
@@ -75,8 +94,8 @@ class Weight:
     value: Float[Array, "..."]
     axes: tuple[str | None, ...]
     """Logical axes, as `switchjax.parallel.sharding` names them."""
-    update: str = "gradient"
-    """How training changes it; see `switchjax.training.optimizer`."""
+    trained: bool = True
+    """False for state, which the optimiser leaves alone and `Router.next_state` may move."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +104,16 @@ class RouterSizes:
 
     d_model: int
     num_experts: int
-    num_expert_groups: int = 1
     vocab_size: int = 0
+    """0 where tokens have no vocabulary ids."""
 
 
-def linear_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a router that has none."""
+
+
+def linear_router(sizes: RouterSizes, options: Any, key: PRNGKeyArray) -> dict[str, Weight]:
     """W_r [D, E], for `logits = x W_r`.
 
     N(0, 0.02) as the Switch Transformer was released, but cut at two deviations, which leaves one of 0.0176; scaled by
@@ -99,23 +123,73 @@ def linear_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
     return {"logits": Weight(init(key, (sizes.d_model, sizes.num_experts), jnp.float32), ("embed", None))}
 
 
+BALANCE: Mapping[str, float] = {"load_balance_loss": 0.01, "router_z_loss": 0.0}
+"""The losses of every router in which tokens choose, with their default weights."""
+
+
+RewardLosses = Callable[[Mapping[str, Array], Float[Array, "B L"], Bool[Array, "B L"]], dict[str, Array]]
+"""From `Routing.token_values` of N layers [N, B, L], the reward of each token and its mask, to sums over tokens [N] by
+the names that `Router.losses` declares."""
+
+
 @dataclass(frozen=True)
 class Router:
-    """A routing system: a function of tokens, and what it needs to know of it before it runs."""
+    """A routing system: its equation, and all that belongs to it."""
 
-    route: Callable[[Weights, Tokens, MoEConfig], Routing]
-    weights: Callable[[RouterSizes, PRNGKeyArray], dict[str, Weight]] = linear_router
+    route: Callable[[Weights, Tokens, MoEConfig, Any], Routing]
+    """The equation: weights, tokens, the section `moe`, and the router's own options -> routing."""
+    weights: Callable[[RouterSizes, Any, PRNGKeyArray], dict[str, Weight]] = linear_router
+    """Creates the weights, given the router's options and a key."""
+    options: type = NoOptions
+    """A frozen dataclass; `moe.options` sets its fields and is checked against it."""
+    losses: Mapping[str, float] = field(default_factory=lambda: BALANCE)
+    """Every loss that the router returns, with its default weight; `moe.loss_weights` replaces weights."""
+    next_state: Callable[[Weights, Mapping[str, Array], Any], dict[str, Array]] | None = None
+    """The weights that are not trained, as they are after a step: from the weights, the step's `Routing.state_sums`,
+    added up over groups, devices and micro-batches, and the options."""
+    reward_losses: RewardLosses | None = None
+    """Losses that need to know how well the model predicted."""
     selected: tuple[int, ...] | None = None
     """The K that it knows; None: any."""
     noncausal: str | None = None
     """Why a token's experts depend, in evaluation too, on tokens after it; None: they do not."""
-    check: Callable[[MoEConfig], None] | None = None
-    """Raises a `UserError` for a config that it cannot route by."""
+    check: Callable[[MoEConfig, Any], None] | None = None
+    """Raises a `UserError` for a section `moe` and options that it cannot route by."""
 
 
-def project(x: Float[Array, "G S D"], weight: Float[Array, "D N"]) -> Float[Array, "G S N"]:
-    """`x W` in full float32: the matrix units of accelerators would round the logits otherwise."""
+def router_logits(x: Float[Array, "G S D"], weight: Float[Array, "D N"]) -> Float[Array, "G S N"]:
+    """`x W` in full float32, because the matrix units of accelerators would round the logits."""
     return jnp.einsum("gsd,dn->gsn", x, weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def select_experts(tokens: Tokens, config: MoEConfig, scores: Float[Array, "G S E"]) -> Int[Array, "G S K"]:
+    """The K experts of the highest scores; the first among equals comes first.
+
+    With `moe.sample_experts`, in training, K experts drawn without replacement from the softmax of the scores: the
+    highest after Gumbel noise.
+    """
+    if config.sample_experts and tokens.training:
+        scores = scores + tokens.random("sample", lambda key: jax.random.gumbel(key, scores.shape[1:]))
+    if config.num_selected_experts == 1:
+        return jnp.argmax(scores, axis=-1, keepdims=True)
+    return jax.lax.top_k(scores, config.num_selected_experts)[1]
+
+
+def values_of_chosen(values: Float[Array, "G S E"], expert_index: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+    """`values` of the chosen experts."""
+    # A masked sum, because the derivative of a gather would be a scatter.
+    chosen = jax.nn.one_hot(expert_index, values.shape[-1], dtype=bool)
+    return jnp.sum(values[..., None, :], axis=-1, where=chosen)
+
+
+def normalize_over_chosen(values: Float[Array, "G S E"], expert_index: Int[Array, "G S K"]) -> Float[Array, "G S E"]:
+    """`values` over the sum of those of the chosen experts."""
+    return values / jnp.sum(values_of_chosen(values, expert_index), axis=-1, keepdims=True)
+
+
+def is_chosen(expert_index: Int[Array, "G S K"], num_experts: int) -> Bool[Array, "G S E"]:
+    """True for the experts among the chosen."""
+    return jnp.any(jax.nn.one_hot(expert_index, num_experts, dtype=bool), axis=2)
 
 
 def jitter(x: Float[Array, "G S D"], noise: float, keys: Key[Array, "G"]) -> Float[Array, "G S D"]:
@@ -123,25 +197,8 @@ def jitter(x: Float[Array, "G S D"], noise: float, keys: Key[Array, "G"]) -> Flo
 
     The released Switch code multiplies the router's input; the paper's pseudo-code adds to the logits.
     """
-    factors = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, minval=1 - noise, maxval=1 + noise))(
-        keys
-    )
-    return x * factors
 
+    def factors(key: PRNGKeyArray) -> Array:
+        return jax.random.uniform(key, x.shape[1:], x.dtype, minval=1 - noise, maxval=1 + noise)
 
-def gates_of_slots(
-    gate: Float[Array, "G S K"], slot_choice: Int[Array, "G E C"], choice_slot: Int[Array, "G S K"]
-) -> Float[Array, "G E C"]:
-    """The gate of the choice in each slot, 0 where the slot is empty; differentiable in `gate`.
-
-    Args:
-        gate: the weight of each choice.
-        slot_choice: as `fill_slots` returns it, choices counted as `k * S + s`.
-        choice_slot: its inverse.
-    """
-
-    def one_group(gate: Array, slot_choice: Array, choice_slot: Array) -> Array:
-        rows = gate.T.reshape(-1, 1)
-        return gather_sum(rows, slot_choice.reshape(-1, 1), choice_slot.T.reshape(-1, 1)).reshape(slot_choice.shape)
-
-    return jax.vmap(one_group)(gate, slot_choice, choice_slot)
+    return x * jax.vmap(factors)(keys)

@@ -1,12 +1,14 @@
 """Experts that every token passes through, beside the routed ones: residual MoE and shared experts."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from switchjax.moe.layer import MoELayer, RoutingSums
-from switchjax.moe.routing import project
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.routing import RoutingReport, router_logits
 
 
 class SharedMoELayer(nnx.Module):
@@ -35,13 +37,17 @@ class SharedMoELayer(nnx.Module):
         token_mask: Bool[Array, "B L"],
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], RoutingSums]:
+    ) -> tuple[Float[Array, "B L D"], RoutingReport]:
         """Both outputs joined; arguments as of `MoELayer`. A token without a slot still has its shared experts."""
         shared_key, routed_key = (None, None) if key is None else jax.random.split(key)
         shared = self.shared(x, shared_key)
-        routed, sums = self.routed(x, token_mask, routed_key, token_ids)
+        routed, report = self.routed(x, token_mask, routed_key, token_ids)
         if not self.learned:
-            return shared + routed, sums
-        logits = project(x.astype(jnp.float32), self.mixing[...]) + self.mixing_bias[...][None, None]
+            return shared + routed, report
+        logits = router_logits(x.astype(jnp.float32), self.mixing[...]) + self.mixing_bias[...][None, None]
         weight = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        return shared * weight[..., :1] + routed * weight[..., 1:], sums
+        return shared * weight[..., :1] + routed * weight[..., 1:], report
+
+    def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """As `MoELayer.next_state`, by the names in this layer."""
+        return {f"routed/{name}": value for name, value in self.routed.next_state(sums).items()}

@@ -4,20 +4,32 @@ Nothing is chosen and nothing dropped: the two moves of a sparse layer become tw
 devices as a sparse layer's do, by all-to-all over `expert`.
 """
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from switchjax.config import UserError
+from switchjax.config import MoEConfig, UserError, check_positive, from_mapping
 from switchjax.moe.expert_parallel import apply_experts, apply_experts_over_mesh, are_sliced
+from switchjax.moe.routing import RoutingReport
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack
+
+
+@dataclass(frozen=True)
+class SoftMoEOptions:
+    """Options of soft MoE, in `moe.options`."""
+
+    slots_per_expert: int = 1
+    """P, slots that an expert has for each row of the batch."""
+
+    def __post_init__(self) -> None:
+        check_positive("moe.options", {"slots_per_expert": self.slots_per_expert})
 
 
 def soft_weights(
@@ -64,21 +76,19 @@ class SoftMoELayer(nnx.Module):
         make_expert: makes one expert from a key: a module from [N, D] to [N, M], called as `expert(x, key)` where the
             key is for dropout and None in evaluation.
         d_model: D.
-        num_experts: E.
-        slots_per_expert: P; the layer costs as much as E P tokens a row through one expert.
+        config: E `num_experts`, and `SoftMoEOptions`; the layer costs as much as E P tokens a row through one expert.
         key: for initialisation.
     """
-
-    noncausal: ClassVar[str] = "each slot of a soft MoE mixes all tokens of the sequence"
 
     def __init__(
         self,
         make_expert: Callable[[PRNGKeyArray], nnx.Module],
         d_model: int,
-        num_experts: int,
-        slots_per_expert: int,
+        config: MoEConfig,
         key: PRNGKeyArray,
     ):
+        self.config, num_experts = config, config.num_experts
+        slots_per_expert = from_mapping(SoftMoEOptions, config.options, "moe.options").slots_per_expert
         phi_key, expert_key = jax.random.split(key)
         # Only directions count; float32 whatever the model's dtype, as a router's weights.
         phi = jax.random.normal(phi_key, (d_model, num_experts, slots_per_expert)) / jnp.sqrt(d_model)
@@ -87,21 +97,33 @@ class SoftMoELayer(nnx.Module):
         self.experts = stack(make_expert, jax.random.split(expert_key, num_experts), "expert")
 
     def __call__(
-        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray | None
-    ) -> Float[Array, "B L M"]:
+        self,
+        x: Float[Array, "B L D"],
+        token_mask: Bool[Array, "B L"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L M"], RoutingReport]:
         """Mixes tokens into slots, applies the experts, mixes their outputs into tokens; zeros for padding.
 
         Args:
             x: tokens.
             token_mask: False for padding.
             key: for expert dropout; None in evaluation.
+            token_ids: without effect; layers with experts are called alike.
+
+        Returns:
+            The outputs, and an empty report: nothing is chosen.
 
         Raises:
             UserError: if rows do not divide over the mesh.
         """
         x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # 0 times what is not finite would be NaN
         apply = self._apply_local if jax.sharding.get_abstract_mesh().empty else self._apply_over_mesh
-        return apply(x, token_mask, key)
+        return apply(x, token_mask, key if self.config.expert_dropout else None), RoutingReport()
+
+    def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """Nothing: all weights are trained."""
+        return {}
 
     def _apply_local(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], key: PRNGKeyArray | None

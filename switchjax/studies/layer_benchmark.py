@@ -17,8 +17,11 @@ from switchjax.config import ModelConfig, MoEConfig
 from switchjax.config.checks import require
 from switchjax.models.layers import FeedForward
 from switchjax.moe.assignment import balanced_assignment, sinkhorn
-from switchjax.moe.layer import MoELayer, RoutingSums
-from switchjax.moe.slots import capacity_of
+from switchjax.moe.capacity import capacity_of
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.routers.base import BaseOptions
+from switchjax.moe.routers.sinkhorn import SinkhornOptions
+from switchjax.moe.routing import RoutingReport
 from switchjax.studies.markdown import show_row
 from switchjax.studies.timing import Ratio, interleaved_seconds, median_times
 
@@ -215,27 +218,30 @@ def _temporaries(program: jax.stages.Compiled) -> int:
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
-def _apply(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RoutingSums]:
-    """The output and, of an MoE layer, all its losses and metrics."""
+def _apply(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RoutingReport]:
+    """The output and, of an MoE layer, its report."""
     if isinstance(layer, MoELayer):
         return layer(x, jnp.ones(x.shape[:2], bool), None)
-    return layer(x, None), {"load_balance_loss": jnp.zeros(())}
+    return layer(x, None), RoutingReport({"load_balance_loss": jnp.zeros(())})
 
 
-def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], RoutingSums]:
-    y, sums = _apply(layer, x)
-    return jnp.sum(jnp.square(y.astype(jnp.float32))) + sums["load_balance_loss"], sums
+def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], RoutingReport]:
+    y, report = _apply(layer, x)
+    return jnp.sum(jnp.square(y.astype(jnp.float32))) + report.losses["load_balance_loss"], report
 
 
 def time_assignment(case: LayerCase, groups: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of the balanced assignments of as many groups of tokens, with normal scores."""
     scores = jax.random.normal(jax.random.key(0), (groups, case.num_tokens, case.num_experts))
     mask = jnp.ones(scores.shape[:2], bool)
-    config = MoEConfig()
     auction = jax.jit(
-        partial(balanced_assignment, capacity=-(-case.num_tokens // case.num_experts), max_rounds=config.auction_rounds)
+        partial(
+            balanced_assignment,
+            capacity=-(-case.num_tokens // case.num_experts),
+            max_rounds=BaseOptions().auction_rounds,
+        )
     )
-    plan = jax.jit(partial(sinkhorn, iterations=config.sinkhorn_iterations))
+    plan = jax.jit(partial(sinkhorn, iterations=SinkhornOptions().sinkhorn_iterations))
     return median_times({"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats)
 
 

@@ -11,7 +11,7 @@ from switchjax.studies.markdown import show_row
 from switchjax.training.metrics import read_metrics
 
 _TOP_2 = {"num_selected_experts": 2, "fill_order": "token_by_token"}
-_NO_BALANCE = {"load_balance_loss_weight": 0.0}
+_IMPORTANCE = {"load_balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1}
 
 STUDIED: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -24,28 +24,27 @@ STUDIED: dict[str, dict[str, Any]] = {
     "switch, no token left behind": {"no_token_left_behind": 4, "allow_noncausal_routing": True},
     "switch, shared expert": {"num_shared_experts": 1},
     "top_k, K = 2": {"router": "top_k", **_TOP_2},
-    "top_k, K = 2, raw gates": {"router": "top_k", "normalize_gates": False, **_TOP_2},
+    "top_k, K = 2, raw gates": {"router": "top_k", "options": {"normalize_gates": False}, **_TOP_2},
     "gshard": {"router": "gshard", **_TOP_2},
-    "st_moe": {"router": "st_moe", "router_z_loss_weight": 1e-3, **_TOP_2},
+    "st_moe": {"router": "st_moe", "loss_weights": {"router_z_loss": 1e-3}, **_TOP_2},
     "noisy_top_k, K = 2": {
-        "router": "noisy_top_k", "importance_loss_weight": 0.1, "load_loss_weight": 0.1, **_NO_BALANCE, **_TOP_2,
+        "router": "noisy_top_k", "loss_weights": _IMPORTANCE, **_TOP_2,
     },
     "v_moe, K = 2": {
-        "router": "v_moe", "importance_loss_weight": 0.005, "load_loss_weight": 0.005, **_NO_BALANCE, **_TOP_2,
+        "router": "v_moe", "loss_weights": _IMPORTANCE | {"importance_loss": 0.005, "load_loss": 0.005}, **_TOP_2,
     },
     "hierarchical, 1 of 2, then 2 of 4": {
-        "router": "hierarchical", "num_expert_groups": 2, "importance_loss_weight": 0.1, "load_loss_weight": 0.1,
-        **_NO_BALANCE, **_TOP_2,
+        "router": "hierarchical", "options": {"num_expert_groups": 2}, "loss_weights": _IMPORTANCE, **_TOP_2,
     },
-    "sigmoid, K = 2": {"router": "sigmoid", **_NO_BALANCE, **_TOP_2},
+    "sigmoid, K = 2": {"router": "sigmoid", "loss_weights": {"load_balance_loss": 0.0}, **_TOP_2},
     "expert_choice, c = 2": {
         "router": "expert_choice", "train_capacity_factor": 2.0, "eval_capacity_factor": 2.0,
         "allow_noncausal_routing": True,
     },
     "hash, random": {"router": "hash"},
-    "hash, balanced": {"router": "hash", "hash_table": "balanced"},
-    "base": {"router": "base", **_NO_BALANCE},
-    "sinkhorn": {"router": "sinkhorn", **_NO_BALANCE},
+    "hash, balanced": {"router": "hash", "options": {"hash_table": "balanced"}},
+    "base": {"router": "base", "loss_weights": {"load_balance_loss": 0.0}},
+    "sinkhorn": {"router": "sinkhorn", "loss_weights": {"load_balance_loss": 0.0}},
     "reinforced": {"router": "reinforced"},
 }  # fmt: skip
 """Name in the table -> what it changes in the section `moe`; dense changes the pattern instead."""

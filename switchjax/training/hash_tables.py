@@ -14,6 +14,7 @@ from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.data import Data
 from switchjax.data.rows import Batch
 from switchjax.models.model import Model
+from switchjax.moe.routers import router_options
 from switchjax.moe.routers.hash import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
@@ -22,27 +23,30 @@ _COUNTED_TOKENS = 1_000_000
 
 
 def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
-    """A new run's model with the table of `moe.hash_table` in every hash layer, for as many experts as that has.
+    """A new run's model with the table that `hash_table` asks for in every hash layer, for its number of experts.
 
     balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
     which are those of `init_from`. A model taken from a run with the same kind of table keeps the tables that its
     experts were trained with.
 
     Raises:
-        UserError: if `moe.hash_table` is clustered and there is no run to take vectors from.
+        UserError: if `moe.options.hash_table` is clustered and there is no run to take vectors from.
     """
     moe, source = config.moe, config.init_from.workdir
-    if moe.router != "hash" or not config.model.routes_groups or moe.hash_table == "random":
+    if moe.router != "hash" or not config.model.routes_groups:
         return model
-    if moe.hash_table == "clustered" and not source:
-        raise UserError("moe.hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")
+    kind = router_options(moe).hash_table
+    if kind == "random":
+        return model
+    if kind == "clustered" and not source:
+        raise UserError("hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")
     if source:
         there = load_workdir_config(Path(source)).moe
-        if (there.router, there.hash_table) == (moe.router, moe.hash_table):
+        if there.router == "hash" and router_options(there).hash_table == kind:
             return model
     leaves = named_leaves(model)
     make_table: Callable[[int], Any]  # E -> [V]
-    if moe.hash_table == "balanced":
+    if kind == "balanced":
         make_table = partial(balanced_table, count_tokens(data.train_batches(), config.model.vocab_size))
     else:
         cluster = jax.jit(clustered_table, static_argnames=("num_experts", "seed"))

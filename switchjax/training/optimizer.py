@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, all optax's, and the rules for parameters that no optimiser moves."""
+"""Optimisers and learning-rate schedules, all optax's; what is not trained stays as it is."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,10 @@ import optax
 from flax import nnx
 
 from switchjax.config import Config, OptimizerConfig
-from switchjax.models.parameters import GRADIENT, update_rules
+from switchjax.models.parameters import is_trained
 from switchjax.parallel.sharding import is_variable, named_leaves
 
-AVERAGE_STEP = 0.1
-"""What an exponential moving average takes of each batch's statistic."""
+_TRAINED, _STATE = "gradient", "state"
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -35,48 +34,31 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransformation:
-    """For `named_leaves(model)`, each by its rule (`update_rules`).
+    """Adafactor with T5's settings or AdamW for `named_leaves(model)`, after clipping by global norm if that is on.
 
-    Rule gradient is Adafactor with T5's settings or AdamW, after clipping by global norm if that is on; weight decay
-    and clipping know of no other parameter.
+    What is not trained stays as it is, and neither weight decay nor clipping knows of it.
 
     Args:
-        config: optimiser, schedule, length of the run, and the rate of rule sign.
+        config: optimiser, schedule and length of the run.
         model: the parameters, arrays or their shapes.
     """
-    rules = update_rules(model)
-    rate = config.moe.bias_update_rate
-    return _with_promotion(
-        optax.partition(
-            {
-                GRADIENT: _gradient_optimizer(config, model, rules),
-                "frozen": optax.set_to_zero(),
-                "sign": optax.stateless_with_tree_map(lambda gradient, _: -rate * jnp.sign(gradient)),
-                "average": optax.scale(-AVERAGE_STEP),
-            },
-            rules,
-        )
-    )
-
-
-def _gradient_optimizer(config: Config, model: nnx.Module, rules: dict[str, str]) -> optax.GradientTransformation:
     settings = config.optimizer
     schedule = make_schedule(settings, config.train.steps)
     if settings.name == "adamw":
         optimizer = optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)
     else:
-        optimizer = _for_each_layer(
-            optax.adafactor(
-                schedule,
-                decay_rate=settings.decay_rate,
-                clipping_threshold=1.0,
-                multiply_by_parameter_scale=True,
-                weight_decay_rate=settings.weight_decay or None,
-            ),
-            model,
-            rules,
+        adafactor = optax.adafactor(
+            schedule,
+            decay_rate=settings.decay_rate,
+            clipping_threshold=1.0,
+            multiply_by_parameter_scale=True,
+            weight_decay_rate=settings.weight_decay or None,
         )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer) if settings.clip_norm else optimizer
+        optimizer = _for_each_layer(adafactor, model)
+    if settings.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    labels = {name: _TRAINED if trained else _STATE for name, trained in is_trained(model).items()}
+    return _with_promotion(optax.partition({_TRAINED: optimizer, _STATE: optax.set_to_zero()}, labels))
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -91,9 +73,7 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def _for_each_layer(
-    optimizer: optax.GradientTransformation, model: nnx.Module, rules: dict[str, str]
-) -> optax.GradientTransformation:
+def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:
     """`optimizer` applied to every layer of stacked parameters by itself.
 
     Adafactor scales an update by the parameter's root mean square and clips it by its own: for layers that share an
@@ -102,10 +82,10 @@ def _for_each_layer(
 
     axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[:1] == ("layer",), model, is_leaf=is_variable)
     stacked = {name for name, first_is_layer in named_leaves(axes).items() if first_is_layer}
-    # Where the optimiser moves nothing there is nothing to map over.
+    # What is not trained has no state, so there is nothing to map over.
+    trained = is_trained(model)
     labels = {
-        name: leaf.shape[0] if name in stacked and rules[name] == GRADIENT else 0
-        for name, leaf in named_leaves(model).items()
+        name: leaf.shape[0] if name in stacked and trained[name] else 0 for name, leaf in named_leaves(model).items()
     }
     over_layers = optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
     return optax.partition({n: over_layers if n else optimizer for n in set(labels.values())}, labels)

@@ -146,9 +146,9 @@ def test_a_pattern_may_repeat_itself() -> None:
 
 def test_weights_of_the_routers_losses_count_stacks_and_experts_of_a_token(tmp_path: Path) -> None:
     moe = changed("switch_step_2", tmp_path / "switch", router_aux_loss_coef=0.01, router_z_loss_coef=0.002).moe
-    assert (moe.load_balance_loss_weight, moe.router_z_loss_weight) == (0.02, 0.004)
+    assert moe.loss_weights == {"load_balance_loss": 0.02, "router_z_loss": 0.004}
     moe = changed("mixtral_tied", tmp_path / "mixtral", router_aux_loss_coef=0.01).moe
-    assert moe.load_balance_loss_weight == 0.02
+    assert moe.loss_weights == {"load_balance_loss": 0.02}
 
 
 def test_capacity_is_a_number_of_slots_a_row(tmp_path: Path) -> None:

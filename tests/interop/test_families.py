@@ -1,10 +1,10 @@
 """Parity: what transformers computed with its own models, computed here from the same files."""
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from switchjax.config import Config
 from switchjax.interop.convert import huggingface_tensors
 from switchjax.models.model import Batch, Model
-from switchjax.moe.losses import summarize
-from switchjax.training.step import token_losses
+from switchjax.training.objective import count_batch, objective, sum_over_targets
 from tests.interop.examples import FIXTURES, MODELS, expected, load_fixture
 
 DROPPING = ("switch", "switch_deep")
@@ -41,33 +40,22 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
     _, model = load_fixture(name)
     inputs = expected(name)
     batch = our_batch(inputs)
-    logits, routing = jax.jit(lambda model, batch: model(batch, None))(model, batch)
+    logits, reports = jax.jit(lambda model, batch: model(batch, None))(model, batch)
     wanted = inputs["logits"].reshape(logits.shape)
     real = np.ones((len(wanted), 1), bool) if "images" in batch else batch["decoder_segments"] > 0
     assert np.abs(wanted[real]).max() > 0.5
     assert "images" in batch or not real.all()
     # Sums in float32 in another order: 1e-6 of logits of some units, through a few layers.
     np.testing.assert_allclose(np.asarray(logits)[real], wanted[real], atol=1e-4, rtol=0)
-    sums = [run for runs in routing.values() for run in runs]
-    dropped = sum(float(np.sum(run["routed"] - run["dispatched"])) for run in sums)
+    metrics = [report.metrics for report in reports.values() if report.metrics is not None]
+    dropped = sum(float(np.sum(layers.routed - layers.dispatched)) for layers in metrics)
     assert (dropped > 0) == (name in DROPPING)
 
 
 def total_loss(config: Config, model: Model, batch: Batch) -> jax.Array:
-    """The loss that training minimises, in evaluation: without noise."""
-    logits, routing = model(batch, None)
-    mask = batch["decoder_segments"] > 0
-    nll, _ = token_losses(logits, batch["decoder_targets"], mask)
-    layers = [summarize(sums) for runs in routing.values() for sums in runs]
-    losses = {
-        kind: jnp.mean(jnp.concatenate([layer[kind] for layer in layers]))
-        for kind in ("load_balance_loss", "router_z_loss")
-    }
-    return (
-        nll / jnp.sum(mask, dtype=jnp.float32)
-        + config.moe.load_balance_loss_weight * losses["load_balance_loss"]
-        + config.moe.router_z_loss_weight * losses["router_z_loss"]
-    )
+    """What training minimises, without noise and without the z-loss on logits, which transformers does not have."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, z_loss_weight=0.0))
+    return objective(config, sum_over_targets(config, model, batch, None), count_batch(model, batch)).total
 
 
 @pytest.mark.parametrize("name", ["switch", "mixtral"])

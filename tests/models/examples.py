@@ -14,7 +14,6 @@ from jaxtyping import PRNGKeyArray
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
 from switchjax.models.encoder_decoder import EncoderDecoder
 from switchjax.models.families import build
-from switchjax.moe.losses import summarize
 from tests.parameters import random_parameters
 
 TINY = Config(
@@ -69,13 +68,14 @@ def make_batch(config: Config = TINY, seed: int = 0) -> Batch:
 
 def loss_of(model: EncoderDecoder, batch: Batch, key: PRNGKeyArray | None) -> jax.Array:
     """Cross entropy of the targets and the layers' load-balance losses."""
-    logits, sums = model(batch, key)
+    logits, reports = model(batch, key)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jax.nn.one_hot(batch["decoder_targets"], logits.shape[-1])
     tokens = batch["decoder_segments"] > 0
     cross_entropy = -jnp.sum(log_probs * chosen, where=tokens[..., None]) / jnp.sum(tokens, dtype=jnp.float32)
     return cross_entropy + sum(
-        jnp.mean(summarize(values)["load_balance_loss"]) for runs in sums.values() for values in runs
+        jnp.mean(report.losses["load_balance_loss"] / jnp.maximum(report.metrics.tokens, 1.0))
+        for report in reports.values()
     )
 
 

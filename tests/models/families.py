@@ -11,7 +11,6 @@ from jaxtyping import PRNGKeyArray
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
 from switchjax.models.families import build
 from switchjax.models.model import Model
-from switchjax.moe.losses import summarize
 from tests.parameters import random_parameters
 
 _SIZES: dict[str, Any] = {"vocab_size": 48, "d_model": 16, "d_ff": 32, "num_heads": 4, "d_head": 4}
@@ -55,7 +54,7 @@ FAMILIES: dict[str, Config] = {
     "pyramid": _lm(dataclasses.replace(_MOE, experts_per_layer=(4, 4, 8), num_shared_experts=1), num_decoder_layers=6),
     "base": _lm(dataclasses.replace(_MOE, router="base"), pattern=("dense", "base", "dense"), num_decoder_layers=3),
     "peer": _lm(
-        dataclasses.replace(_MOE, num_experts=64, num_selected_experts=4, peer_heads=2, peer_query=8),
+        dataclasses.replace(_MOE, num_experts=64, num_selected_experts=4, options={"peer_heads": 2, "peer_query": 8}),
         pattern=("dense", "peer", "dense"),
         num_decoder_layers=3,
     ),
@@ -112,18 +111,15 @@ def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def loss_of(model: Model, batch: dict[str, jax.Array], key: PRNGKeyArray | None) -> jax.Array:
-    """Cross entropy of the targets, the load-balance losses, and what the losses of value 0 add to the gradient."""
-    logits, routing = model(batch, key)
+    """Cross entropy of the targets and the load-balance losses."""
+    logits, reports = model(batch, key)
     targets, segments = model.targets(batch)
     chosen = jax.nn.one_hot(targets, logits.shape[-1])
     log_probs = jnp.sum(jax.nn.log_softmax(logits.astype(jnp.float32)) * chosen, axis=-1)
     loss = -jnp.sum(log_probs, where=segments > 0) / jnp.sum(segments > 0, dtype=jnp.float32)
-    for runs in routing.values():
-        for sums in runs:
-            balance = (
-                jnp.mean(summarize(sums)["load_balance_loss"]) if "tokens" in sums else jnp.sum(sums["average_loss"])
-            )
-            loss += balance
+    for report in reports.values():
+        if report.metrics is not None:
+            loss += jnp.mean(report.losses["load_balance_loss"] / jnp.maximum(report.metrics.tokens, 1.0))
     return loss
 
 

@@ -95,20 +95,21 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert without == []
 
 
-def test_routing_sums_name_the_stacks_and_count_their_tokens() -> None:
+def test_reports_name_their_layers_and_count_the_tokens_of_their_stack() -> None:
     batch, model = make_batch(), make_model()
-    sums = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)
-    assert sums.keys() == {"encoder", "decoder"}
+    reports = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)
+    assert reports.keys() == {f"{stack}/runs/0/blocks/1/ff" for stack in ("encoder", "decoder")}  # one MoE layer in 2
     for stack, segments in model.segments({name: jnp.asarray(values) for name, values in batch.items()}).items():
-        (run,) = sums[stack]
-        np.testing.assert_array_equal(run["tokens"], [np.sum(segments > 0)])  # one MoE layer in 2
-        assert run["expert_load"].shape == (1, TINY.moe.num_experts)
+        report = reports[f"{stack}/runs/0/blocks/1/ff"]
+        assert report.layers == (1,)
+        np.testing.assert_array_equal(report.metrics.tokens, [np.sum(segments > 0)])
+        assert report.metrics.expert_load.shape == (1, TINY.moe.num_experts)
 
 
-def test_a_dense_model_has_no_routing_sums() -> None:
+def test_a_dense_model_reports_nothing() -> None:
     config = changed(pattern=("dense",), num_encoder_layers=1, num_decoder_layers=1)
-    _, sums = jax.jit(lambda model, batch: model(batch, None))(make_model(config), make_batch(config))
-    assert sums == {"encoder": [], "decoder": []}
+    _, reports = jax.jit(lambda model, batch: model(batch, None))(make_model(config), make_batch(config))
+    assert reports == {}
 
 
 @pytest.mark.parametrize("tied", [True, False])

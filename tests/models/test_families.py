@@ -117,13 +117,17 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(name: str, shape: 
 def test_a_pyramid_reports_the_load_of_every_layer_and_none_of_experts_that_are_not_there() -> None:
     config = FAMILIES["pyramid"]
     model, batch = make_model(config), make_batch(config)
-    routing = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)["decoder"]
-    assert [run["expert_load"].shape for run in routing] == [(2, 4), (1, 8)]
-    metrics = routing_metrics(routing)
+    reports = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)
+    assert [(report.layers, report.metrics.expert_load.shape) for report in reports.values()] == [
+        ((1, 3), (2, 4)),
+        ((5,), (1, 8)),
+    ]
+    metrics = routing_metrics(reports)
     load = np.asarray(metrics["expert_load"])
     np.testing.assert_allclose(load.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_array_equal(load[:2, 4:], 0)
     least = [row[:experts].min() for row, experts in zip(load, (4, 4, 8), strict=True)]
+    np.testing.assert_allclose(metrics["expert_load_bottom_by_layer"], least, rtol=1e-6)
     np.testing.assert_allclose(metrics["expert_load_bottom"], np.mean(least), rtol=1e-6)
 
 

@@ -8,6 +8,7 @@ import pytest
 from switchjax.config import MeshConfig
 from switchjax.models.attention import Attention, attention_mask
 from switchjax.models.families import build
+from switchjax.models.inputs import metrics_by_layer
 from switchjax.models.switch_attention import SwitchAttention
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
@@ -45,11 +46,14 @@ def test_one_expert_is_dense_attention() -> None:
 
 
 def test_a_model_reports_both_routers_of_each_layer() -> None:
-    _, sums = jax.jit(lambda model, batch: model(batch, None))(make_model(ROUTED), make_batch(ROUTED))
-    assert {stack: [run["tokens"].shape for run in runs] for stack, runs in sums.items()} == {
-        "encoder": [(2,)],
-        "decoder": [(2,)],
+    _, reports = jax.jit(lambda model, batch: model(batch, None))(make_model(ROUTED), make_batch(ROUTED))
+    assert {name: report.layers for name, report in reports.items()} == {
+        f"{stack}/runs/0/blocks/1/self_attention/{router}": (1,)
+        for stack in ("encoder", "decoder")
+        for router in ("query", "key_value")
     }
+    for layers in metrics_by_layer(reports).values():
+        assert [layer.expert_load.shape for layer in layers] == [(4,), (4,)]
 
 
 def test_ragged_experts_give_what_buffers_for_every_token_give() -> None:

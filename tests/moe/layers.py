@@ -1,6 +1,6 @@
 """A small MoE layer and what running it gives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from switchjax.config import MoEConfig
 from switchjax.models.layers import dropout
 from switchjax.moe.layer import MoELayer
 from switchjax.parallel.sharding import is_variable
+from tests.moe.reports import contents_of
 from tests.parameters import random_parameters
 
 D, F = 8, 16
@@ -50,16 +51,25 @@ def make_inputs(seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray
     return x, np.arange(LENGTH) < lengths[:, None]
 
 
+def output_and_sums(
+    layer: Any, x: jax.Array, mask: jax.Array, key: PRNGKeyArray | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The layer's outputs, and all that it reports as one dictionary."""
+    y, report = layer(x, mask, key)
+    return y, contents_of(report)
+
+
 def loss_and_everything(
     layer: MoELayer, x: jax.Array, mask: jax.Array, key: PRNGKeyArray | None
-) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, jax.Array]]]:
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
     """A loss through which every output has a different gradient; the outputs and the routing sums."""
-    y, sums = layer(x, mask, key)
+    y, sums = output_and_sums(layer, x, mask, key)
     loss = jnp.sum(jnp.sin(y)) + sums["load_balance_loss"] + 0.1 * sums["router_z_loss"]
     return loss, (y, sums)
 
 
-run = jax.jit(lambda layer, x, mask, key: layer(x, mask, key))
+run = jax.jit(output_and_sums)
+report_of = jax.jit(lambda layer, x, mask, key: layer(x, mask, key)[1])
 run_with_gradients = jax.jit(jax.value_and_grad(loss_and_everything, argnums=(0, 1), has_aux=True))
 
 

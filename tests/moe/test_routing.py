@@ -1,37 +1,14 @@
-"""What routers share: gates in slots, noise keyed by group."""
+"""What routers share: the choice of experts, noise keyed by group."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.moe.routing import gates_of_slots, jitter
-from tests.moe.examples import CASES, fill_one_by_one, random_choices
-from tests.moe.routers.examples import random_tokens
-
-
-@pytest.mark.parametrize("name", ["switch", "top-2", "top-4"])
-def test_each_slot_carries_the_gate_of_its_choice(name: str) -> None:
-    case = CASES[name]
-    choices = random_choices(case, seed=3)
-    slot_choice = np.full((case.groups, case.experts, case.capacity), case.selected * case.tokens, np.int32)
-    choice_slot = np.full((case.groups, case.tokens, case.selected), case.experts * case.capacity, np.int32)
-    expected = np.zeros(slot_choice.shape, np.float32)
-    placed = fill_one_by_one(choices, case)
-    for (group, token, k), (expert, position) in placed.items():
-        slot_choice[group, expert, position] = k * case.tokens + token
-        choice_slot[group, token, k] = expert * case.capacity + position
-        expected[group, expert, position] = choices.gate[group, token, k]
-
-    def total(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gates = gates_of_slots(gate, jnp.asarray(slot_choice), jnp.asarray(choice_slot))
-        return jnp.sum(gates), gates
-
-    gradient, gates = jax.jit(jax.grad(total, has_aux=True))(choices.gate)
-    np.testing.assert_array_equal(gates, expected)
-    kept = np.zeros(choices.gate.shape)
-    kept[tuple(np.array(list(placed)).T)] = 1
-    np.testing.assert_array_equal(gradient, kept)
+from switchjax.moe.routing import Tokens, is_chosen, jitter, normalize_over_chosen, select_experts, values_of_chosen
+from tests.moe.routers.examples import best, random_tokens, router_config
 
 
 def test_jitter_multiplies_by_noise_within_its_range_and_of_mean_1() -> None:
@@ -61,3 +38,44 @@ def test_each_purpose_and_each_group_draws_its_own_numbers() -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.any(first == second)
     assert len(np.unique(first)) == first.size
+
+
+@pytest.mark.parametrize("selected", [1, 2, 5])
+def test_the_highest_scores_are_selected_in_order_the_first_among_equals_first(selected: int) -> None:
+    scores = np.random.default_rng(0).integers(0, 4, size=(2, 16, 5)).astype(np.float32)
+    config = router_config("top_k", num_experts=5, num_selected_experts=selected)
+    index = jax.jit(lambda tokens, scores: select_experts(tokens, config, scores))(random_tokens(), scores)
+    np.testing.assert_array_equal(index, best(scores, selected))
+
+
+def test_values_of_the_chosen_by_hand() -> None:
+    values = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 2, 4)
+    index = np.array([[[2, 0], [1, 3]]], np.int32)
+    weight = np.array([[[1.0, 10.0], [100.0, 1000.0]]], np.float32)
+
+    def weighed(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = values_of_chosen(values, index)
+        return jnp.sum(weight * chosen), chosen
+
+    gradient, chosen = jax.jit(jax.grad(weighed, has_aux=True))(values)
+    np.testing.assert_array_equal(chosen, [[[3, 1], [6, 8]]])
+    np.testing.assert_array_equal(gradient, [[[10, 0, 1, 0], [0, 100, 0, 1000]]])
+    np.testing.assert_array_equal(
+        is_chosen(jnp.asarray(index), 4), [[[True, False, True, False], [False, True, False, True]]]
+    )
+    normalized = jax.jit(normalize_over_chosen)(values, index)
+    np.testing.assert_allclose(normalized, values / np.array([[[4.0], [14.0]]]), rtol=1e-6)
+
+
+def test_sampled_experts_follow_the_softmax_in_training_only() -> None:
+    copies = 8000
+    logits = jnp.log(jnp.array([[[0.5, 0.3, 0.2]]]))
+    config = router_config("switch", num_experts=3, sample_experts=True)
+    keys = jax.random.split(jax.random.key(2), copies)
+    tokens = Tokens(jnp.zeros((copies, 1, 1)), jnp.ones((copies, 1), bool), 1, keys=keys)
+    drawn = np.asarray(select_experts(tokens, config, jnp.repeat(logits, copies, axis=0)))
+    np.testing.assert_allclose(
+        np.bincount(drawn.reshape(-1)) / copies, [0.5, 0.3, 0.2], atol=5 * 0.5 / np.sqrt(copies)
+    )  # 5 standard errors
+    quiet = dataclasses.replace(tokens, keys=None)
+    assert np.all(np.asarray(select_experts(quiet, config, jnp.repeat(logits, copies, axis=0))) == 0)

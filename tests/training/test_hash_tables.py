@@ -33,7 +33,9 @@ def data(tiny: Config) -> TextData:
 
 @pytest.fixture(scope="module")
 def balanced(tiny: Config) -> Config:
-    return changed(tiny, moe={"router": "hash", "hash_table": "balanced"}, train={"steps": 2, "checkpoint_every": 1})
+    return changed(
+        tiny, moe={"router": "hash", "options": {"hash_table": "balanced"}}, train={"steps": 2, "checkpoint_every": 1}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,10 @@ def test_in_a_pyramid_each_layer_has_a_table_for_its_own_experts(balanced: Confi
 
 def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workdir: Path, tmp_path: Path) -> None:
     clustered = changed(
-        balanced, moe={"hash_table": "clustered"}, init_from={"workdir": str(workdir)}, train={"steps": 1, "seed": 5}
+        balanced,
+        moe={"options": {"hash_table": "clustered"}},
+        init_from={"workdir": str(workdir)},
+        train={"steps": 1, "seed": 5},
     )
     loop.train(clustered, tmp_path, perplexity_evaluator)
     vectors = weights_of(balanced, workdir, 2)["embedding/vectors"]
@@ -102,6 +107,6 @@ def test_a_table_of_the_same_kind_comes_with_the_experts_that_know_it(
 
 
 def test_clusters_need_a_run_to_take_embeddings_from(balanced: Config, tmp_path: Path) -> None:
-    config = changed(balanced, moe={"hash_table": "clustered"})
+    config = changed(balanced, moe={"options": {"hash_table": "clustered"}})
     with pytest.raises(UserError, match=r"set init_from\.workdir"):
         loop.train(config, tmp_path, perplexity_evaluator)

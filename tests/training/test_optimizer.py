@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from switchjax.config import Config, MoEConfig, OptimizerConfig, TrainConfig
-from switchjax.models.parameters import update_rules
+from switchjax.config import Config, OptimizerConfig, TrainConfig
+from switchjax.models.parameters import count_trained, is_trained
 from switchjax.parallel.sharding import named_leaves
 from switchjax.parallel.stacking import stack
 from switchjax.training.optimizer import make_optimizer, make_schedule
@@ -40,7 +40,7 @@ def test_constant_stays_after_the_warm_up() -> None:
 
 
 def config_with(optimizer: OptimizerConfig) -> Config:
-    return Config(optimizer=optimizer, train=TrainConfig(steps=10), moe=MoEConfig(bias_update_rate=0.02))
+    return Config(optimizer=optimizer, train=TrainConfig(steps=10))
 
 
 class Matrix(nnx.Module):
@@ -92,83 +92,49 @@ def test_the_gradient_is_clipped_to_its_global_norm() -> None:
 
 
 class Router(nnx.Module):
-    """One weight of each rule, and how many of them are there."""
+    """A matrix that is trained and, if asked for, a vector of state beside it."""
 
-    def __init__(self, key: jax.Array, rules: tuple[str, ...]):
+    def __init__(self, key: jax.Array, with_state: bool):
         self.logits = nnx.Param(jax.random.normal(key, (128, 130)), axes=("embed", None))
-        self.others = nnx.Dict(
-            {rule: nnx.Param(jax.random.normal(key, (4,)), axes=(None,), update=rule) for rule in rules}
-        )
+        if with_state:
+            self.bias = nnx.Param(jax.random.normal(key, (4,)), axes=(None,), trained=False)
 
 
 class Routers(nnx.Module):
-    """Stacked and single; of one stack, nothing but a frozen table."""
+    """Stacked and single; of one stack, nothing but a table of state."""
 
-    def __init__(self, key: jax.Array, rules: tuple[str, ...]):
-        self.layers = stack(lambda key: Router(key, rules), jax.random.split(key, 3), "layer")
-        self.last = Router(key, rules)
-        self.tables = nnx.Param(jnp.ones((2, 4)), axes=("layer", None), update="frozen") if rules else None
-
-
-RULES = ("frozen", "sign", "average")
+    def __init__(self, key: jax.Array, with_state: bool):
+        self.layers = stack(lambda key: Router(key, with_state), jax.random.split(key, 3), "layer")
+        self.last = Router(key, with_state)
+        if with_state:
+            self.tables = nnx.Param(jnp.ones((2, 4)), axes=("layer", None), trained=False)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_each_rule_moves_its_own_parameters_and_no_other_knows_of_them(name: str) -> None:
+def test_state_stays_as_it_is_and_changes_nothing_of_what_is_trained(name: str) -> None:
     config = config_with(
         OptimizerConfig(
             name=name, schedule="constant", learning_rate=0.1, warmup_steps=0, clip_norm=1.0, weight_decay=0.1
         )
     )
-    model, alone = (Routers(jax.random.key(0), rules) for rules in (RULES, ()))
+    model, alone = (Routers(jax.random.key(0), with_state) for with_state in (True, False))
     parameters, expected = named_leaves(model), named_leaves(alone)
-    assert update_rules(alone) == dict.fromkeys(expected, "gradient")
+    trained = is_trained(model)
+    assert {leaf for leaf in trained if trained[leaf]} == set(expected)
+    assert count_trained(model) == sum(leaf.size for leaf in expected.values())
     first = parameters
     optimizers = make_optimizer(config, model), make_optimizer(config, alone)
     states = [optimizers[0].init(parameters), optimizers[1].init(expected)]
     steps = [jax.jit(optimizer.update) for optimizer in optimizers]
     rng = np.random.default_rng(0)
-    by_hand = {n: np.asarray(leaf, np.float64) for n, leaf in parameters.items() if n not in expected}
     for _ in range(3):
         gradients = {n: jnp.asarray(100 * rng.normal(size=leaf.shape), jnp.float32) for n, leaf in parameters.items()}
         updates, states[0] = steps[0](gradients, states[0], parameters)
         parameters = optax.apply_updates(parameters, updates)
         updates, states[1] = steps[1]({n: gradients[n] for n in expected}, states[1], expected)
         expected = optax.apply_updates(expected, updates)
-        for n, rule in update_rules(model).items():
-            gradient = np.asarray(gradients[n], np.float64)
-            if rule == "sign":
-                by_hand[n] -= 0.02 * np.sign(gradient)
-            elif rule == "average":
-                by_hand[n] -= 0.1 * gradient
-    assert len(by_hand) == 7
-    for n, value in by_hand.items():  # sums in float32, of gradients around 100
-        np.testing.assert_allclose(parameters[n], value, rtol=1e-5, atol=1e-5, err_msg=n)
-    np.testing.assert_array_equal(parameters["tables"], first["tables"])
-    for n in ("layers/others/frozen", "last/others/frozen"):
+    for n in ("tables", "layers/bias", "last/bias"):
         np.testing.assert_array_equal(parameters[n], first[n])
     for n, value in expected.items():
         assert np.any(np.asarray(value) != np.asarray(first[n]))
         np.testing.assert_allclose(parameters[n], value, rtol=1e-6, atol=1e-6, err_msg=n)
-
-
-def test_an_average_follows_the_batches_exponentially_and_a_balanced_bias_rests() -> None:
-    model = Router(jax.random.key(0), RULES)
-    optimizer = make_optimizer(config_with(OptimizerConfig()), model)
-    parameters = named_leaves(model)
-    statistic = jnp.arange(4.0)
-    gradients = jax.tree.map(jnp.zeros_like, parameters)
-    gradients["others/average"] = parameters["others/average"] - statistic
-    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
-    np.testing.assert_allclose(
-        parameters["others/average"] + updates["others/average"],
-        0.9 * parameters["others/average"] + 0.1 * statistic,
-        rtol=1e-6,
-    )
-    np.testing.assert_array_equal(updates["others/sign"], 0)
-
-
-def test_an_unknown_rule_is_an_error() -> None:
-    model = Router(jax.random.key(0), ("momentum",))
-    with pytest.raises(ValueError, match="momentum"):
-        make_optimizer(config_with(OptimizerConfig()), model).init(named_leaves(model))

@@ -88,7 +88,7 @@ RUNS = {
     "gshard": _run(_T5, {"router": "gshard", "num_selected_experts": 2, **_ANY}),
     "st_moe": _run(
         {**_T5, "pattern": ("dense", "moe_dense"), "activation": "geglu", "tie_embeddings": False},
-        {"router": "st_moe", **_TOP_2, "router_z_loss_weight": 1e-3},
+        {"router": "st_moe", **_TOP_2, "loss_weights": {"router_z_loss": 1e-3}},
     ),
     "mixtral": _run(
         {**_GPT, "norm": "rms", "biases": False, "activation": "swiglu", "num_kv_heads": 2, "pattern": ("moe",)},
@@ -106,17 +106,17 @@ RUNS = {
     ),
     "peer": _run(
         {**_GPT, "pattern": ("dense", "peer")},
-        {"num_experts": 64, "num_selected_experts": 4, "peer_heads": 2, "peer_query": 8},
+        {"num_experts": 64, "num_selected_experts": 4, "options": {"peer_heads": 2, "peer_query": 8}},
         accumulation_steps=2,
     ),
     "lstm": _run(
         _LSTM,
-        {"router": "noisy_top_k", **_TOP_2, "importance_loss_weight": 0.1, "load_loss_weight": 0.1},
+        {"router": "noisy_top_k", **_TOP_2, "loss_weights": {"importance_loss": 0.1, "load_loss": 0.1}},
         _ADAMW,
     ),
     "hierarchical": _run(
         _LSTM,
-        {"router": "hierarchical", **_TOP_2, "num_expert_groups": 2, "num_selected_groups": 2},
+        {"router": "hierarchical", **_TOP_2, "options": {"num_expert_groups": 2, "num_selected_groups": 2}},
         _ADAMW,
     ),
     "v_moe": _run(
@@ -126,8 +126,7 @@ RUNS = {
             "num_selected_experts": 2,
             "group_size": 5,
             "fill_order": "batch_prioritized",
-            "importance_loss_weight": 0.005,
-            "load_loss_weight": 0.005,
+            "loss_weights": {"importance_loss": 0.005, "load_loss": 0.005},
         },
     ),
     "expert_choice": _run(_VIT, {"router": "expert_choice", "group_size": 5, "train_capacity_factor": 2.0}),

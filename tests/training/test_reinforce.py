@@ -5,10 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from switchjax.training.reinforce import policy_loss, rewards_of_segments, with_policy_losses
 
 from switchjax.moe.routers.reinforced import route_reinforced
 from switchjax.moe.routing import Tokens
-from switchjax.training.reinforce import policy_loss, rewards_of_segments, with_policy_losses
 from tests.moe.routers.examples import router_config
 
 

@@ -1,6 +1,7 @@
-"""The train step: the loss by hand, gradients that no division of the batch changes, and every update rule."""
+"""The train step: no division of the batch changes its gradients, and router state moves by its own rule."""
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -11,22 +12,23 @@ import pytest
 from switchjax.config import Config, MeshConfig, MoEConfig
 from switchjax.data.text import TextData
 from switchjax.moe.routers import ROUTERS
-from switchjax.moe.routers.token_choice import route_switch
-from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, linear_router
+from switchjax.moe.routers.switch import route_switch
+from switchjax.moe.routing import (
+    NoOptions,
+    Router,
+    RouterSizes,
+    Routing,
+    Tokens,
+    Weight,
+    Weights,
+    linear_router,
+)
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.loop import place_batch
 from switchjax.training.state import TrainState, plan_state
-from switchjax.training.step import Metrics, token_losses, train_step
+from switchjax.training.step import Metrics, train_step
 from tests.tiny import changed
-
-
-def test_token_losses_by_hand() -> None:
-    logits = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], [[1.0, 2.0, 5.0], [1 / 3] * 3]], np.float32))
-    targets, mask = jnp.array([[0, 1], [2, 0]]), jnp.array([[True, True], [True, False]])
-    nll, z_loss = token_losses(jnp.asarray(logits), targets, mask)
-    assert float(nll) == pytest.approx(-np.log(0.5) - np.log(0.8) - np.log(5 / 8), rel=1e-6)
-    assert float(z_loss) == pytest.approx(np.log(8.0) ** 2, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,10 @@ def test_metrics_of_routing_are_there_for_each_moe_layer(tiny: Config, reference
     assert 0 <= metrics["fraction_tokens_dropped"] < 1
     assert metrics["load_balance_loss"] >= 1 - 1e-3
     assert 0 < metrics["router_entropy"] <= np.log(4) + 1e-6
+    for name in ("router_entropy", "fraction_tokens_dropped", "dead_experts"):
+        assert metrics[f"{name}_by_layer"].shape == (2,)
+        np.testing.assert_allclose(np.mean(metrics[f"{name}_by_layer"]), metrics[name], rtol=1e-6)
+    np.testing.assert_array_equal(metrics["dead_experts_by_layer"], np.sum(metrics["expert_load"] == 0, axis=1))
     assert all(norm > 0 for norm in metrics["gradient_norms"].values())
 
 
@@ -121,55 +127,59 @@ def test_one_batch_is_learnt(tiny: Config, batch: dict[str, np.ndarray], referen
     assert later["loss"] < reference[1]["loss"] - 1.0
 
 
-def weights_of_every_rule(sizes: RouterSizes, key: jax.Array) -> dict[str, Weight]:
-    others = {rule: Weight(jnp.ones(2), (None,), rule) for rule in ("frozen", "sign", "average")}
-    return linear_router(sizes, key) | others
+@dataclass(frozen=True)
+class CountingOptions:
+    rate: float = 0.5
 
 
-def route_by_every_rule(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
-    """Switch's routing; the gradients of the others are (3, -3) a group."""
-    routing = route_switch({"logits": weights["logits"]}, tokens, config)
-
-    def loss(weight: jax.Array) -> jax.Array:
-        value = jnp.sum(jnp.array([3.0, -3.0]) * (weight - jax.lax.stop_gradient(weight)))
-        return jnp.broadcast_to(value, tokens.mask.shape[:1])
-
-    updates = {"bias_loss": loss(weights["sign"]), "average_loss": loss(weights["average"])}
-    return dataclasses.replace(routing, losses=routing.losses | updates)
+def counting_weights(sizes: RouterSizes, options: CountingOptions, key: jax.Array) -> dict[str, Weight]:
+    state = {name: Weight(jnp.ones(2), (None,), trained=False) for name in ("frozen", "counter")}
+    return linear_router(sizes, options, key) | state
 
 
-def test_router_weights_move_by_their_own_rules_whatever_the_micro_batches(
+def route_and_count(weights: Weights, tokens: Tokens, config: MoEConfig, options: CountingOptions) -> Routing:
+    """Switch's routing, and a count of real tokens and of groups."""
+    routing = route_switch({"logits": weights["logits"]}, tokens, config, NoOptions())
+    real = jnp.sum(tokens.mask, axis=1, dtype=jnp.float32)
+    return dataclasses.replace(routing, state_sums={"seen": jnp.stack([real, jnp.ones_like(real)], axis=1)})
+
+
+def count(weights: Weights, sums: dict[str, jax.Array], options: CountingOptions) -> dict[str, jax.Array]:
+    return {"counter": weights["counter"] + options.rate * sums["seen"]}
+
+
+def test_router_state_moves_by_the_routers_own_rule_and_nothing_else_moves_it(
     tiny: Config, batch: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ROUTERS, "every rule", Router(route_by_every_rule, weights_of_every_rule))
-    config = changed(tiny, moe={"router": "every rule"}, train={"accumulation_steps": 2}, mesh={"data": 1, "expert": 4})
-    state, metrics = take_steps(config, batch, 1, devices=4)
-    parameters = named_leaves(state.model)
-    moved = {name for name in parameters if name.rpartition("/")[2] in ("frozen", "sign", "average")}
-    assert len(moved) == 6  # three weights in one MoE layer a stack
-    for name in moved:
-        stack, rule = name.split("/")[0], name.rpartition("/")[2]
-        groups = batch[f"{stack}_segments"].size // tiny.moe.tokens_per_group(12, batch[f"{stack}_segments"].shape[1])
-        expected = {
-            "frozen": [1, 1],
-            "sign": [1 - tiny.moe.bias_update_rate, 1 + tiny.moe.bias_update_rate],
-            "average": [1 - 0.1 * 3 * groups / 2, 1 + 0.1 * 3 * groups / 2],  # the mean over two micro-batches
-        }[rule]
-        np.testing.assert_allclose(parameters[name], [expected], rtol=1e-6, err_msg=name)
-    norms = metrics["gradient_norms"]
-    assert all(norms[name] > 1 for name in moved if "frozen" not in name)
-    trained = np.sqrt(sum(norm**2 for name, norm in norms.items() if name not in moved))
+    router = Router(route_and_count, counting_weights, options=CountingOptions, next_state=count)
+    monkeypatch.setitem(ROUTERS, "counting", router)
+    moe = {"router": "counting", "options": {"rate": 0.25}}
+    optimizer = {"weight_decay": 0.1, "clip_norm": 0.1}
+    config = changed(tiny, moe=moe, optimizer=optimizer, train={"accumulation_steps": 2}, mesh={"data": 1, "expert": 4})
+    state, metrics = take_steps(config, batch, 2, devices=4)
+    parameters, norms = named_leaves(state.model), metrics["gradient_norms"]
+    kept = {name for name in parameters if name.rpartition("/")[2] in ("frozen", "counter")}
+    assert len(kept) == 4  # two weights in one MoE layer a stack
+    for stack in ("encoder", "decoder"):
+        segments, router_name = batch[f"{stack}_segments"], f"{stack}/runs/0/blocks/1/ff/router"
+        groups = segments.size // tiny.moe.tokens_per_group(12, segments.shape[1])
+        seen = 2 * np.array([np.sum(segments > 0), groups])  # of two steps, each in two micro-batches
+        np.testing.assert_allclose(parameters[f"{router_name}/counter"], [1 + 0.25 * seen], rtol=1e-6)
+        np.testing.assert_array_equal(parameters[f"{router_name}/frozen"], [[1, 1]])
+    assert all(norms[name] == 0 for name in kept)
+    trained = np.sqrt(sum(norm**2 for name, norm in norms.items() if name not in kept))
     np.testing.assert_allclose(metrics["gradient_norm"], trained, rtol=1e-5)
-    assert not {"bias_loss", "average_loss"} & set(metrics)
 
 
 def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_reward(
     tiny: Config, batch: dict[str, np.ndarray]
 ) -> None:
-    reinforced = {"router": "reinforced", "load_balance_loss_weight": 0.0, "policy_entropy_loss_weight": 0.0}
+    reinforced = {"router": "reinforced"}
+    others = {"load_balance_loss": 0.0, "policy_entropy_loss": 0.0}
     in_two = changed(tiny, moe=reinforced, train={"accumulation_steps": 2}, mesh={"data": 1, "expert": 4})
     with_policy, without = (
-        take_steps(changed(in_two, moe={"policy_loss_weight": weight}), batch, 1, devices=4)[1] for weight in (1.0, 0.0)
+        take_steps(changed(in_two, moe={"loss_weights": others | {"policy_loss": weight}}), batch, 1, devices=4)[1]
+        for weight in (1.0, 0.0)
     )
     # At the start the baseline is 0 and the reward about -log V: half its square, less log pi times it.
     assert 0.2 < with_policy["policy_loss"] / (np.log(352) ** 2 / 2) < 5

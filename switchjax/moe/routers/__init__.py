@@ -1,29 +1,99 @@
-"""The routers. To add one, write a function like those here and enter it in `ROUTERS`."""
+"""The routers by name, and what a section `moe` asks of one. CONTRIBUTING shows how to add a router."""
 
-from switchjax.moe.routers.balanced import base_router, route_base, route_sinkhorn
-from switchjax.moe.routers.expert_choice import check_expert_choice, route_expert_choice
-from switchjax.moe.routers.hash import hash_router, route_hash
-from switchjax.moe.routers.hierarchical import check_hierarchy, hierarchical_router, route_hierarchical
-from switchjax.moe.routers.noisy import noisy_router, route_noisy_top_k, route_v_moe
-from switchjax.moe.routers.reinforced import reinforced_router, route_reinforced
-from switchjax.moe.routers.sigmoid import check_sigmoid, route_sigmoid, sigmoid_router
-from switchjax.moe.routers.token_choice import route_gshard, route_st_moe, route_switch, route_top_k
+from typing import Any
+
+from switchjax.config import MoEConfig, UserError, check_choice, from_mapping, suggest
+from switchjax.moe.routers.base import BASE
+from switchjax.moe.routers.expert_choice import EXPERT_CHOICE
+from switchjax.moe.routers.gshard import GSHARD
+from switchjax.moe.routers.hash import HASH
+from switchjax.moe.routers.hierarchical import HIERARCHICAL
+from switchjax.moe.routers.noisy_top_k import NOISY_TOP_K
+from switchjax.moe.routers.reinforced import REINFORCED
+from switchjax.moe.routers.sigmoid import SIGMOID
+from switchjax.moe.routers.sinkhorn import SINKHORN
+from switchjax.moe.routers.st_moe import ST_MOE
+from switchjax.moe.routers.switch import SWITCH
+from switchjax.moe.routers.top_k import TOP_K
+from switchjax.moe.routers.v_moe import V_MOE
 from switchjax.moe.routing import Router
 
-_EXPERTS_CHOOSE = "an expert that takes a later token has no room for an earlier one"
-
 ROUTERS: dict[str, Router] = {
-    "switch": Router(route_switch, selected=(1,)),
-    "top_k": Router(route_top_k),
-    "gshard": Router(route_gshard, selected=(2,)),
-    "st_moe": Router(route_st_moe, selected=(2,)),
-    "noisy_top_k": Router(route_noisy_top_k, noisy_router),
-    "v_moe": Router(route_v_moe),
-    "hierarchical": Router(route_hierarchical, hierarchical_router, check=check_hierarchy),
-    "sigmoid": Router(route_sigmoid, sigmoid_router, check=check_sigmoid),
-    "expert_choice": Router(route_expert_choice, selected=(1,), noncausal=_EXPERTS_CHOOSE, check=check_expert_choice),
-    "hash": Router(route_hash, hash_router, selected=(1,)),
-    "base": Router(route_base, base_router, selected=(1,)),
-    "sinkhorn": Router(route_sinkhorn, selected=(1,)),
-    "reinforced": Router(route_reinforced, reinforced_router, selected=(1,)),
+    "switch": SWITCH,
+    "top_k": TOP_K,
+    "gshard": GSHARD,
+    "st_moe": ST_MOE,
+    "noisy_top_k": NOISY_TOP_K,
+    "v_moe": V_MOE,
+    "hierarchical": HIERARCHICAL,
+    "sigmoid": SIGMOID,
+    "expert_choice": EXPERT_CHOICE,
+    "hash": HASH,
+    "base": BASE,
+    "sinkhorn": SINKHORN,
+    "reinforced": REINFORCED,
 }
+
+
+def router_of(config: MoEConfig) -> Router:
+    """The router that `moe.router` names.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    check_choice("moe.router", config.router, ROUTERS)
+    return ROUTERS[config.router]
+
+
+def router_options(config: MoEConfig) -> Any:
+    """`moe.options` as the router's own dataclass.
+
+    Raises:
+        UserError: for an option that the router does not have, or a value that does not fit.
+    """
+    return from_mapping(router_of(config).options, config.options, "moe.options")
+
+
+def loss_weights(config: MoEConfig) -> dict[str, float]:
+    """Weight of each of the router's losses: its default, or what `moe.loss_weights` says.
+
+    Raises:
+        UserError: if `moe.loss_weights` names a loss that the router does not have.
+    """
+    losses = router_of(config).losses
+    for name in config.loss_weights:
+        if name not in losses:
+            raise UserError(f"moe.loss_weights: router {config.router} has no loss '{name}'{suggest(name, losses)}")
+    return {**losses, **config.loss_weights}
+
+
+def check_router(config: MoEConfig) -> None:
+    """Raises a `UserError` unless the router exists and can route by the section, its options and loss weights."""
+    router, options = router_of(config), router_options(config)
+    loss_weights(config)
+    if router.selected is not None and config.num_selected_experts not in router.selected:
+        raise UserError(
+            f"moe.router={config.router} selects {' or '.join(map(str, router.selected))} expert(s), "
+            f"but moe.num_selected_experts={config.num_selected_experts}"
+        )
+    if router.check is not None:
+        router.check(config, options)
+
+
+def noncausal_because(config: MoEConfig) -> str | None:
+    """Why, in evaluation, what comes after a token can change its experts; None if it cannot.
+
+    Raises:
+        UserError: if there is no such router.
+    """
+    if (reason := router_of(config).noncausal) is not None:
+        return reason
+    if config.dropless:
+        return None
+    if config.fill_order == "batch_prioritized":
+        return "batch-prioritised routing lets a later token with a higher gate take a slot"
+    if config.no_token_left_behind:
+        return "a token sent on to another expert comes after the first choices of later tokens"
+    if config.num_selected_experts > 1 and config.fill_order != "token_by_token":
+        return "a second choice loses its slot to the first choice of a later token"
+    return None

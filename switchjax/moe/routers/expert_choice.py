@@ -1,14 +1,16 @@
 """Expert choice: each expert takes the tokens that score highest for it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
 from switchjax.config import MoEConfig, UserError
-from switchjax.moe.losses import router_z_loss, routing_metrics
-from switchjax.moe.routing import Routing, Tokens, Weights, project
+from switchjax.moe.losses import router_z_loss, sum_metrics
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, router_logits
 
 
-def check_expert_choice(config: MoEConfig) -> None:
+def check_expert_choice(config: MoEConfig, options: NoOptions) -> None:
     """Raises a `UserError` for ragged dispatch, whose rows are those of the K experts that each token chose."""
     if config.dispatch == "ragged":
         raise UserError(
@@ -17,13 +19,13 @@ def check_expert_choice(config: MoEConfig) -> None:
         )
 
 
-def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """Zhou et al. 2022, section 3: `p = softmax(x W_r)` over experts; each expert takes its C most probable tokens.
 
     C = S c / E, c the capacity factor (2 in the paper): the experts that a token gets on average. Balance is perfect by
     construction, so load_balance_loss is 1 and has no gradient. A token counts as dropped if no expert takes it.
     """
-    logits = project(tokens.x, weights["logits"])
+    logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
     num_tokens = probs.shape[1]
     scores = jnp.where(tokens.mask[..., None], probs, -1.0).swapaxes(1, 2)
@@ -32,7 +34,7 @@ def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig) -> 
     slot_token = jnp.where(filled, slot_token, num_tokens)
     taken = jnp.any(jax.nn.one_hot(slot_token, num_tokens, dtype=bool), axis=(1, 2))
     # What each expert took, in the place of what tokens chose: it has taken it, so nothing of it is dropped.
-    metrics = routing_metrics(
+    metrics = sum_metrics(
         probs, jnp.argmax(probs, axis=-1, keepdims=True), tokens.mask[..., None], jnp.sum(taken, axis=1), tokens.mask
     )
     return Routing(
@@ -40,6 +42,14 @@ def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig) -> 
         slot_gate=jnp.where(filled, value, 0.0),
         token_slot=None,
         num_tokens=num_tokens,
-        losses={"load_balance_loss": metrics["tokens"], "router_z_loss": router_z_loss(logits, tokens.mask)},
-        metrics=metrics | {"expert_load": jnp.sum(filled, axis=-1, dtype=jnp.float32)},
+        losses={"load_balance_loss": metrics.tokens, "router_z_loss": router_z_loss(logits, tokens.mask)},
+        metrics=replace(metrics, expert_load=jnp.sum(filled, axis=-1, dtype=jnp.float32)),
     )
+
+
+EXPERT_CHOICE = Router(
+    route_expert_choice,
+    selected=(1,),
+    noncausal="an expert that takes a later token has no room for an earlier one",
+    check=check_expert_choice,
+)

@@ -1,20 +1,32 @@
 """Hash layers (Roller et al. 2021): a token's expert follows from its id alone, by a table that never changes."""
 
 import heapq
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from switchjax.config import MoEConfig, UserError
-from switchjax.moe.choice import token_choice
-from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights
+from switchjax.config import MoEConfig, UserError, check_choice
+from switchjax.moe.capacity import token_choice
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 _LLOYD_ITERATIONS = 20
 
 
-def hash_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+@dataclass(frozen=True)
+class HashOptions:
+    """Options of router hash."""
+
+    hash_table: str = "random"
+    """random, balanced (by the corpora's token counts) or clustered (by the embeddings of `init_from`)."""
+
+    def __post_init__(self) -> None:
+        check_choice("moe.options.hash_table", self.hash_table, ["random", "balanced", "clustered"])
+
+
+def hash_router(sizes: RouterSizes, options: HashOptions, key: PRNGKeyArray) -> dict[str, Weight]:
     """A random table [V]; float32 as all of a model's leaves are, exact for up to 2^24 experts.
 
     Raises:
@@ -23,10 +35,10 @@ def hash_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
     if not sizes.vocab_size:
         raise UserError("moe.router=hash goes by token ids, but this layer's inputs have no vocabulary")
     table = random_table(sizes.vocab_size, sizes.num_experts, key)
-    return {"table": Weight(table.astype(jnp.float32), axes=(None,), update="frozen")}
+    return {"table": Weight(table.astype(jnp.float32), axes=(None,), trained=False)}
 
 
-def route_hash(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+def route_hash(weights: Weights, tokens: Tokens, config: MoEConfig, options: HashOptions) -> Routing:
     """Each token to `table[id]`, with weight 1: nothing is trained, so no gate is needed for a gradient.
 
     Its probabilities are one-hot, so load_balance_loss, 1 at perfect balance, is a measure here and no loss.
@@ -88,7 +100,9 @@ def clustered_table(vectors: Float[Array, "V D"], num_experts: int, seed: int) -
         UserError: if there are fewer ids than experts.
     """
     if len(vectors) < num_experts:
-        raise UserError(f"moe.hash_table=clustered cannot divide {len(vectors)} ids into {num_experts} clusters")
+        raise UserError(
+            f"moe.options.hash_table=clustered cannot divide {len(vectors)} ids into {num_experts} clusters"
+        )
     vectors = vectors.astype(jnp.float32)
 
     def nearest(centres: Float[Array, "E D"]) -> Int[Array, "V"]:
@@ -105,3 +119,6 @@ def clustered_table(vectors: Float[Array, "V D"], num_experts: int, seed: int) -
 
     first = jax.random.choice(jax.random.key(seed), vectors, (num_experts,), replace=False)
     return nearest(jax.lax.fori_loop(0, _LLOYD_ITERATIONS, iterate, first))
+
+
+HASH = Router(route_hash, hash_router, options=HashOptions, selected=(1,))

@@ -1,64 +1,75 @@
 """Token choice in two levels: groups of experts, then experts within the groups."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from switchjax.config import MoEConfig, UserError
-from switchjax.moe.choice import token_choice
+from switchjax.config import MoEConfig, UserError, check_positive
+from switchjax.moe.capacity import token_choice
 from switchjax.moe.losses import importance_loss, load_loss
-from switchjax.moe.routers.noisy import noisy_router, noisy_top_k, zeros
-from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, project
+from switchjax.moe.routers.noisy_top_k import IMPORTANCE, noisy_router, noisy_top_k, zeros
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, router_logits
 
 
-def hierarchical_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+@dataclass(frozen=True)
+class HierarchicalOptions:
+    """Options of router hierarchical."""
+
+    num_expert_groups: int = 1
+    """a, groups that the experts are divided into."""
+    num_selected_groups: int = 1
+    """Groups that a token selects; it selects K / num_selected_groups experts in each."""
+
+    def __post_init__(self) -> None:
+        check_positive("moe.options", dataclasses.asdict(self))
+
+
+def hierarchical_router(sizes: RouterSizes, options: HierarchicalOptions, key: PRNGKeyArray) -> dict[str, Weight]:
     """As `noisy_router`, and the same for the a groups of experts: "groups" and "groups_noise" [D, a]."""
-    groups = {name: zeros(sizes.d_model, sizes.num_expert_groups) for name in ("groups", "groups_noise")}
-    return noisy_router(sizes, key) | groups
+    groups = {name: zeros(sizes.d_model, options.num_expert_groups) for name in ("groups", "groups_noise")}
+    return noisy_router(sizes, options, key) | groups
 
 
-def check_hierarchy(config: MoEConfig) -> None:
+def check_hierarchy(config: MoEConfig, options: HierarchicalOptions) -> None:
     """Raises a `UserError` unless experts divide into groups, and a token's experts over the groups it selects."""
-    experts, groups = config.num_experts, config.num_expert_groups
-    selected, selected_groups = config.num_selected_experts, config.num_selected_groups
+    experts, groups = config.num_experts, options.num_expert_groups
+    selected, selected_groups = config.num_selected_experts, options.num_selected_groups
     if experts % groups:
-        raise UserError(f"moe.num_experts={experts} do not divide into moe.num_expert_groups={groups}")
+        raise UserError(f"moe.num_experts={experts} do not divide into moe.options.num_expert_groups={groups}")
     if selected_groups > groups:
-        raise UserError(f"moe.num_selected_groups={selected_groups} exceeds moe.num_expert_groups={groups}")
+        raise UserError(f"moe.options: num_selected_groups={selected_groups} exceeds num_expert_groups={groups}")
     if selected % selected_groups:
         raise UserError(
-            f"moe.num_selected_experts={selected} do not divide over moe.num_selected_groups={selected_groups}"
+            f"moe.num_selected_experts={selected} do not divide over moe.options.num_selected_groups={selected_groups}"
         )
     if selected // selected_groups > experts // groups:
         raise UserError(
             f"a token selects {selected // selected_groups} experts in a group, which has {experts // groups}: "
-            f"moe.num_selected_experts={selected} is too large or moe.num_selected_groups={selected_groups} too small"
+            f"moe.num_selected_experts={selected} is too large or moe.options.num_selected_groups={selected_groups} "
+            "too small"
         )
 
 
-def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig, options: HierarchicalOptions) -> Routing:
     """The two-level hierarchy of noisy top-K gates (Shazeer et al. 2017, appendix B).
 
     A token selects groups, and K / num_selected_groups experts in each; expert j of group i, number `i * b + j`, has
     the gate `G'_i G_ij`, the product of the two levels'. The largest product comes first. Each level is as
     `route_noisy_top_k`: one that selects a single group or expert keeps its probability among all.
-
-    Raises:
-        UserError: if the sizes do not divide, see `check_hierarchy`.
     """
-    check_hierarchy(config)
-    num_groups, selected_groups = config.num_expert_groups, config.num_selected_groups
+    num_groups, selected_groups = options.num_expert_groups, options.num_selected_groups
     flat = (*tokens.mask.shape, config.num_experts)
     nested = (*tokens.mask.shape, num_groups, config.num_experts // num_groups)
-    group_logits, group_std = (project(tokens.x, weights[name]) for name in ("groups", "groups_noise"))
+    group_logits, group_std = (router_logits(tokens.x, weights[name]) for name in ("groups", "groups_noise"))
     group = noisy_top_k(
         group_level(tokens), dataclasses.replace(config, num_selected_experts=selected_groups), group_logits, group_std
     )
     # A row for each token and group: each group gates its experts by itself.
     rows = (flat[0], flat[1] * num_groups, nested[-1])
-    logits, std = (project(tokens.x, weights[name]).reshape(rows) for name in ("logits", "noise"))
+    logits, std = (router_logits(tokens.x, weights[name]).reshape(rows) for name in ("logits", "noise"))
     expert = noisy_top_k(
         tokens,
         dataclasses.replace(config, num_selected_experts=config.num_selected_experts // selected_groups),
@@ -92,3 +103,8 @@ def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig) -> R
 def group_level(tokens: Tokens) -> Tokens:
     """The tokens as the first level of a hierarchy sees them: with keys of its own."""
     return dataclasses.replace(tokens, keys=tokens.random("group level", lambda key: key) if tokens.training else None)
+
+
+HIERARCHICAL = Router(
+    route_hierarchical, hierarchical_router, options=HierarchicalOptions, losses=IMPORTANCE, check=check_hierarchy
+)

@@ -1,22 +1,50 @@
-"""Token choice by sigmoid scores, balanced by a bias on the choice instead of by a loss."""
+"""Sigmoid scores, balanced by a bias on the choice instead of by a loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from switchjax.config import MoEConfig, UserError
-from switchjax.moe.choice import gates_of, select_experts, token_choice
-from switchjax.moe.losses import choices_of_experts
-from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, linear_router, project
+from switchjax.config import MoEConfig, UserError, check_positive
+from switchjax.moe.capacity import token_choice
+from switchjax.moe.losses import count_choices
+from switchjax.moe.routing import (
+    Router,
+    RouterSizes,
+    Routing,
+    Tokens,
+    Weight,
+    Weights,
+    linear_router,
+    normalize_over_chosen,
+    router_logits,
+    select_experts,
+    values_of_chosen,
+)
 
 
-def sigmoid_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
-    """W_r as `linear_router`, and the bias b [E], 0 at first, which moves by the sign of its gradient."""
-    bias = Weight(jnp.zeros(sizes.num_experts, jnp.float32), (None,), update="sign")
-    return linear_router(sizes, key) | {"bias": bias}
+@dataclass(frozen=True)
+class SigmoidOptions:
+    """Options of router sigmoid."""
+
+    bias_update_rate: float = 0.001
+    """The step by which an expert's bias rises or falls after each train step."""
+    normalize_gates: bool = True
+    """Gates of a token's K > 1 experts sum to 1."""
+
+    def __post_init__(self) -> None:
+        check_positive("moe.options", {"bias_update_rate": self.bias_update_rate})
 
 
-def check_sigmoid(config: MoEConfig) -> None:
+def sigmoid_router(sizes: RouterSizes, options: SigmoidOptions, key: PRNGKeyArray) -> dict[str, Weight]:
+    """W_r as `linear_router`, and the bias b [E], 0 at first, which `move_bias` moves."""
+    bias = Weight(jnp.zeros(sizes.num_experts, jnp.float32), (None,), trained=False)
+    return linear_router(sizes, options, key) | {"bias": bias}
+
+
+def check_sigmoid(config: MoEConfig, options: SigmoidOptions) -> None:
     """Raises a `UserError` for tokens sent on to their next best experts, which would go by the scores without b."""
     if config.no_token_left_behind:
         raise UserError(
@@ -25,26 +53,24 @@ def check_sigmoid(config: MoEConfig) -> None:
         )
 
 
-def route_sigmoid(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+def route_sigmoid(weights: Weights, tokens: Tokens, config: MoEConfig, options: SigmoidOptions) -> Routing:
     """DeepSeek-V3's routing, balanced without a loss (Wang et al. 2024; DeepSeek-AI 2024, section 2.1.2).
 
-    `s = sigmoid(x W_r)`; the K experts of the highest `s + b` are selected, and gates are their s, over their sum
-    where `moe.normalize_gates` and K > 1. The bias b takes part in the selection alone. After each step it falls by
-    `moe.bias_update_rate` where an expert had more than the mean load, and rises where it had less.
+    `s = sigmoid(x W_r)`; the K experts of the highest `s + b` are selected, and gates are their s, over their sum with
+    `normalize_gates` and K > 1. The bias b takes part in the selection alone.
     """
-    logits, bias = project(tokens.x, weights["logits"]), weights["bias"]
+    logits = router_logits(tokens.x, weights["logits"])
     log_s = jax.nn.log_sigmoid(logits)
     gates = s = jnp.exp(log_s)
-    scores = s + bias[None, None]
+    scores = s + weights["bias"][None, None]
     if config.sample_experts and tokens.training:
         # Drawn from the softmax of the scores, which is to be in proportion to s + b.
         scores = jnp.log(jnp.maximum(scores, jnp.finfo(jnp.float32).tiny))
     expert_index = select_experts(tokens, config, scores)
-    if config.normalize_gates and config.num_selected_experts > 1:
+    if options.normalize_gates and config.num_selected_experts > 1:
         # All the chosen s may underflow, so over the largest of them first; an expert above it was not chosen.
-        top = jax.lax.stop_gradient(jnp.max(gates_of(log_s, expert_index), axis=-1, keepdims=True))
-        s = jnp.exp(jnp.where(log_s > top, 0.0, log_s - top))
-        gates = s / jnp.sum(gates_of(s, expert_index), axis=-1, keepdims=True)
+        top = jax.lax.stop_gradient(jnp.max(values_of_chosen(log_s, expert_index), axis=-1, keepdims=True))
+        gates = normalize_over_chosen(jnp.exp(jnp.where(log_s > top, 0.0, log_s - top)), expert_index)
     taken = jnp.broadcast_to(tokens.mask[..., None], expert_index.shape)
     return token_choice(
         tokens,
@@ -53,17 +79,14 @@ def route_sigmoid(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routin
         probs=jax.nn.softmax(log_s, axis=-1),  # s over its sum
         gates=gates,
         expert_index=expert_index,
-        losses={"bias_loss": bias_loss(bias, choices_of_experts(expert_index, taken, config.num_experts))},
+        state_sums={"load": count_choices(expert_index, taken, config.num_experts)},
     )
 
 
-def bias_loss(bias: Float[Array, "E"], load: Float[Array, "G E"]) -> Float[Array, "G"]:
-    """0, with the gradient `load_e - mean load` for the bias: a sum over tokens, so it adds up over groups and devices.
+def move_bias(weights: Weights, sums: Mapping[str, Float[Array, "E"]], options: SigmoidOptions) -> dict[str, Array]:
+    """The bias after a step: lower where an expert had more than the mean load, higher where it had less."""
+    excess = sums["load"] - jnp.mean(sums["load"])
+    return {"bias": weights["bias"] - options.bias_update_rate * jnp.sign(excess)}
 
-    Args:
-        bias: b.
-        load: choices of each expert, before capacity.
-    """
-    excess = jax.lax.stop_gradient(load - jnp.mean(load, axis=-1, keepdims=True))
-    value = jnp.sum(bias[None] * excess, axis=-1)
-    return value - jax.lax.stop_gradient(value)
+
+SIGMOID = Router(route_sigmoid, sigmoid_router, options=SigmoidOptions, next_state=move_bias, check=check_sigmoid)

@@ -1,6 +1,7 @@
 """Running a router by its name on random tokens."""
 
-from functools import cache, partial
+import dataclasses
+from functools import cache
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switchjax.config import MoEConfig
-from switchjax.moe.routers import ROUTERS
+from switchjax.moe.routers import ROUTERS, router_options
 from switchjax.moe.routing import RouterSizes, Routing, Tokens
 
 D = 6
@@ -23,12 +24,12 @@ def router_config(name: str, **changes: Any) -> MoEConfig:
 
 
 def random_weights(config: MoEConfig, seed: int = 0) -> dict[str, jax.Array]:
-    """The router's weights, those that gradients train drawn anew so that none is 0."""
-    sizes = RouterSizes(D, config.num_experts, config.num_expert_groups, VOCAB)
-    weights = ROUTERS[config.router].weights(sizes, jax.random.key(seed))
+    """The router's weights, those that are trained drawn anew so that none is 0."""
+    sizes = RouterSizes(D, config.num_experts, VOCAB)
+    weights = ROUTERS[config.router].weights(sizes, router_options(config), jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(rng.normal(size=w.value.shape), jnp.float32) if w.update == "gradient" else w.value
+        name: jnp.asarray(rng.normal(size=w.value.shape), jnp.float32) if w.trained else w.value
         for name, w in weights.items()
     }
 
@@ -50,7 +51,8 @@ def random_tokens(
 @cache
 def compiled(config: MoEConfig) -> Any:
     """The router of a config, jitted: `(weights, tokens) -> Routing`."""
-    return jax.jit(partial(ROUTERS[config.router].route, config=config))
+    route, options = ROUTERS[config.router].route, router_options(config)
+    return jax.jit(lambda weights, tokens: route(weights, tokens, config, options))
 
 
 def route(config: MoEConfig, tokens: Tokens, weights: dict[str, jax.Array] | None = None) -> Routing:
@@ -74,3 +76,29 @@ def token_gates(routing: Routing) -> np.ndarray:
             for slot in range(capacity):
                 gates[group, slot_token[group, expert, slot], expert] += slot_gate[group, expert, slot]
     return gates[:, :-1]
+
+
+def logits_of(config: MoEConfig, tokens: Tokens) -> np.ndarray:
+    """`x W_r` with the random weights, in float64."""
+    return np.asarray(tokens.x, np.float64) @ np.asarray(random_weights(config)["logits"], np.float64)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def probabilities(config: MoEConfig, tokens: Tokens) -> np.ndarray:
+    """`softmax(x W_r)` with the random weights, in float64."""
+    return softmax(logits_of(config, tokens))
+
+
+def best(scores: np.ndarray, selected: int) -> np.ndarray:
+    """The experts of the highest scores, best first."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :selected]
+
+
+def skewed(tokens: Tokens, config: MoEConfig) -> Tokens:
+    """The tokens moved until most prefer the same expert."""
+    towards = random_weights(config)["logits"][:, 0]
+    return dataclasses.replace(tokens, x=tokens.x + towards[None, None])

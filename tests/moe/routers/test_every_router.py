@@ -1,20 +1,22 @@
 """What holds for every router, also for one from outside the package."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.config import MoEConfig
-from switchjax.moe.choice import token_choice
-from switchjax.moe.layer import noncausal_because
-from switchjax.moe.losses import summarize
-from switchjax.moe.routers import ROUTERS
-from switchjax.moe.routing import Router, Routing, Tokens, Weights, project
-from tests.moe.layers import make_inputs, make_layer, run_with_gradients
+from switchjax.config import MoEConfig, UserError
+from switchjax.moe.capacity import token_choice
+from switchjax.moe.layer import MoELayer
+from switchjax.moe.routers import ROUTERS, check_router, loss_weights, noncausal_because, router_options
+from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weights, router_logits
+from tests.moe.layers import TinyExpert, make_inputs, make_layer, run, run_with_gradients
+from tests.moe.reports import contents_of, means_of
 from tests.moe.routers.examples import (
+    VOCAB,
     D,
     chosen_experts,
     compiled,
@@ -25,6 +27,7 @@ from tests.moe.routers.examples import (
 )
 
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+SIZES = RouterSizes(D, 4, VOCAB)
 EVERY = pytest.mark.parametrize("name", ROUTERS)
 
 
@@ -55,14 +58,14 @@ def test_slots_are_consistent_and_metrics_add_up(name: str, capacity: int, paddi
     routing = route(router_config(name), tokens)
     check_slots(routing, tokens)
     metrics = jax.tree.map(np.asarray, routing.metrics)
-    np.testing.assert_array_equal(metrics["tokens"], np.asarray(tokens.mask).sum(axis=1))
-    assert np.all(metrics["dispatched"] <= metrics["routed"])
-    assert np.all(metrics["routed"] <= metrics["tokens"] * router_config(name).num_selected_experts)
+    np.testing.assert_array_equal(metrics.tokens, np.asarray(tokens.mask).sum(axis=1))
+    assert np.all(metrics.dispatched <= metrics.routed)
+    assert np.all(metrics.routed <= metrics.tokens * router_config(name).num_selected_experts)
     if routing.token_slot is not None:
         filled = (np.asarray(routing.slot_token) < 16).sum(axis=(1, 2))
-        np.testing.assert_array_equal(metrics["dispatched"], filled)
-        np.testing.assert_array_equal(metrics["expert_load"].sum(axis=1), metrics["routed"])
-    for value in jax.tree.leaves((routing.losses, routing.token_values, summarize(routing.losses | routing.metrics))):
+        np.testing.assert_array_equal(metrics.dispatched, filled)
+        np.testing.assert_array_equal(metrics.expert_load.sum(axis=1), metrics.routed)
+    for value in [*contents_of(routing).values(), *means_of(routing).values()]:
         assert np.all(np.isfinite(value))
 
 
@@ -83,7 +86,7 @@ def test_what_padding_holds_changes_nothing(name: str, training: bool) -> None:
 @EVERY
 def test_every_choice_is_kept_when_capacity_is_the_group(name: str) -> None:
     routing = route(router_config(name), random_tokens(padding=0.3))
-    np.testing.assert_array_equal(routing.metrics["dispatched"], routing.metrics["routed"])
+    np.testing.assert_array_equal(routing.metrics.dispatched, routing.metrics.routed)
 
 
 @EVERY
@@ -101,9 +104,9 @@ def test_load_balance_loss_is_1_at_perfect_balance(name: str) -> None:
     if "table" in weights:
         weights["table"] = jnp.arange(weights["table"].shape[0], dtype=jnp.float32) % 4
     weights = {weight: weights[weight] for weight in random_weights(config)}
-    summary = summarize({k: v[0] for k, v in (lambda r: r.losses | r.metrics)(route(config, tokens, weights)).items()})
-    np.testing.assert_allclose(summary["load_balance_loss"], 1, rtol=1e-5)
-    np.testing.assert_allclose(summary["expert_load"], 0.25)
+    means = means_of(route(config, tokens, weights))
+    np.testing.assert_allclose(means["load_balance_loss"], 1, rtol=1e-5)
+    np.testing.assert_allclose(means["expert_load"], 0.25)
 
 
 @TRAINING
@@ -112,9 +115,9 @@ def test_losses_count_choices_before_capacity(name: str, training: bool) -> None
     few, many = (route(router_config(name), random_tokens(capacity=c, training=training)) for c in (1, 16))
     jax.tree.map(np.testing.assert_array_equal, few.losses, many.losses)
     if name == "base" and training:  # its capacity is its own
-        np.testing.assert_array_equal(few.metrics["dispatched"], many.metrics["dispatched"])
+        np.testing.assert_array_equal(few.metrics.dispatched, many.metrics.dispatched)
     else:
-        assert np.all(few.metrics["dispatched"] < many.metrics["dispatched"])
+        assert np.all(few.metrics.dispatched < many.metrics.dispatched)
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "hash"])  # which has nothing to train
@@ -161,9 +164,141 @@ def test_second_choices_under_first_come_do_look_at_later_tokens() -> None:
     assert seen
 
 
-def route_by_first_feature(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+@TRAINING
+@EVERY
+def test_a_router_declares_exactly_the_losses_that_it_returns_and_all_are_0_for_padding(
+    name: str, training: bool
+) -> None:
+    router, config = ROUTERS[name], router_config(name)
+    routing = route(config, random_tokens(padding=1.0, training=training))
+    returned = dict(routing.losses)
+    if router.reward_losses is not None:
+        values = {value: by_group[None] for value, by_group in routing.token_values.items()}
+        rewarded = router.reward_losses(values, jnp.ones((2, 16)), jnp.zeros((2, 16), bool))
+        assert not rewarded.keys() & returned.keys()
+        returned |= rewarded
+    else:
+        assert not routing.token_values, "what no loss asks for"
+    assert returned.keys() == router.losses.keys()
+    assert routing.losses.keys() >= BALANCE.keys()
+    for loss in returned.values():
+        np.testing.assert_array_equal(loss, 0)
+
+
+@EVERY
+def test_state_is_what_a_router_moves_and_nothing_else_is_reported_for_it(name: str) -> None:
+    router, config = ROUTERS[name], router_config(name)
+    routing = route(config, random_tokens(training=True))
+    assert bool(routing.state_sums) == (router.next_state is not None)
+    if router.next_state is not None:
+        weights = random_weights(config)
+        sums = jax.tree.map(lambda values: jnp.sum(values, axis=0), routing.state_sums)
+        moved = router.next_state(weights, sums, router_options(config))
+        made = router.weights(SIZES, router_options(config), jax.random.key(0))
+        assert moved.keys() <= {weight for weight in made if not made[weight].trained}
+        for weight, value in moved.items():
+            assert value.shape == weights[weight].shape
+            assert value.dtype == weights[weight].dtype
+
+
+WITH_OPTIONS = [(name, field.name) for name, router in ROUTERS.items() for field in dataclasses.fields(router.options)]
+
+
+def refused(config: MoEConfig) -> str:
+    """The one line with which all that ask a router refuse the section: its check, and a layer."""
+    with pytest.raises(UserError) as of_check:
+        check_router(config)
+    with pytest.raises(UserError) as of_layer:
+        MoELayer(partial(TinyExpert, 0.0), D, config, jax.random.key(0))
+    message = str(of_check.value)
+    assert str(of_layer.value) == message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_OPTIONS)
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(name: str, option: str) -> None:
+    message = refused(router_config(name, options={option + "s": 1}))
+    assert message == f"unknown config key 'moe.options.{option}s' (did you mean '{option}'?)"
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_OPTIONS)
+def test_an_option_of_the_wrong_type_is_refused(name: str, option: str) -> None:
+    default = getattr(ROUTERS[name].options(), option)
+    for wrong in (None, [default], 3 if isinstance(default, str | bool) else "3", 1.5 if type(default) is int else {}):
+        message = refused(router_config(name, options={option: wrong}))
+        kind = type(default).__name__
+        wanted = tuple(wrong) if isinstance(wrong, list) else wrong
+        assert message == f"moe.options.{option} must be of type {kind}, got {wanted!r}"
+
+
+@EVERY
+def test_an_option_of_another_router_is_refused(name: str) -> None:
+    options = [field.name for field in dataclasses.fields(ROUTERS[name].options)]
+    other = next(option for _, option in WITH_OPTIONS if option not in options)
+    message = refused(router_config(name, options={other: 1}))
+    assert message.startswith(f"unknown config key 'moe.options.{other}' (")
+    assert all(option in message for option in options) or "did you mean" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("st_moe", "second_expert_threshold", 1.0),
+        ("st_moe", "second_expert_threshold", -0.1),
+        ("hierarchical", "num_expert_groups", 0),
+        ("hierarchical", "num_selected_groups", 0),
+        ("sigmoid", "bias_update_rate", 0.0),
+        ("base", "auction_rounds", 0),
+        ("sinkhorn", "sinkhorn_iterations", 0),
+        ("hash", "hash_table", "balance"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name: str, option: str, value: object) -> None:
+    assert f"moe.options.{option}" in refused(router_config(name, options={option: value}))
+
+
+@EVERY
+def test_options_have_defaults_and_are_taken_from_the_section(name: str) -> None:
+    assert router_options(router_config(name)) == ROUTERS[name].options()
+    for field in dataclasses.fields(ROUTERS[name].options):
+        default = field.default
+        other = {bool: not default, str: "balanced"}.get(type(default), default / 2 if default != 1 else 2)
+        other = type(default)(other)
+        options = router_options(router_config(name, options={field.name: other}))
+        assert options == dataclasses.replace(ROUTERS[name].options(), **{field.name: other})
+        assert options != ROUTERS[name].options()
+
+
+@EVERY
+def test_the_weight_of_a_loss_that_the_router_does_not_have_is_refused_with_the_one_that_was_meant(name: str) -> None:
+    for loss in ROUTERS[name].losses:
+        message = refused(router_config(name, loss_weights={loss.replace("_loss", "_los"): 0.1}))
+        expected = f"moe.loss_weights: router {name} has no loss '{loss.replace('_loss', '_los')}'"
+        assert message == f"{expected} (did you mean '{loss}'?)"
+    message = refused(router_config(name, loss_weights={"average_of_nothing": 0.1}))
+    assert message.startswith(f"moe.loss_weights: router {name} has no loss 'average_of_nothing' (")
+    assert "load_balance_loss" in message
+
+
+@EVERY
+def test_loss_weights_replace_the_routers_own_one_by_one(name: str) -> None:
+    losses = ROUTERS[name].losses
+    assert loss_weights(router_config(name)) == losses
+    for loss in losses:
+        assert loss_weights(router_config(name, loss_weights={loss: 0.125})) == {**losses, loss: 0.125}
+
+
+def test_a_router_that_does_not_exist_is_refused_with_the_one_that_was_meant() -> None:
+    for ask in (router_options, loss_weights, noncausal_because):
+        with pytest.raises(UserError, match=r"moe\.router: unknown value 'swich' \(did you mean 'switch'\?\)"):
+            ask(MoEConfig(router="swich"))
+    assert refused(MoEConfig(router="swich")) == "moe.router: unknown value 'swich' (did you mean 'switch'?)"
+
+
+def route_by_first_feature(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """A router of one's own: the expert of the highest logit among two."""
-    logits = project(tokens.x, weights["logits"])
+    logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
     index = (logits[..., 1:2] > logits[..., :1]).astype(jnp.int32)
     return token_choice(tokens, config, logits=logits, probs=probs, gates=probs, expert_index=index)
@@ -177,3 +312,18 @@ def test_a_router_from_outside_the_package_is_one_entry(monkeypatch: pytest.Monk
     assert np.any(np.asarray(y) != 0)
     assert np.all(np.asarray(sums["expert_load"])[2:] == 0)
     assert np.any(np.asarray(gradient.router["logits"][...]) != 0)
+
+
+@pytest.mark.parametrize("declared", [{}, {"load_balance_loss": 0.01}])
+@TRAINING
+def test_a_router_that_returns_a_loss_without_a_default_weight_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, declared: dict[str, float], training: bool
+) -> None:
+    name = "forgetful"
+    monkeypatch.setitem(ROUTERS, name, Router(route_by_first_feature, losses=declared))
+    layer = make_layer(router=name, num_experts=4)
+    x, mask = make_inputs(rows=2)
+    missing = ", ".join(sorted(BALANCE.keys() - declared.keys()))
+    message = rf"^router forgetful returns {missing} without a default weight: name it in Router\.losses$"
+    with pytest.raises(UserError, match=message):
+        run(layer, x, mask, jax.random.key(0) if training else None)

@@ -34,10 +34,10 @@ def test_balance_is_perfect_and_a_token_no_expert_takes_is_dropped() -> None:
     routing = route(CONFIG, tokens)
     count = np.asarray(tokens.mask).sum(axis=1)
     np.testing.assert_array_equal(routing.losses["load_balance_loss"], count)
-    np.testing.assert_array_equal(routing.metrics["expert_load"], 2)
+    np.testing.assert_array_equal(routing.metrics.expert_load, 2)
     taken = (token_gates(routing) > 0).any(axis=-1).sum(axis=1)
-    np.testing.assert_array_equal(routing.metrics["dispatched"], taken)
-    np.testing.assert_array_equal(routing.metrics["routed"], count)
+    np.testing.assert_array_equal(routing.metrics.dispatched, taken)
+    np.testing.assert_array_equal(routing.metrics.routed, count)
     assert np.all(taken < count)
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.cluster.vq import kmeans2
 
 from switchjax.config import UserError
-from switchjax.moe.routers.hash import balanced_table, clustered_table, hash_router, random_table
+from switchjax.moe.routers.hash import HASH, HashOptions, balanced_table, clustered_table, hash_router, random_table
 from switchjax.moe.routing import RouterSizes
 from tests.moe.routers.examples import VOCAB, chosen_experts, random_tokens, random_weights, route, router_config
 
@@ -39,15 +39,16 @@ class TestRouting:
             np.testing.assert_allclose(routing.losses["load_balance_loss"] / 8, expected, rtol=1e-6)
 
     def test_the_table_is_frozen_and_exact(self) -> None:
-        weight = hash_router(RouterSizes(6, 2**20, vocab_size=VOCAB), jax.random.key(0))["table"]
-        assert weight.update == "frozen"
+        weight = hash_router(RouterSizes(6, 2**20, vocab_size=VOCAB), HashOptions(), jax.random.key(0))["table"]
+        assert not weight.trained
+        assert HASH.next_state is None
         np.testing.assert_array_equal(weight.value, random_table(VOCAB, 2**20, jax.random.key(0)))
 
     def test_without_ids_there_is_nothing_to_go_by(self) -> None:
         with pytest.raises(UserError, match="token ids"):
             route(router_config("hash"), dataclasses.replace(random_tokens(), ids=None))
         with pytest.raises(UserError, match="vocabulary"):
-            hash_router(RouterSizes(6, 4), jax.random.key(0))
+            hash_router(RouterSizes(6, 4), HashOptions(), jax.random.key(0))
 
 
 class TestTables:

@@ -1,15 +1,20 @@
-"""Reinforced routing: sampled by its policy in training, greedy in evaluation, and what its loss needs to know."""
+"""Reinforced routing: sampled by its policy in training, greedy in evaluation, and the policy's loss."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchjax.moe.routers import router_options
+from switchjax.moe.routers.reinforced import REINFORCED, policy_loss, route_reinforced
+from switchjax.moe.routing import Tokens
 from tests.moe.routers.examples import (
     chosen_experts,
     compiled,
+    probabilities,
     random_tokens,
     random_weights,
     route,
@@ -20,11 +25,7 @@ from tests.moe.routers.examples import (
 CONFIG = router_config("reinforced")
 
 
-def policy(tokens: object) -> np.ndarray:
-    """In float64."""
-    logits = np.asarray(tokens.x, np.float64) @ np.asarray(random_weights(CONFIG)["logits"], np.float64)
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+policy = partial(probabilities, CONFIG)
 
 
 def test_in_evaluation_the_most_probable_expert_is_taken() -> None:
@@ -84,3 +85,61 @@ def test_the_baseline_does_not_shape_the_tokens() -> None:
         return jnp.sum(compiled(CONFIG)(weights, dataclasses.replace(tokens, x=x)).token_values["baseline"])
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(tokens.x), 0)
+
+
+def test_the_gradient_of_a_bandit_of_two_arms_is_unbiased() -> None:
+    samples, preferences, rewards = 20_000, np.array([0.4, -0.3]), np.array([-1.5, -0.5])
+    config = router_config("reinforced", num_experts=2)
+    # The token is its own logits; the baseline expects -1.1 of it.
+    weights = {"logits": jnp.eye(2), "baseline": jnp.asarray([[-2.0], [1.0]])}
+    keys = jax.random.split(jax.random.key(0), samples)
+
+    def loss(x: jax.Array) -> jax.Array:
+        tokens = Tokens(x, jnp.ones((samples, 1), bool), 1, keys=keys)
+        routing = route_reinforced(weights, tokens, config, router_options(config))
+        reward = jnp.asarray(rewards, jnp.float32)[routing.token_slot[..., 0]]  # one slot an expert
+        values = {name: value[None] for name, value in routing.token_values.items()}
+        return policy_loss(values, reward, jnp.ones((samples, 1), bool))["policy_loss"][0]
+
+    x = jnp.broadcast_to(jnp.asarray(preferences, jnp.float32), (samples, 1, 2))
+    gradients = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)[:, 0]
+    probs = np.exp(preferences) / np.exp(preferences).sum()
+    exact = -probs * (rewards - probs @ rewards)  # of -E[R]
+    error = gradients.std(axis=0) / np.sqrt(samples)
+    assert np.all(error < 0.1 * np.abs(exact))  # so that a biased estimate would show
+    assert np.all(np.abs(gradients.mean(axis=0) - exact) < 5 * error)
+
+
+def random_inputs(layers: int = 2) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Values of tokens, their reward and their mask."""
+    rng = np.random.default_rng(0)
+    shapes = {"log_policy": (layers, 3, 5), "baseline": (layers, 3, 5), "reward": (3, 5)}
+    values = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    reward = values.pop("reward")
+    return values, reward, jnp.asarray(rng.uniform(size=(3, 5)) < 0.7)
+
+
+def test_the_policys_loss_by_a_loop_over_layers_and_real_tokens() -> None:
+    values, reward, mask = jax.tree.map(np.asarray, random_inputs())
+    expected = np.zeros(2)
+    for layer, row, token in np.ndindex(2, 3, 5):
+        if mask[row, token]:
+            advantage = float(reward[row, token]) - float(values["baseline"][layer, row, token])
+            expected[layer] += -advantage * values["log_policy"][layer, row, token] + advantage**2 / 2
+    losses = jax.jit(policy_loss)(*random_inputs())
+    assert losses.keys() == {"policy_loss"}
+    np.testing.assert_allclose(losses["policy_loss"], expected, rtol=1e-5)
+    assert REINFORCED.reward_losses is policy_loss
+
+
+def test_the_baseline_learns_the_reward_and_the_reward_learns_nothing() -> None:
+    values, reward, mask = random_inputs()
+
+    def total(values: dict[str, jax.Array], reward: jax.Array) -> jax.Array:
+        return jnp.sum(policy_loss(values, reward, mask)["policy_loss"])
+
+    gradients, of_reward = jax.jit(jax.grad(total, argnums=(0, 1)))(values, reward)
+    error = values["baseline"] - reward[None]
+    np.testing.assert_allclose(gradients["baseline"], jnp.where(mask[None], error, 0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradients["log_policy"], jnp.where(mask[None], error, 0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(of_reward, 0)

@@ -1,23 +1,36 @@
-"""Token choice under Gaussian noise, balanced by importance and by an estimate of load that has a gradient."""
+"""Noisy top-K: token choice under Gaussian noise, balanced by importance and by an estimate of load with a gradient."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import MoEConfig
-from switchjax.moe.choice import gates_of, is_chosen, select_experts, token_choice
+from switchjax.moe.capacity import token_choice
 from switchjax.moe.losses import importance_loss, load_loss
-from switchjax.moe.routing import RouterSizes, Routing, Tokens, Weight, Weights, project
+from switchjax.moe.routing import (
+    BALANCE,
+    NoOptions,
+    Router,
+    RouterSizes,
+    Routing,
+    Tokens,
+    Weight,
+    Weights,
+    is_chosen,
+    normalize_over_chosen,
+    router_logits,
+    select_experts,
+)
 
 MIN_NOISE = 1e-2
 """The least standard deviation of trained noise, as in the released code: the load estimate divides by it."""
 
 
-def noisy_router(sizes: RouterSizes, key: PRNGKeyArray) -> dict[str, Weight]:
+def noisy_router(sizes: RouterSizes, options: Any, key: PRNGKeyArray) -> dict[str, Weight]:
     """W_g and W_noise [D, E], both 0 at first: noise alone spreads the tokens (Shazeer et al. 2017, appendix A)."""
-    del key
     return {name: zeros(sizes.d_model, sizes.num_experts) for name in ("logits", "noise")}
 
 
@@ -26,7 +39,7 @@ def zeros(rows: int, columns: int) -> Weight:
     return Weight(jnp.zeros((rows, columns), jnp.float32), ("embed", None))
 
 
-def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
+def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """The sparsely-gated layer's noisy top-K gating (Shazeer et al. 2017, eq. 3-11).
 
     `H = x W_g + N(0, 1) softplus(x W_noise)`, without the noise in evaluation; gates are the softmax over the K
@@ -35,7 +48,7 @@ def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig) -> Ro
 
     `moe.sample_experts` draws on top of the noise, of which alone the load loss knows.
     """
-    clean, raw_std = project(tokens.x, weights["logits"]), project(tokens.x, weights["noise"])
+    clean, raw_std = router_logits(tokens.x, weights["logits"]), router_logits(tokens.x, weights["noise"])
     choice = noisy_top_k(tokens, config, clean, raw_std)
     return token_choice(
         tokens,
@@ -47,36 +60,6 @@ def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig) -> Ro
         losses={
             "importance_loss": importance_loss(jnp.where(choice.chosen, choice.gates, 0.0), tokens.mask),
             "load_loss": load_loss(choice.load_probability, tokens.mask),
-        },
-    )
-
-
-def route_v_moe(weights: Weights, tokens: Tokens, config: MoEConfig) -> Routing:
-    """V-MoE's routing (Riquelme et al. 2021, section 2.1 and appendix A).
-
-    Noise of standard deviation 1 / E on the logits in training; gates are the K highest of all E probabilities, never
-    renormalised. Importance sums the probabilities without noise, of all experts. The threshold of the load is the
-    K-th highest noisy logit, an expert's own included, as released.
-    """
-    clean, std = project(tokens.x, weights["logits"]), 1 / config.num_experts
-    noisy = add_noise(tokens, clean, jnp.full_like(clean, std))
-    probs = jax.nn.softmax(noisy, axis=-1)
-    expert_index = select_experts(tokens, config, noisy)
-    if tokens.training:
-        threshold = highest(noisy, config.num_selected_experts)[..., -1:]
-        load = jax.scipy.stats.norm.cdf((clean - threshold) / std)
-    else:
-        load = is_chosen(expert_index, config.num_experts).astype(jnp.float32)
-    return token_choice(
-        tokens,
-        config,
-        logits=clean,
-        probs=probs,
-        gates=probs,
-        expert_index=expert_index,
-        losses={
-            "importance_loss": importance_loss(jax.nn.softmax(clean, axis=-1), tokens.mask),
-            "load_loss": load_loss(load, tokens.mask),
         },
     )
 
@@ -106,7 +89,7 @@ def noisy_top_k(
     chosen = is_chosen(expert_index, clean.shape[-1])
     gates = probs = jax.nn.softmax(noisy, axis=-1)
     if config.num_selected_experts > 1:
-        gates = probs / jnp.sum(gates_of(probs, expert_index), axis=-1, keepdims=True)
+        gates = normalize_over_chosen(probs, expert_index)
     if tokens.training:
         load = load_probability(clean, std, noisy, config.num_selected_experts)
     else:
@@ -145,3 +128,9 @@ def highest(values: Float[Array, "*T E"], k: int) -> Float[Array, "*T k"]:
     """The k highest values in order, by masked sums: the derivative of a gather would be a scatter."""
     index = jax.lax.top_k(jax.lax.stop_gradient(values), k)[1]
     return jnp.sum(values[..., None, :], axis=-1, where=jax.nn.one_hot(index, values.shape[-1], dtype=bool))
+
+
+IMPORTANCE = {**BALANCE, "importance_loss": 0.0, "load_loss": 0.0}
+"""The losses of routers with noise."""
+
+NOISY_TOP_K = Router(route_noisy_top_k, noisy_router, losses=IMPORTANCE)
