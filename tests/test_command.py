@@ -85,6 +85,14 @@ QUICKSTART = "--config=configs/quickstart.py"
         (["train.py", QUICKSTART, "--config.moe.router=swich"], "unknown value 'swich' (did you mean 'switch'?)"),
         (["train.py", QUICKSTART, "--config.moe.num_selected_experts=2"], "moe.router=switch selects 1 expert(s)"),
         (["train.py", QUICKSTART, "--config.moe.router=expert_choice"], "would let a decoder see the future"),
+        (
+            ["train.py", QUICKSTART, "--config.moe.router=top_k", "--config.moe.options.normalise_gates=False"],
+            "unknown config key 'moe.options.normalise_gates' (did you mean 'normalize_gates'?)",
+        ),
+        (
+            ["train.py", QUICKSTART, "--config.moe.loss_weights.load_loss=0.1"],
+            "moe.loss_weights: router switch has no loss 'load_loss' (did you mean 'load_balance_loss'?)",
+        ),
         (["evaluate.py"], "cannot read"),
         (["generate.py", "--prompt=x"], "cannot read"),
         (["generate.py", "--prompt=x", f"--seed={2**64}"], "--seed must be in [0, 2**32), got 18446744073709551616"),
@@ -282,3 +290,26 @@ def test_what_becomes_of_orbaxs_other_reads_is_not_printed() -> None:
     assert done.returncode == 0
     assert "ValueError: /elsewhere.py" in done.stderr
     assert "orbax" not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["file", "json"])
+def test_options_and_loss_weights_are_set_by_name_whatever_the_config_names(tmp_path: Path, form: str) -> None:
+    source = "configs/quickstart.py"
+    if form == "json":
+        source = str(tmp_path / "config.json")
+        Path(source).write_text(command.load_config("configs/quickstart.py").to_json())
+    moe = command.load_config(
+        source,
+        [
+            "--config.moe.router=sigmoid",
+            "--config.moe.options.bias_update_rate=0.01",
+            "--config.moe.options.normalize_gates=False",
+            "--config.moe.loss_weights.router_z_loss=1e-3",
+            "--config.moe.num_experts=16",
+        ],
+    ).moe
+    assert (moe.router, moe.num_experts) == ("sigmoid", 16)
+    assert moe.options == {"bias_update_rate": 0.01, "normalize_gates": False}
+    assert moe.loss_weights["router_z_loss"] == 1e-3
+    words = command.load_config(source, ["--config.moe.router=hash", "--config.moe.options.hash_table=balanced"])
+    assert words.moe.options == {"hash_table": "balanced"}

@@ -51,7 +51,10 @@ class MetricsWriter:
         self._events = _Events(workdir / "tensorboard", resume_step)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one record: `kind` is train or evaluate; in TensorBoard, an array shows its rows' least and most."""
+        """Writes one record of kind train or evaluate.
+
+        In TensorBoard, a vector over layers becomes a curve for each layer, a matrix the least and the most of each row.
+        """
         if self._silent:
             return
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
@@ -62,10 +65,12 @@ class MetricsWriter:
         for name, value in values.items():
             if value.ndim == 0:
                 scalars[f"{kind}/{name}"] = float(value)
-                continue
-            for layer, row in enumerate(value):
-                scalars[f"{kind}/{name}_max/layer_{layer}"] = float(np.max(row))
-                scalars[f"{kind}/{name}_min/layer_{layer}"] = float(np.min(row))
+            for layer, row in enumerate(value if value.ndim else ()):
+                if row.ndim == 0:
+                    scalars[f"{kind}/{name}/layer_{layer}"] = float(row)
+                else:
+                    scalars[f"{kind}/{name}_max/layer_{layer}"] = float(np.max(row))
+                    scalars[f"{kind}/{name}_min/layer_{layer}"] = float(np.min(row))
         self._events.write(step, scalars)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from switchjax.moe.base_layer import BaseLayer, shuffle, unshuffle
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings, partition_spec
 from switchjax.planning.hlo_collectives import count_collectives
-from tests.moe.layers import LENGTH, ROWS, D, TinyExpert, make_inputs
+from tests.moe.layers import LENGTH, ROWS, D, TinyExpert, make_inputs, output_and_sums
 from tests.parameters import random_parameters
 
 KEY = jax.random.key(7)
@@ -48,14 +48,14 @@ def on_mesh(*trees: Any, shape: tuple[int, int, int] = MESH) -> Iterator[list[An
         ]
 
 
-run = jax.jit(lambda layer, x, mask, key: layer(x, mask, key))
+run = jax.jit(output_and_sums)
 _shuffle, _unshuffle = jax.jit(shuffle), jax.jit(unshuffle)
 
 
 @jax.jit
 def run_with_gradients(layer: BaseLayer, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> Any:
     def loss(layer: BaseLayer, x: jax.Array) -> tuple[jax.Array, Any]:
-        y, sums = layer(x, mask, key)
+        y, sums = output_and_sums(layer, x, mask, key)
         return jnp.sum(jnp.sin(y)), (y, sums)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
@@ -233,3 +233,7 @@ class TestShuffle:
 def test_what_it_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(**changes)
+
+
+def test_it_has_no_state_that_moves() -> None:
+    assert build().next_state({}) == {}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from switchjax.config import MoEConfig
-from switchjax.moe.choice import token_choice
+from switchjax.moe.capacity import token_choice
 from switchjax.moe.dispatch import DISPATCHERS
+from switchjax.moe.losses import RoutingMetrics
 from switchjax.moe.routing import Routing, Tokens
 from switchjax.planning.hlo import count_operations
 from tests.moe.examples import CASES, Case, Choices, fill_one_by_one, random_choices
@@ -145,7 +146,9 @@ def test_forms_agree_where_a_token_may_have_any_number_of_slots(name: str) -> No
     x, weights, cotangent = random_inputs(case)
 
     def layer(x: jax.Array, gate: jax.Array, weights: jax.Array, form: str) -> jax.Array:
-        routing = Routing(jnp.asarray(slot_token), gate, None, case.tokens, {}, {})
+        sums, load = jnp.zeros(case.groups), jnp.zeros((case.groups, case.experts))
+        nothing = RoutingMetrics(sums, sums, sums, load, sums, sums)
+        routing = Routing(jnp.asarray(slot_token), gate, None, case.tokens, {}, nothing)
         hidden = jnp.tanh(jnp.einsum("egcd,edf->egcf", DISPATCHERS[form].dispatch(x, routing), weights))
         return DISPATCHERS[form].combine(hidden, routing)
 

@@ -6,11 +6,28 @@ import numpy as np
 import pytest
 
 from switchjax.config import UserError
+from switchjax.moe.layer import MoELayer
 from switchjax.moe.losses import summarize
-from tests.moe.layers import LENGTH, D, expert_slice, make_inputs, make_layer, run, run_with_gradients, set_experts
+from tests.moe.layers import (
+    LENGTH,
+    D,
+    expert_slice,
+    make_inputs,
+    make_layer,
+    output_and_sums,
+    report_of,
+    run,
+    run_with_gradients,
+    set_experts,
+)
 
 DROPLESS = {"train_capacity_factor": 100.0, "eval_capacity_factor": 100.0}
 KEY = jax.random.key(7)
+
+
+def dropped(layer: MoELayer, x: np.ndarray, mask: np.ndarray, key: jax.Array | None) -> float:
+    """The fraction of choices that found no slot."""
+    return float(summarize(report_of(layer, x, mask, key).metrics).fraction_tokens_dropped)
 
 
 def test_identical_experts_are_the_dense_layer_times_the_gate() -> None:
@@ -85,9 +102,9 @@ def test_each_group_has_its_own_noise(noise: dict[str, float]) -> None:
 def test_training_and_evaluation_have_their_own_capacity() -> None:
     layer = make_layer(train_capacity_factor=0.5, eval_capacity_factor=100.0, jitter_noise=0.0)
     x, mask = make_inputs()
-    dropped = [summarize(run(layer, x, mask, key)[1])["fraction_tokens_dropped"] for key in (KEY, None)]
-    assert dropped[0] > 0.2
-    assert dropped[1] == 0
+    fractions = [dropped(layer, x, mask, key) for key in (KEY, None)]
+    assert fractions[0] > 0.2
+    assert fractions[1] == 0
 
 
 def test_einsum_and_gather_dispatch_agree_in_outputs_and_gradients() -> None:
@@ -125,7 +142,7 @@ def test_huge_inputs_and_idle_experts_give_finite_values_and_gradients(dispatch:
     x, mask = np.full((4, LENGTH, D), 1e15, np.float32), np.ones((4, LENGTH), bool)
 
     def loss(layer: object, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, sums = layer(x, jnp.asarray(mask), None)
+        y, sums = output_and_sums(layer, x, jnp.asarray(mask), None)
         return jnp.sum(y) + sums["load_balance_loss"], sums
 
     (value, sums), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(layer, x)
@@ -141,10 +158,10 @@ def test_a_token_over_capacity_comes_back_as_zeros() -> None:
         layer.router["logits"][...]
     )  # all probabilities equal: all to expert 0
     x, mask = np.ones((1, LENGTH, D), np.float32), np.ones((1, LENGTH), bool)
-    y, sums = run(layer, x, mask, None)
+    y, _ = run(layer, x, mask, None)
     assert np.all(np.asarray(y)[0, :3] != 0)
     np.testing.assert_array_equal(y[0, 3:], 0)
-    assert summarize(sums)["fraction_tokens_dropped"] == (LENGTH - 3) / LENGTH
+    assert dropped(layer, x, mask, None) == (LENGTH - 3) / LENGTH
 
 
 def test_only_tokens_of_the_same_group_can_crowd_a_token_out() -> None:
@@ -157,13 +174,41 @@ def test_only_tokens_of_the_same_group_can_crowd_a_token_out() -> None:
 
 def test_slots_may_be_a_number_for_each_row() -> None:
     x, mask = make_inputs()
-    by_number = run(make_layer(group_size=0, expert_capacity=3), x, mask, None)
-    by_factor = run(make_layer(group_size=LENGTH, eval_capacity_factor=0.1, min_expert_capacity=3), x, mask, None)
-    np.testing.assert_array_equal(by_number[0], by_factor[0])
-    assert summarize(by_number[1])["fraction_tokens_dropped"] > 0
+    by_number = make_layer(group_size=0, expert_capacity=3)
+    by_factor = make_layer(group_size=LENGTH, eval_capacity_factor=0.1, min_expert_capacity=3)
+    np.testing.assert_array_equal(*(run(layer, x, mask, None)[0] for layer in (by_number, by_factor)))
+    assert dropped(by_number, x, mask, None) > 0
 
 
 def test_a_group_size_that_cuts_rows_unevenly_is_refused() -> None:
     x, mask = make_inputs()
     with pytest.raises(UserError, match=r"group_size=3 neither divides a row of 8 tokens"):
         run(make_layer(group_size=3), x, mask, None)
+
+
+def test_the_report_names_its_sums_and_those_of_groups_add_up() -> None:
+    x, mask = make_inputs()
+    layer = make_layer(router="reinforced", group_size=LENGTH)
+    whole, rows = (
+        report_of(layer, x, mask, None),
+        [report_of(layer, x[i : i + 1], mask[i : i + 1], None) for i in (0, 1)],
+    )
+    assert whole.losses.keys() == {"load_balance_loss", "router_z_loss", "policy_entropy_loss"}
+    assert whole.token_values.keys() == {"log_policy", "baseline"}
+    assert whole.state_sums == {}
+    assert whole.layers == ()
+    assert all(loss.shape == () for loss in whole.losses.values())
+    both = report_of(layer, x[:2], mask[:2], None)
+    # float32 sums of two groups.
+    for part in ("losses", "metrics"):
+        added = jax.tree.map(jnp.add, *(getattr(row, part) for row in rows))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), getattr(both, part), added)
+    for name, values in both.token_values.items():
+        assert values.shape == mask[:2].shape
+        for row in (0, 1):
+            np.testing.assert_allclose(values[row], rows[row].token_values[name][0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_without_state_moves_nothing() -> None:
+    assert make_layer().next_state({}) == {}
+    assert make_layer(router="reinforced").next_state({}) == {}

@@ -15,7 +15,7 @@ from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings, partition_spec
 from switchjax.planning.hlo_collectives import count_collectives
-from tests.moe.layers import make_inputs, make_layer, run, run_with_gradients
+from tests.moe.layers import make_inputs, make_layer, report_of, run, run_with_gradients
 
 Shape = tuple[int, int, int]
 KEY = jax.random.key(7)
@@ -74,6 +74,20 @@ def test_every_router_with_its_noise_is_the_same_on_a_mesh(router: str) -> None:
         actual = run_with_gradients(placed, x, mask, KEY)
     # float32 sums over 128 tokens, in the order of another mesh.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["eval", "train"])
+def test_the_state_of_a_router_moves_on_a_mesh_as_on_one_device(key: jax.Array | None) -> None:
+    layer = make_layer(router="sigmoid", num_experts=8, num_selected_experts=2, train_capacity_factor=0.75)
+    expected = report_of(layer, *make_inputs(), key).state_sums
+    with on_mesh((2, 4, 1), layer) as (placed, x, mask):
+        actual = report_of(placed, x, mask, key).state_sums
+        moved = placed.next_state(actual)
+    assert actual.keys() == {"load"}
+    np.testing.assert_array_equal(actual["load"], expected["load"])
+    assert actual["load"].sum() == 2 * np.asarray(mask).sum()
+    assert len(np.unique(actual["load"])) > 2
+    jax.tree.map(np.testing.assert_array_equal, moved, layer.next_state(expected))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from switchjax.moe.losses import (
+    RoutingMetrics,
+    RoutingSummary,
+    count_choices,
     importance_loss,
     load_balance_loss,
     load_loss,
     router_z_loss,
-    routing_metrics,
+    sum_metrics,
     summarize,
 )
 
@@ -65,7 +68,7 @@ def test_padding_adds_nothing_to_any_sum() -> None:
             "router_z_loss": router_z_loss(logits, mask),
             "importance_loss": importance_loss(probs, mask),
             "load_loss": load_loss(probs, mask),
-        } | routing_metrics(probs, index, taken_of(index, mask), jnp.zeros(index.shape[0], jnp.int32), mask)
+        } | vars(sum_metrics(probs, index, taken_of(index, mask), jnp.zeros(index.shape[0], jnp.int32), mask))
 
     index = np.argsort(-logits, axis=-1)[..., :2].astype(np.int32)
     padded = jax.jit(sums)(logits, index, mask)
@@ -116,7 +119,7 @@ def test_routing_metrics_by_hand() -> None:
     probs = np.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], np.float32)
     index = np.array([[[0], [0]]], np.int32)
     mask = np.ones((1, 2), bool)
-    metrics = jax.jit(routing_metrics)(probs, index, mask[..., None], np.array([1], np.int32), mask)
+    metrics = jax.jit(sum_metrics)(probs, index, mask[..., None], np.array([1], np.int32), mask)
     expected = {
         "tokens": [2],
         "routed": [2],
@@ -125,9 +128,16 @@ def test_routing_metrics_by_hand() -> None:
         "router_entropy": [np.log(2)],
         "router_confidence": [1.5],
     }
-    assert metrics.keys() == expected.keys()
+    assert vars(metrics).keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(metrics[name], values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(getattr(metrics, name), values, rtol=1e-6, err_msg=name)
+
+
+def test_counted_choices_by_hand() -> None:
+    index = np.array([[[0, 2], [2, 1], [2, 0]], [[1, 0], [1, 2], [1, 2]]], np.int32)
+    taken = np.array([[[True, True], [True, False], [True, True]], [[False, True], [False] * 2, [True, False]]])
+    count = jax.jit(count_choices, static_argnums=2)(index, taken, 4)
+    np.testing.assert_array_equal(count, [[2, 0, 3, 0], [1, 1, 0, 0]])
 
 
 def test_metrics_have_no_gradient() -> None:
@@ -135,9 +145,8 @@ def test_metrics_have_no_gradient() -> None:
     index, mask = jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2), bool)
 
     def total(probs: jax.Array) -> jax.Array:
-        return sum(
-            jnp.sum(v) for v in routing_metrics(probs, index, mask[..., None], jnp.ones(1, jnp.int32), mask).values()
-        )
+        metrics = sum_metrics(probs, index, mask[..., None], jnp.ones(1, jnp.int32), mask)
+        return sum(jnp.sum(v) for v in jax.tree.leaves(metrics))
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(probs), 0)
 
@@ -147,23 +156,28 @@ def test_summarize_divides_each_sum_by_what_it_was_summed_over() -> None:
         "tokens": np.array([4.0, 0.0]),  # the second layer saw padding only
         "routed": np.array([8.0, 0.0]),
         "dispatched": np.array([6.0, 0.0]),
-        "load_balance_loss": np.array([6.0, 0.0]),
-        "router_z_loss": np.array([2.0, 0.0]),
         "router_entropy": np.array([1.0, 0.0]),
         "router_confidence": np.array([3.0, 0.0]),
         "expert_load": np.array([[4.0, 3.0, 1.0], [0.0, 0.0, 0.0]]),
     }
-    summary = summarize({name: jnp.asarray(values, jnp.float32) for name, values in sums.items()})
+    summary = summarize(RoutingMetrics(**{name: jnp.asarray(values, jnp.float32) for name, values in sums.items()}))
     expected = {
-        "load_balance_loss": [1.5, 0],
-        "router_z_loss": [0.5, 0],
         "router_entropy": [0.25, 0],
         "router_confidence": [0.75, 0],
         "fraction_tokens_dropped": [0.25, 0],
         "expert_load": [[0.5, 0.375, 0.125], [0, 0, 0]],
         "expert_load_top": [0.5, 0],
         "expert_load_bottom": [0.125, 0],
+        "dead_experts": [0, 3],
     }
-    assert summary.keys() == expected.keys()
+    properties = {name for name, value in vars(RoutingSummary).items() if isinstance(value, property)}
+    assert vars(summary).keys() | properties == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(summary[name], values, err_msg=name)
+        np.testing.assert_array_equal(getattr(summary, name), values, err_msg=name)
+
+
+def test_dead_experts_are_those_without_a_choice_in_each_layer() -> None:
+    load = jnp.asarray([[4, 0, 0, 4], [2, 2, 2, 2], [0, 0, 1, 0]], jnp.float32)
+    ones = jnp.ones(3)
+    summary = jax.jit(summarize)(RoutingMetrics(ones, ones, ones, load, ones, ones))
+    np.testing.assert_array_equal(summary.dead_experts, [2, 0, 3])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from switchjax.config import MeshConfig, UserError
+from switchjax.config import MeshConfig, MoEConfig, UserError
 from switchjax.moe import peer
 from switchjax.moe.peer import PEERLayer, apply_neurons, product_key_top_k
+from switchjax.moe.routing import RoutingReport
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings, with_leaves
 from switchjax.planning.hlo_collectives import count_collectives
@@ -24,9 +25,14 @@ SIDE, HEADS, SELECTED, QUERY = 8, 2, 3, 6
 AVERAGES = ("norm_mean", "norm_variance")
 
 
+def config_of(num_experts: int, heads: int = HEADS, selected: int = SELECTED, query: int = QUERY) -> MoEConfig:
+    options = {"peer_heads": heads, "peer_query": query}
+    return MoEConfig(num_experts=num_experts, num_selected_experts=selected, options=options)
+
+
 def make_layer(seed: int = 0, side: int = SIDE) -> PEERLayer:
     """64 experts unless told; sub-keys, scales and variances wide enough for the gates to differ."""
-    layer = random_parameters(lambda: PEERLayer(D, side**2, HEADS, SELECTED, QUERY, jax.random.key(0)), seed)
+    layer = random_parameters(lambda: PEERLayer(D, config_of(side**2), jax.random.key(0)), seed)
     layer.sub_keys[...] *= 4
     layer.norm_scale[...] += 1
     layer.norm_variance[...] = jnp.square(layer.norm_variance[...]) + 0.5
@@ -34,12 +40,18 @@ def make_layer(seed: int = 0, side: int = SIDE) -> PEERLayer:
 
 
 def loss_and_everything(layer: PEERLayer, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> tuple[Any, Any]:
-    """A loss through which every output has a different gradient."""
-    y, sums = layer(x, mask, key)
-    return jnp.sum(jnp.sin(y)) + sums["average_loss"], (y, sums)
+    """A loss through which every output has a different gradient; outputs and the sums that move the averages."""
+    y, sums = output_and_sums(layer, x, mask, key)
+    return jnp.sum(jnp.sin(y)), (y, sums)
 
 
-run = jax.jit(lambda layer, x, mask, key: layer(x, mask, key))
+def output_and_sums(layer: PEERLayer, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> tuple[Any, Any]:
+    y, report = layer(x, mask, key)
+    assert report == RoutingReport(state_sums=report.state_sums), "nothing else is reported"
+    return y, report.state_sums
+
+
+run = jax.jit(output_and_sums)
 run_with_gradients = jax.jit(jax.value_and_grad(loss_and_everything, argnums=(0, 1), has_aux=True))
 
 
@@ -123,29 +135,80 @@ def test_gradients_are_finite_differences_of_the_loop(key: jax.Array | None) -> 
         np.testing.assert_allclose(actual, (ahead - behind) / (2 * step), rtol=1e-3, atol=1e-3, err_msg=name)
 
 
-def test_running_averages_have_their_update_rule_as_gradient_and_change_no_value() -> None:
+def statistics_of(layer: PEERLayer, x: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and variance of a batch's queries, in float64."""
+    query = np.einsum("bld,dhsq->blhsq", x.astype(np.float64), float64(layer)["query"])[mask]
+    return dict(zip(AVERAGES, (query.mean(axis=0), query.var(axis=0)), strict=True))
+
+
+def test_running_averages_move_a_tenth_of_the_way_to_the_batchs_statistics() -> None:
     layer, (x, mask) = make_layer(), make_inputs()
-    (_, (y, sums)), (gradient, _) = run_with_gradients(layer, x, mask, KEY)
-    assert sums["average_loss"] == 0
-    query = np.einsum("bld,dhsq->blhsq", x, layer.query[...])[mask].astype(np.float64)
-    for name, batch in zip(AVERAGES, (query.mean(axis=0), query.var(axis=0)), strict=True):
-        average = named_leaves(layer)[name]
+    y, sums = run(layer, x, mask, KEY)
+    assert sums.keys() == {*AVERAGES, "batches"}
+    assert sums["batches"] == 1
+    moved = layer.next_state(sums)
+    assert moved.keys() == set(AVERAGES)
+    for name, batch in statistics_of(layer, x, mask).items():
+        average = float64(layer)[name]
         # Float32 means of about 100 numbers.
-        np.testing.assert_allclose(named_leaves(gradient)[name], average - batch, rtol=1e-4, atol=1e-5)
-        assert getattr(layer, name).get_metadata("update") == "average"
-        # One step with decay 0: now evaluation normalises as training did.
-        layer = with_leaves(layer, named_leaves(layer) | {name: average - named_leaves(gradient)[name]})
-    np.testing.assert_allclose(run(layer, x, mask, None)[0], y, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sums[name], batch, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(moved[name], 0.9 * average + 0.1 * batch, rtol=1e-4, atol=1e-5)
+        assert np.abs(moved[name] - average).max() > 0.01
+        assert getattr(layer, name).get_metadata("trained") is False
+    # With the averages at the batch's own, evaluation normalises as training did.
+    there = with_leaves(layer, named_leaves(layer) | {name: sums[name] for name in AVERAGES})
+    np.testing.assert_allclose(run(there, x, mask, None)[0], y, rtol=1e-4, atol=1e-5)
+    for name, value in there.next_state(sums).items():  # and they stay
+        np.testing.assert_allclose(value, sums[name], rtol=1e-6)
 
 
-def test_evaluation_and_a_batch_of_padding_leave_the_averages_alone() -> None:
+def test_micro_batches_of_a_step_count_alike_and_one_of_padding_not_at_all() -> None:
     layer, (x, mask) = make_layer(), make_inputs()
-    for case in ((x, mask, None), (x, np.zeros_like(mask), KEY)):
-        (_, (y, sums)), (gradient, _) = run_with_gradients(layer, *case)
-        assert sums["average_loss"] == 0
-        assert np.all(np.isfinite(y))
-        for name in AVERAGES:
-            np.testing.assert_array_equal(named_leaves(gradient)[name], 0)
+    # The second is shorter, but the averages move to the mean of both.
+    parts = [(x[:12], mask[:12]), (x[12:], mask[12:])]
+    empty = (np.full_like(x[:4], 5.0), np.zeros_like(mask[:4]))
+    sums = [run(layer, *part, KEY)[1] for part in (*parts, empty)]
+    total = jax.tree.map(lambda *values: sum(values), *sums)
+    assert total["batches"] == 2
+    first, second = (statistics_of(layer, *part) for part in parts)
+    moved = layer.next_state(total)
+    for name in AVERAGES:
+        average = float64(layer)[name]
+        expected = average + 0.1 * ((first[name] + second[name]) / 2 - average)
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(first["norm_mean"] - second["norm_mean"]).max() > 0.05
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["eval", "train"])
+def test_averages_get_no_gradient_and_the_statistics_give_none(key: jax.Array | None) -> None:
+    layer, (x, mask) = make_layer(), make_inputs()
+    _, (gradient, _) = run_with_gradients(layer, x, mask, key)
+    for name, values in named_leaves(gradient).items():
+        assert np.any(values != 0) == (name not in AVERAGES), name
+
+    def total(layer: PEERLayer, x: jax.Array) -> jax.Array:
+        sums = output_and_sums(layer, x, jnp.asarray(mask), key)[1]
+        return sum((jnp.sum(jnp.sin(value)) for value in sums.values()), jnp.zeros(()))
+
+    for values in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(layer, x)):
+        np.testing.assert_array_equal(values, 0)
+
+
+def test_evaluation_reports_nothing_and_a_batch_of_padding_leaves_the_averages_alone() -> None:
+    layer, (x, mask) = make_layer(), make_inputs()
+    y, sums = run(layer, x, mask, None)
+    assert sums == {}
+    assert np.all(np.isfinite(y))
+    (_, (y, sums)), gradients = run_with_gradients(layer, x, np.zeros_like(mask), KEY)
+    assert all(np.all(np.isfinite(values)) for values in jax.tree.leaves((y, gradients)))
+    for values in sums.values():
+        np.testing.assert_array_equal(values, 0)
+    for name, values in layer.next_state(sums).items():
+        np.testing.assert_array_equal(values, named_leaves(layer)[name])
+    # Which padding holds is without effect on what moves them.
+    expected = run(layer, x, mask, KEY)[1]
+    other = run(layer, np.where(mask[..., None], x, np.float32(3)), mask, KEY)[1]
+    jax.tree.map(np.testing.assert_array_equal, other, expected)
 
 
 def test_padding_takes_part_in_nothing() -> None:
@@ -247,7 +310,8 @@ def test_a_bfloat16_model_selects_as_float32_would() -> None:
     layer.down, layer.up = (jax.tree.map(lambda t: t.astype(jnp.bfloat16), t) for t in (layer.down, layer.up))
     y, sums = run(layer, low, mask, KEY)
     assert y.dtype == jnp.bfloat16
-    assert sums["average_loss"].dtype == jnp.float32
+    assert all(values.dtype == jnp.float32 for values in sums.values())
+    assert len(sums) == 3
     # Sums of 6 numbers below 1 in 8 bits; another expert would be off by its whole share.
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0.05, atol=0.02)
 
@@ -256,18 +320,26 @@ def test_a_bfloat16_model_selects_as_float32_would() -> None:
     ("sizes", "message"),
     [
         ({"num_experts": 60}, r"a square number of experts, got 60: the nearest are 49 and 64"),
-        ({"num_selected": 9}, r"of 64 experts selects at most 8 .*, got 9"),
-        ({"d_query": 7}, r"d_query=7 is odd"),
+        ({"selected": 9}, r"of 64 experts selects at most 8 .*, got 9"),
+        ({"query": 7}, r"moe\.options\.peer_query=7 is odd"),
+        ({"query": 0}, r"moe\.options\.peer_query must be positive, got 0"),
+        ({"heads": 0}, r"moe\.options\.peer_heads must be positive, got 0"),
+        ({"heads": "2"}, r"moe\.options\.peer_heads must be of type int, got '2'"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) -> None:
-    fitting = {"num_experts": 64, "num_selected": 3, "d_query": 6}
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        PEERLayer(d_model=D, num_heads=HEADS, key=KEY, **(fitting | sizes))
+        PEERLayer(D, config_of(**({"num_experts": 64} | sizes)), KEY)
+
+
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant() -> None:
+    config = MoEConfig(num_experts=64, options={"peer_head": 2})
+    with pytest.raises(UserError, match=r"'moe\.options\.peer_head' \(did you mean 'peer_heads'\?\)"):
+        PEERLayer(D, config, KEY)
 
 
 def test_initial_parameters() -> None:
-    layer = jax.jit(lambda key: PEERLayer(64, 32**2, 4, 3, 32, key, jnp.bfloat16))(KEY)
+    layer = jax.jit(lambda key: PEERLayer(64, config_of(32**2, 4, 3, 32), key, jnp.bfloat16))(KEY)
     fan_in = {"query": 64, "sub_keys": 16, "down": 64, "up": 4}
     for name, parameter in named_leaves(layer).items():
         assert parameter.dtype == (jnp.bfloat16 if name in ("down", "up") else jnp.float32), name
@@ -279,7 +351,7 @@ def test_initial_parameters() -> None:
 @pytest.mark.slow
 def test_a_million_experts() -> None:
     heads, selected, d_model, side = 8, 16, 64, 1024
-    layer = jax.jit(lambda key: PEERLayer(d_model, side**2, heads, selected, 128, key))(KEY)
+    layer = jax.jit(lambda key: PEERLayer(d_model, config_of(side**2, heads, selected, 128), key))(KEY)
     x = np.random.default_rng(0).normal(size=(2, 128, d_model)).astype(np.float32)
     mask = np.ones((2, 128), bool)
     mask[1, 100:] = False

@@ -10,6 +10,7 @@ import pytest
 from switchjax.config import MoEConfig
 from switchjax.moe.layer import MoELayer
 from switchjax.moe.shared import SharedMoELayer
+from switchjax.parallel.sharding import named_leaves
 from tests.moe.layers import LENGTH, D, TinyExpert, make_inputs, run
 from tests.parameters import random_parameters
 
@@ -57,3 +58,16 @@ def test_a_token_without_a_slot_still_has_its_shared_expert(mixing: str) -> None
     y, sums = run(layer, x, mask, None)
     assert sums["dispatched"] < 0.5 * sums["routed"]
     assert np.all(np.any(np.asarray(y)[mask] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("mixing", ["sum", "learned"])
+def test_the_routers_state_moves_under_its_name_in_this_layer(mixing: str) -> None:
+    layer, (x, mask) = make(mixing, router="sigmoid"), make_inputs()
+    _, sums = run(layer, x, mask, None)
+    moved = layer.next_state({"load": sums["load"]})
+    assert moved.keys() == {"routed/router/bias"}
+    leaves = named_leaves(layer)
+    expected = leaves["routed/router/bias"] - 0.001 * np.sign(sums["load"] - np.mean(sums["load"]))
+    np.testing.assert_allclose(moved["routed/router/bias"], expected, rtol=1e-6)
+    assert np.any(moved["routed/router/bias"] != leaves["routed/router/bias"])
+    assert make(mixing).next_state({}) == {}

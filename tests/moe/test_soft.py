@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from switchjax.config import MeshConfig, UserError
+from switchjax.config import KINDS, MeshConfig, MoEConfig, UserError
+from switchjax.moe.routing import RoutingReport
 from switchjax.moe.soft import SoftMoELayer, soft_weights
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, parameter_shardings, partition_spec
@@ -26,17 +27,18 @@ SLOTS = 3
 def make_layer(experts: int = 4, slots: int = SLOTS, dropout: float = 0.0) -> SoftMoELayer:
     """A layer of tiny experts, its softmaxes far from uniform."""
     make_expert = partial(TinyExpert, dropout)
-    layer = random_parameters(lambda: SoftMoELayer(make_expert, D, experts, slots, jax.random.key(0)))
+    config = MoEConfig(num_experts=experts, expert_dropout=dropout, options={"slots_per_expert": slots})
+    layer = random_parameters(lambda: SoftMoELayer(make_expert, D, config, jax.random.key(0)))
     layer.scale[...] += 3
     return layer
 
 
 def loss_and_output(layer: SoftMoELayer, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> Any:
-    y = layer(x, mask, key)
+    y, _ = layer(x, mask, key)
     return jnp.sum(jnp.sin(y)), y
 
 
-run = jax.jit(lambda layer, x, mask, key: layer(x, mask, key))
+run = jax.jit(lambda layer, x, mask, key: layer(x, mask, key)[0])
 run_with_gradients = jax.jit(jax.value_and_grad(loss_and_output, argnums=(0, 1), has_aux=True))
 
 
@@ -121,7 +123,7 @@ def test_a_row_knows_of_no_other_but_its_tokens_know_of_those_after_them() -> No
     np.testing.assert_array_equal(run(layer, other, mask, None)[0], y[0])
     other[0, LENGTH // 2 - 1] = 1.0
     assert not np.allclose(run(layer, other, mask, None)[0, 0], y[0, 0])
-    assert "mixes all tokens" in SoftMoELayer.noncausal
+    assert KINDS["soft"].families == ("vision",)  # where every token is there from the start
 
 
 def test_the_order_of_tokens_does_not_matter() -> None:
@@ -225,3 +227,31 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused() -> None:
     mesh = make_mesh(MeshConfig(2, 4, 1))
     with jax.set_mesh(mesh), pytest.raises(UserError, match=r"6 rows do not divide over the 8 shards"):
         run(make_layer(), *make_inputs(rows=6), None)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["eval", "train"])
+def test_nothing_is_chosen_so_nothing_is_reported_or_moved(key: jax.Array | None) -> None:
+    layer, (x, mask) = make_layer(), make_inputs(rows=2)
+    _, report = layer(jnp.asarray(x), jnp.asarray(mask), key)
+    assert report == RoutingReport()
+    assert jax.tree.leaves(report) == []
+    assert layer.next_state({}) == {}
+
+
+def test_an_expert_has_one_slot_unless_told() -> None:
+    config = MoEConfig(num_experts=4)
+    layer = random_parameters(lambda: SoftMoELayer(partial(TinyExpert, 0.0), D, config, KEY))
+    assert layer.phi.shape == (D, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slot_per_expert": 2}, r"'moe\.options\.slot_per_expert' \(did you mean 'slots_per_expert'\?\)"),
+        ({"slots_per_expert": "2"}, r"moe\.options\.slots_per_expert must be of type int, got '2'"),
+        ({"slots_per_expert": 0}, r"moe\.options\.slots_per_expert must be positive, got 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SoftMoELayer(partial(TinyExpert, 0.0), D, MoEConfig(num_experts=4, options=options), KEY)
