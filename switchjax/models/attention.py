@@ -20,7 +20,7 @@ def attention_mask(
 ) -> Bool[Array, "B 1 Q L"]:
     """Which keys each query sees: those of its own segment and, where causal, not those after it.
 
-    Padding is segment 0; its queries see padding only, and their outputs are of no account.
+    Padding is segment 0; its queries see padding only, and nobody uses their outputs.
 
     Args:
         query_segments: of the queries.
@@ -41,7 +41,7 @@ def cached_mask(positions: Int[Array, "B Q"], num_keys: int, window: int = 0) ->
 
     Args:
         positions: of the queries.
-        num_keys: L, for which the cache has room; what is not yet written lies after every query.
+        num_keys: L, room of the cache; slots that are not written yet lie after every query.
         window: how many keys a query sees, its own included; 0: all.
     """
     distance = positions[:, :, None] - jnp.arange(num_keys)[None, None]
@@ -194,8 +194,8 @@ def attend(
 ) -> Float[Array, "B Q H A"]:
     """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`.
 
-    Each of the N heads of keys and values serves H / N query heads, one after the other. `recomputed` says that the
-    backward pass does all this again, and so that nothing need be kept for it.
+    Each of the N heads of keys and values serves H / N query heads, one after the other. `recomputed` is True where the
+    backward pass computes all this again, so that nothing is kept for it.
     """
     if _fits_cudnn(query, keys) and (key is None or not rate):
         return _attend_by_cudnn(query, keys, values, mask, bias)
@@ -206,14 +206,14 @@ def attend(
     if bias is not None:
         scores += _over_rows(bias, rows) if bias.shape[0] == 1 else bias
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    # Computed again in the backward pass, `_softmax` would add the weights in the model's dtype to those in float32.
+    # `_softmax` keeps its result for the backward pass; where that computes everything again, this is only more memory.
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype) if recomputed else _softmax(scores, query.dtype)
     weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
     return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)
 
 
 def _fits_cudnn(query: Float[Array, "B Q H A"], keys: Float[Array, "B L N A"]) -> bool:
-    """Whether the devices have cuDNN, and that a kernel for such queries and keys in both directions."""
+    """True if the devices have cuDNN, and it has a kernel for such queries and keys in both directions."""
     device, (_, queries, _, width) = jax.devices()[0], query.shape
     if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA") or float(device.compute_capability) < 8:
         return False
@@ -228,19 +228,19 @@ def _attend_by_cudnn(
     mask: Bool[Array, "B 1 Q L"],
     bias: Float[Array, "#B H Q L"] | None,
 ) -> Float[Array, "B Q H A"]:
-    """`attend` by a kernel that writes no scores to memory; a bias, and its gradient, is there in the model's dtype."""
+    """`attend` by a kernel that writes no scores to memory; a bias and its gradient are in the model's dtype."""
     if bias is not None:
-        # Rows share a bias in float32, so that its gradient is summed over them in that.
+        # The bias is spread over rows in float32, so that its gradient is summed over them in float32.
         bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:])).astype(query.dtype)
     return jax.nn.dot_product_attention(query, keys, values, bias, mask, scale=1.0, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(scores: Float[Array, "B H Q L"], dtype: DTypeLike) -> Float[Array, "B H Q L"]:
-    """Over the last axis, computed in float32 and given in `dtype`.
+    """Softmax over the last axis, computed in float32 and returned in `dtype`.
 
-    What it gives is all that is kept for its gradient. JAX's own keeps the float32 weights beside those in bfloat16,
-    three times the memory of what takes most of a T5's.
+    Its gradient needs nothing but the result. JAX's own keeps the float32 weights beside those in bfloat16, which is
+    three times the memory of the largest arrays of a T5.
     """
     return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
@@ -262,7 +262,7 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 def _over_rows(bias: Float[Array, "1 H Q L"], rows: int) -> Float[Array, "B H Q L"]:
     """The same `bias` for each row.
 
-    Its gradient is a sum over rows, for which XLA takes the CPU many times as long as for a product with ones.
+    Its gradient is a sum over rows, which on the CPU takes XLA many times as long as a product with ones.
     """
     return jnp.broadcast_to(bias, (rows, *bias.shape[1:]))
 

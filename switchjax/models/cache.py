@@ -1,7 +1,7 @@
-"""What a decoder keeps of the tokens it has read, so that the next one costs a step and not the whole text again.
+"""What a decoder keeps of the tokens it has read, so that the next one costs one step and not the whole text again.
 
-A cache mirrors the stack: a list of runs, each a list of its period's blocks, whose arrays are stacked over the run's
-repeats and scanned along with the parameters.
+A cache mirrors the stack: a list for each scanned module, with an entry for each block of its period, whose arrays are
+stacked over the repeats and scanned along with the parameters.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from switchjax.parallel.sharding import constrain
 class KeyValues:
     """Keys and values that attention attends to; with a first axis of layers where these are stacked."""
 
-    # Float[Array, "B L N A"]; JAX also builds trees of placeholders, hence no narrower types.
+    # Float[Array, "B L N A"]; not in the types, because JAX also builds trees of placeholders.
     keys: Any
     values: Any
 
@@ -82,12 +82,12 @@ class Cache:
     encoded_segments: Any
     """`Int[Array, "B M"]`, 0 for the encoder's padding; None without an encoder."""
     max_length: int = field(metadata={"static": True})
-    """Tokens a row for which there is room. It is the caller's part not to read more."""
+    """Tokens a row for which there is room; the caller must not read more."""
 
     def positions(self, count: int) -> Int[Array, "B T"]:
         """Those of the next `count` tokens of each row."""
         positions = self.lengths[:, None] + jnp.arange(count)[None]
-        # Beyond the end there is only padding, but a table of positions would answer it with NaN.
+        # Only padding lies beyond the end, but a table of positions would give NaN there.
         return jnp.minimum(positions, self.max_length - 1)
 
     def repeat(self, count: int) -> "Cache":
@@ -110,7 +110,7 @@ class Cache:
 
 
 def _take_rows(x: Array, beams: Int[Array, "B K"], axis: int) -> Array:
-    """Rows lie over the mesh in whole groups of K, so nothing of another group is looked at."""
+    """The rows that `beams` numbers within each group of K; groups lie whole on a device, so nothing is sent."""
     groups = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
     taken = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), (axis, 0), axis)(groups, beams)
     return taken.reshape(x.shape)

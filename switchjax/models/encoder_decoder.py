@@ -78,9 +78,9 @@ class EncoderDecoder(Model):
 
     @staticmethod
     def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """The decoder's."""
+        """The decoder's targets."""
         return batch["decoder_targets"], batch["decoder_segments"]
 
     def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
-        """Of both stacks."""
+        """The segments of both stacks."""
         return {stack: batch[f"{stack}_segments"] for stack in ("encoder", "decoder")}

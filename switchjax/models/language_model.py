@@ -17,7 +17,7 @@ from switchjax.parallel.sharding import constrain
 class LanguageModel(Model):
     """The probability of each token given those before it in its packed sequence.
 
-    Whether it is a transformer or an LSTM is a matter of the layers that `model.pattern` names.
+    The layers that `model.pattern` names make it a transformer or an LSTM.
     """
 
     def __init__(self, config: Config, key: PRNGKeyArray):
@@ -75,5 +75,5 @@ class LanguageModel(Model):
         return batch["decoder_targets"], batch["decoder_segments"]
 
     def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
-        """Of the only stack."""
+        """The segments of the decoder."""
         return {"decoder": batch["decoder_segments"]}

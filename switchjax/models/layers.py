@@ -36,11 +36,11 @@ def kernel(
 
 
 def cast_kernels(model: M, dtype: DTypeLike) -> M:
-    """`model` with all that `kernel` made in `dtype`, in which its products take it anyway.
+    """`model` with every `kernel` in `dtype`, the dtype of its products.
 
-    Cast here, once, the layers' loops carry weights and their gradients in that dtype. Cast inside, XLA takes the casts
-    of all layers out of each loop and stacks gradients in the parameters' dtype: on 256 TPU v5p chips, Switch-C's
-    temporaries are then 54 GB a chip instead of 23.
+    With the cast here, the loops over layers carry weights and gradients in that dtype. With a cast inside, XLA moves
+    the casts of all layers out of each loop and stacks gradients in the parameters' dtype: Switch-C's temporaries on
+    256 TPU v5p chips are then 54 GB a chip instead of 23.
     """
 
     def cast(variable: nnx.Variable) -> nnx.Variable:
@@ -55,11 +55,9 @@ def bias(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ..
 
 
 def project(x: Float[Array, "..."], weight: Float[Array, "..."], num_inputs: int = 1) -> Float[Array, "..."]:
-    """`x W` over the last `num_inputs` axes of `x`, which are the first of the weight, as a product of two matrices.
-
-    Not as an einsum over the axes of `x`: for the weight's gradient, a sum over several of them, XLA then copies what
-    comes back from the next layer into another order, on the CPU for a seventh of a small T5's step.
-    """
+    """`x W` over the last `num_inputs` axes of `x`, which are the first of the weight, as a product of two matrices."""
+    # Not an einsum over the axes of `x`: the weight's gradient sums over several of them, and XLA then copies the
+    # incoming gradient into another order, which on the CPU takes a seventh of a small T5's step.
     inputs, outputs = weight.shape[:num_inputs], weight.shape[num_inputs:]
     rows = x.reshape(-1, math.prod(inputs)) @ weight.reshape(-1, math.prod(outputs))
     return rows.reshape(*x.shape[: x.ndim - num_inputs], *outputs)
@@ -71,7 +69,7 @@ def add_bias(x: Float[Array, "..."], vector: nnx.Param | None) -> Float[Array, "
 
 
 def over_last_axes(vector: Array, like: Array) -> Array:
-    """`vector` over the last axes of `like`, said and not left to rank promotion."""
+    """`vector` reshaped to broadcast over the last axes of `like`, without rank promotion."""
     return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
@@ -150,7 +148,7 @@ def learned_positions(config: ModelConfig, count: int, key: PRNGKeyArray) -> nnx
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], config: ModelConfig) -> Float[Array, "..."]:
-    """Vectors of tokens or positions as they start."""
+    """Initial vectors of tokens or positions: normal, of deviation `model.embedding_stddev`."""
     stddev = jnp.asarray(config.embedding_stddev, config.param_dtype)
     return jax.random.normal(key, shape, config.param_dtype) * stddev
 
@@ -190,7 +188,7 @@ class FeedForward(nnx.Module):
         y = matmul(dropout(hidden, self.dropout, key), self.w_out[...].astype(x.dtype))
         if self.b_out is None:
             return y
-        # A slice of d_ff, as a device of the axis `model` holds it, adds its share: slices are summed.
+        # A device of the axis `model` holds a slice of d_ff; slices are summed, so each adds its share of the bias.
         share = self.w_in.shape[-1] / self.config.d_ff
         return y + over_last_axes(self.b_out[...].astype(y.dtype), y) * jnp.asarray(share, y.dtype)
 

@@ -15,15 +15,15 @@ from switchjax.models.layers import kernel
 class LSTM(nnx.Module):
     """`c_t = f c_{t-1} + i tanh(g)`, `h_t = (o tanh(c_t)) W_p`, with i, f, g, o from `x_t W_x + h_{t-1} W_h + b`.
 
-    W_p only where the number of cells is not D. The state begins anew with each packed sequence, so that none sees
-    another.
+    W_p is there only where the number of cells is not D. The state starts again at each packed sequence, so that none
+    sees another.
     """
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         input_key, hidden_key, project_key = jax.random.split(key, 3)
         cells, dtype = config.lstm_cells, config.param_dtype
         gates, axes = (config.d_model, 4, cells), ("embed", None, None)
-        # Of the usual variance 1 / fan_in: a tenth of it, as of residual layers, lets the state fade.
+        # Variance 1 / fan_in, not the 0.1 / fan_in of residual layers, with which the state fades.
         self.w_x = kernel(input_key, gates, axes, dtype, scale=1.0)
         self.w_h = kernel(hidden_key, gates, axes, dtype, scale=1.0)
         bias = jnp.zeros((4, cells), dtype).at[1].set(1)  # a forget gate that starts open (Jozefowicz et al. 2015)
@@ -75,7 +75,7 @@ class LSTM(nnx.Module):
         return hidden.swapaxes(0, 1), state
 
     def _gates(self, x: Float[Array, "B L D"]) -> Float[Array, "L B 4 cells"]:
-        """What inputs add to the gates."""
+        """The inputs' share of the gates."""
         inputs = jnp.einsum("bld,dgc->lbgc", x, self.w_x[...].astype(x.dtype))
         return inputs + self.bias[...].astype(x.dtype)[None, None]
 

@@ -20,15 +20,14 @@ from switchjax.models.layers import Norm, dropout, split_key
 from switchjax.models.scan_periods import find_runs
 from switchjax.moe.expert_parallel import EXCHANGE
 from switchjax.moe.routers import noncausal_because
-from switchjax.parallel.sharding import gather
+from switchjax.parallel.sharding import unshard
 from switchjax.parallel.stacking import stack
 
 
 def _all_but_gathered(primitive: jex.core.Primitive, *_: object, **__: object) -> bool:
-    """Keeps of a sharded parameter what the device has of it, not the whole.
+    """A remat policy that keeps the device's own part of a sharded parameter, and not the whole of it.
 
-    That is what a constraint was applied to and not its result, nor what an island makes of that at its border or a
-    projection of its shape.
+    The whole is the result of a sharding constraint; an island's border (pvary) and `project` (reshape) pass it on.
     """
     return primitive.name not in ("sharding_constraint", "pvary", "reshape")
 
@@ -42,11 +41,11 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 
 _CAUSAL: dict[str, Any] = {"fill_order": "token_by_token", "no_token_left_behind": 0, "dropless": True}
-"""Settings that can make a router causal, each by itself if it is to be named."""
+"""Settings each of which may make a router causal by itself; the message names those that do."""
 
 
 def check_causal(config: Config) -> None:
-    """Refuses, for a decoder, routers that let what comes after a token change its experts.
+    """Refuses routers that let what comes after a token change its experts; for decoders.
 
     Raises:
         UserError: saying why, and what to set; or if there is no such router.
@@ -96,8 +95,7 @@ class Period(nnx.Module):
 class Stack(nnx.Module):
     """An encoder (`causal=False, cross=False`) or a decoder: blocks, final norm and the relative position bias.
 
-    Parameters are stacked over the periods of a run whether its loop is compiled as a loop or unrolled, so checkpoints
-    do not depend on `model.scan_layers`.
+    Parameters are stacked over equal periods whether the loop over them is compiled as a loop or unrolled.
     """
 
     def __init__(self, config: Config, layers: tuple[Layer, ...], causal: bool, cross: bool, key: PRNGKeyArray):
@@ -175,7 +173,7 @@ class Stack(nnx.Module):
         Args:
             x: embedded tokens.
             tokens: their ids.
-            token_mask: False for padding, which comes after a row's tokens and leaves no trace.
+            token_mask: False for padding, which comes after a row's tokens and changes nothing.
             cache: what has been read before them.
 
         Returns:
@@ -231,7 +229,7 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Reports, list[State]]:
         def body(x: Array, period: tuple[Any, ...]) -> tuple[Array, tuple[Reports, list[State]]]:
             module, key, caches = period
-            x, reports, states = gather(module)(x, inputs, key, caches)
+            x, reports, states = unshard(module)(x, inputs, key, caches)
             return x, (reports, states)
 
         if self.config.remat != "none" or self.sharded:

@@ -10,13 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 from switchjax.config import UserError
 
 STEPS = 50
-"""eps is the range of a group's scores over this many ..."""
+"""eps is the range of a group's scores over this many."""
 MIN_EPS = 1e-4
-"""... but at least this (fairseq's choices for BASE)."""
+"""The least eps (both as fairseq has them for BASE)."""
 START_ITERATIONS = 16
-"""Of Sinkhorn's scaling, for the prices at which bidding starts."""
+"""Iterations of Sinkhorn's scaling, which gives the prices at which bidding starts."""
 START_TEMPERATURE = 2
-"""Of that scaling, in eps."""
+"""Temperature of that scaling, in eps."""
 SMALLEST = -40.0
 """Logarithm of the smallest entry of Sinkhorn's kernel, beside the 1 in each row and column."""
 
@@ -53,7 +53,7 @@ def balanced_assignment(
     tokens, experts = scores.shape[1:]
     slots = experts * capacity
     assert slots >= tokens, f"{experts} experts of {capacity} slots do not hold {tokens} tokens"
-    # Bids stay below twice the range and a step, as someone has room at its first price until all slots are sold.
+    # Bids stay below twice the range and a step: until all slots are sold, some expert has room at its first price.
     levels = min((2**31 - 1) // (experts * slots), 2**20)
     padded = slots / tokens  # rounding costs each token a unit, steps cost each bidder theirs: S * eps in all
     step = int((levels - 2 * STEPS - 2) / (2 * STEPS * padded + 1))
@@ -90,7 +90,7 @@ class _Bidding(NamedTuple):
     expert: Int[Array, "G N"]
     bid: Int[Array, "G N"]
     held: Bool[Array, "G N"]
-    """Whether the token's expert keeps it; otherwise its expert and bid are of the past."""
+    """True if the token's expert keeps it; otherwise its expert and bid are those of an earlier round."""
     price: Int[Array, "G E"]
 
 

@@ -19,9 +19,9 @@ from switchjax.parallel.sharding import partition_spec
 class BaseLayer(nnx.Module):
     """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own, and 0 at first.
 
-    In training, tokens are first shuffled over the batch, so that a group does not hold neighbours, which resemble each
-    other, and each expert takes equally many of a group (`switchjax.moe.routers.base.route_base`). The shuffle goes
-    by the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
+    In training, tokens are first shuffled over the batch, because neighbours resemble each other and should not share a
+    group; then each expert takes equally many of a group (`switchjax.moe.routers.base.route_base`). The shuffle depends
+    on the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
 
     Args:
         make_expert: makes one f_e from a key: a module as `MoELayer` takes it (`switchjax.models.blocks.NormedExpert`).
@@ -108,7 +108,7 @@ def _move(x: Array, key: PRNGKeyArray, back: bool) -> Array:
         )
 
     def exchange(rows: Array) -> Array:
-        # Shard i's column j for shard j's column i: its own inverse.
+        # Shard i gives its column j for shard j's column i: the exchange is its own inverse.
         columns = rows.reshape(-1, shards, *rows.shape[1:])
         return jax.lax.all_to_all(columns, (DATA, EXPERT), split_axis=1, concat_axis=1, tiled=True).reshape(rows.shape)
 

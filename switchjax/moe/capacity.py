@@ -17,9 +17,9 @@ from switchjax.moe.routing import Routing, Tokens, is_chosen, values_of_chosen
 
 
 def capacity_of(config: MoEConfig, num_experts: int, group_size: int, training: bool) -> int:
-    """C, slots that each of `num_experts` experts has for a group of `group_size` tokens.
+    """C, the slots that each of `num_experts` experts has for a group of `group_size` tokens.
 
-    All of them if dropless; `moe.expert_capacity` where that is set; else by the capacity factor.
+    S where `moe.dropless`, `moe.expert_capacity` where that is set, else what the capacity factor gives.
     """
     if config.dropless:
         return group_size
@@ -70,7 +70,8 @@ def fill_slots(
     groups, tokens, selected = expert_index.shape
     choices = selected * tokens
     expert = jnp.where(taken, expert_index, num_experts).swapaxes(1, 2).reshape(groups, choices)
-    # A stable sort lines up each expert's choices in their order of arrival.
+    # One stable sort by expert lines up each expert's choices in their order of arrival, so that buffer positions are
+    # differences of places in the line. The papers' cumsum over one-hot masks does the same with E times the memory.
     if rank is None:
         order = jnp.argsort(expert, axis=1, stable=True)
     else:
@@ -147,9 +148,9 @@ def token_choice(
 
 
 def fill_rank(tokens: Tokens, config: MoEConfig, gate: Float[Array, "G S K"]) -> Int[Array, "G S K"] | None:
-    """The order in which choices take slots, `moe.fill_order`; None for first come, first served.
+    """The order in which choices take slots, by `moe.fill_order`; None for first come, first served.
 
-    `random` is so in training only (random token selection, DeepSpeed-MoE); in evaluation it is first come.
+    `random` (random token selection, DeepSpeed-MoE) is first come in evaluation.
     """
     num_tokens, selected = gate.shape[1:]
     if config.fill_order == "token_by_token":
@@ -172,12 +173,12 @@ def leave_no_token_behind(
     taken: Bool[Array, "G S K"],
     rank: Int[Array, "G S K"] | None,
 ) -> tuple[Int[Array, "G S K"], Int[Array, "G S K"] | None]:
-    """Sends choices over capacity to the token's next best expert, `moe.no_token_left_behind` times over.
+    """Sends choices over capacity to the token's next best expert, in `moe.no_token_left_behind` rounds.
 
-    Those sent on come after all that were there before, so nobody loses a slot (Switch Transformer, appendix B).
+    Choices that are sent on queue behind all others, so no choice loses its slot (Switch Transformer, appendix B).
 
     Returns:
-        The experts at last, and the order in which choices take their slots.
+        The experts after the last round, and the order in which choices take their slots.
     """
     num_tokens, selected = expert_index.shape[1:]
     num_experts = probs.shape[-1]
@@ -191,7 +192,7 @@ def leave_no_token_behind(
         _, choice_slot = fill_slots(expert_index, taken, num_experts, tokens.capacity, rank)
         dropped = taken & (choice_slot == num_experts * tokens.capacity)
         value, best = jax.lax.top_k(jnp.where(tried, -1.0, probs), selected)
-        # A token's first dropped choice takes the best expert that is left, its second the second best.
+        # A token's first dropped choice takes the best expert that it has not tried, its second the second best.
         nth = jnp.maximum(jnp.cumsum(dropped, axis=-1) - 1, 0)
         moved = dropped & (jnp.take_along_axis(value, nth, axis=-1) >= 0)
         expert_index = jnp.where(moved, jnp.take_along_axis(best, nth, axis=-1), expert_index)

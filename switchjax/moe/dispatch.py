@@ -30,7 +30,7 @@ def dispatch_by_gather(x: Float[Array, "G S D"], routing: Routing) -> Float[Arra
 def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Array, "G S D"]:
     """Each token's outputs, weighted by their gates and summed; zeros for a token without a slot."""
     slot_row, groups = _token_rows(routing).reshape(-1), y.shape[1]
-    # As an einsum and not a product: on the CPU the gates' gradient, a sum of products, is then 30 times as fast.
+    # An einsum, because on the CPU the gates' gradient (a sum of products) is 30 times as fast as that of `y * gate`.
     weighted = jnp.einsum("egcd,gec->egcd", y, routing.slot_gate.astype(y.dtype)).reshape(-1, y.shape[-1])
     if routing.token_slot is None:
         rows = jnp.zeros((groups * routing.num_tokens, y.shape[-1]), y.dtype).at[slot_row].add(weighted, mode="drop")
@@ -59,7 +59,8 @@ def _slot_rows(routing: Routing, token_slot: Int[Array, "G S K"]) -> Int[Array, 
 def dispatch_by_einsum(x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "E G C D"]:
     """`dispatch_by_gather` as the papers write it, by a one-hot mask (G, E, C, S).
 
-    A token that is not finite spreads to all slots of its group, 0 times infinity being NaN; the gather keeps it apart.
+    A token that is not finite spreads to all slots of its group, because 0 times infinity is NaN; the gather does not
+    spread it.
     """
     return jnp.einsum("gecs,gsd->egcd", _dispatch_mask(x, routing), x)
 

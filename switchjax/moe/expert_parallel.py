@@ -28,7 +28,7 @@ def apply_experts(experts: Any, slots: Float[Array, "E G C D"], key: PRNGKeyArra
 def apply_experts_over_mesh(
     experts: Any, slots: Float[Array, "E G C D"], key: PRNGKeyArray | None
 ) -> Float[Array, "E G C M"]:
-    """The same inside an island, from a device's own slots for all experts to what its experts' devices made of them.
+    """`apply_experts` inside a `shard_map` island: slots travel to the devices of their experts and back.
 
     Args:
         experts: those of the device's column.
@@ -38,7 +38,8 @@ def apply_experts_over_mesh(
     columns = jax.lax.axis_size(EXPERT)
     local_experts, groups = slots.shape[0] // columns, slots.shape[1] * columns
     row, column = jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT)
-    # Out: experts are split over the axis, groups are gathered in the order of the axis.
+    # [E, g, C, D] -> [E / columns, g * columns, C, D]: this device keeps its own experts and gets the slots that the
+    # other devices of its row have filled for them. The second all-to-all is the inverse.
     slots = checkpoint_name(jax.lax.all_to_all(slots, EXPERT, split_axis=0, concat_axis=1, tiled=True), EXCHANGE)
     keys = group_keys(_slice_key(key, jax.lax.axis_index(MODEL)), row * groups, groups)
     y = _apply(experts, slots, column * local_experts + jnp.arange(local_experts), keys)
@@ -46,7 +47,7 @@ def apply_experts_over_mesh(
 
 
 def are_sliced(experts: Any) -> bool:
-    """Whether experts are divided over `model`, so that their outputs are parts to be added up over it."""
+    """True if experts are divided over `model`, so that their outputs are parts that must be added up over it."""
     return any(MODEL in spec for spec in jax.tree.leaves(parameter_specs(experts)))
 
 
@@ -58,17 +59,18 @@ def group_keys(key: PRNGKeyArray | None, first: int | Int[Array, ""], count: int
 
 
 def _slice_key(key: PRNGKeyArray | None, model_index: int | Int[Array, ""]) -> PRNGKeyArray | None:
-    """The key for dropout inside the experts, one a slice of d_ff; counted down, away from the groups' numbers."""
+    """The key for dropout inside the experts: each slice of d_ff has its own."""
+    # Counted down from the largest number, so that it never equals a group's.
     return None if key is None else jax.random.fold_in(key, 2**31 - 1 - model_index)
 
 
 def _apply(
     experts: Any, slots: Float[Array, "E G C D"], expert_ids: Int[Array, "E"], keys: Key[Array, "G"] | None
 ) -> Float[Array, "E G C M"]:
-    """Dropout is keyed by (group, expert), the same on every mesh; without it, groups are one product an expert."""
+    """Each expert on its slots. Dropout is keyed by (group, expert), so that it is the same on every mesh."""
 
     def one_expert(expert: Any, slots: Array, expert_id: Array) -> Array:
-        if keys is None:
+        if keys is None:  # all groups in one product
             return expert(slots.reshape(-1, slots.shape[-1]), None).reshape(*slots.shape[:2], -1)
         return jax.vmap(lambda rows, key: expert(rows, jax.random.fold_in(key, expert_id)))(slots, keys)
 

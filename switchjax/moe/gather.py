@@ -1,4 +1,7 @@
-"""The one primitive under dispatch and combine: a sum of gathers whose transpose is a sum of gathers."""
+"""The one primitive under dispatch and combine: a sum of gathers whose transpose is a sum of gathers.
+
+It is written by hand because JAX derives a scatter-add from a gather, and knows no way to be told the inverse index.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ def _forward(rows: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Ar
 
 def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, np.ndarray, np.ndarray]:
     index, inverse = residuals
-    # Integers have no gradient; JAX wants that said with arrays of float0.
+    # Integers have no gradient; JAX asks for arrays of float0 in its place.
     return (
         _gather_sum(gradient, inverse),
         np.zeros(index.shape, jax.dtypes.float0),

@@ -30,15 +30,15 @@ from switchjax.parallel.stacking import stack
 class MoELayer(nnx.Module):
     """E experts behind a router and buffers of `expert_capacity` slots an expert and group.
 
-    The outcome for a token depends on others of its group, as those may fill its expert's buffer; not so where
-    `moe.dropless`, but for routers that balance a group in training (base, sinkhorn). All noise is the same on
-    every mesh, but for expert dropout where `model` > 1: each slice of d_ff draws its own.
+    A token's result depends on the other tokens of its group, because they may fill its expert's buffer. With
+    `moe.dropless` it does not, except for routers that balance a group in training (base, sinkhorn). All noise is the
+    same on every mesh, except expert dropout where `model` > 1: each slice of d_ff draws its own.
 
     Args:
-        make_expert: makes one expert from a key: a module from [N, D] to [N, D'], called as `expert(x, key)` where the
-            key is for dropout; None in evaluation, and where `moe.expert_dropout` is 0. For ragged dispatch, all
-            experts, stacked, are called at once as `experts(x, None, matmul)`, where `matmul` is to be used for every
-            product with a weight (`switchjax.moe.ragged`).
+        make_expert: makes one expert from a key: a module from [N, D] to [N, D'], called as `expert(x, key)`. The key
+            is for dropout; it is None in evaluation, and where `moe.expert_dropout` is 0. For ragged dispatch, all
+            stacked experts are called at once as `experts(x, None, matmul)`, and apply `matmul` for every product with
+            a weight (`switchjax.moe.ragged`).
         d_model: D.
         config: routing, capacity and losses.
         key: for initialisation.

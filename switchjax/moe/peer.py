@@ -75,7 +75,7 @@ class PEERLayer(nnx.Module):
         heads, half = options.peer_heads, d_query // 2
 
         def weight(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike = jnp.float32) -> Array:
-            # Variance 0.1 / fan_in as everywhere; cut off at 2 deviations, a normal has lost 12 % of its own.
+            # Variance 0.1 / fan_in as everywhere; a normal cut off at 2 deviations has 0.88 of its deviation left.
             return jax.nn.initializers.truncated_normal(math.sqrt(0.1 / fan_in) / 0.8796)(key, shape, dtype)
 
         by_query = (None, None, None)
@@ -109,7 +109,8 @@ class PEERLayer(nnx.Module):
         Returns:
             The outputs, and in training the sums from which the running averages move.
         """
-        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # of zeros, gelu(u . x) v is zero
+        # For a token of zeros, gelu(u . x) v is zero.
+        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
         query, sums = self._query(x.astype(jnp.float32), token_mask, key is not None)
         scores = jnp.einsum("blhsq,snq->blhsn", query, self.sub_keys[...], precision=jax.lax.Precision.HIGHEST)
         apply = _apply_local if jax.sharding.get_abstract_mesh().empty else _apply_over_mesh
@@ -185,7 +186,7 @@ def _apply_over_mesh(x: Array, scores: Array, down: Array, up: Array, num_select
         # Others' experts lie beyond the end of the table (a negative index would count from there).
         index -= jax.lax.axis_index(EXPERT) * down.shape[0]
         index = jnp.where(index < 0, down.shape[0], index)
-        # Said here, the tables' gradients are summed over `data` once, on their way out of the island.
+        # With this, the tables' gradients are summed over `data` once, on their way out of the island.
         down, up = jax.lax.pcast((down, up), DATA, to="varying")
         y = apply_neurons(row, index, gate, down, up)
         return jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True).reshape(x.shape)
@@ -226,7 +227,7 @@ def _rows(table: Array, index: Array) -> Float[Array, "t M D"]:
 
 
 def _chunks(x: Float[Array, "T D"], index: Int[Array, "T M"], *others: Array) -> tuple[Array, ...]:
-    """Each array as [chunks, t, ...]. The tokens added at the end are zeros, gates too: they add zeros to expert 0."""
+    """Each array as [chunks, t, ...]. Zeros fill the last chunk; their gates are 0, so they add nothing to expert 0."""
     size = min(x.shape[0], max(1, CHUNK_ELEMENTS // (index.shape[1] * x.shape[1])))
     missing = -x.shape[0] % size
     arrays = (x, index, *others)
@@ -250,7 +251,7 @@ def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | np.ndarr
     zeros: tuple[Array, ...] = jnp.zeros_like(down), jnp.zeros_like(up)
     tables, tokens = jax.lax.scan(chunk, zeros, _chunks(x, index, gate, dy))
     dx, dgate = (chunks.reshape(-1, chunks.shape[-1])[: x.shape[0]] for chunks in tokens)
-    # Integers have no gradient; JAX wants that said with an array of float0.
+    # Integers have no gradient; JAX asks for an array of float0 in its place.
     return dx, np.zeros(index.shape, jax.dtypes.float0), dgate, *tables
 
 

@@ -1,7 +1,7 @@
 """Dropless experts as grouped matrix products: rows sorted by expert, every expert's matrices on its run of rows.
 
-No slot is empty and no buffer has a limit (MegaBlocks, Gale et al. 2022). It pays on TPUs, which have a kernel for it;
-elsewhere XLA computes every expert on every row.
+No slot is empty and no buffer has a limit (MegaBlocks, Gale et al. 2022). It is fast on TPUs, which have a kernel for
+it; elsewhere XLA computes every expert on every row.
 """
 
 import math
@@ -18,7 +18,7 @@ from switchjax.moe.routing import Routing
 
 
 def apply_ragged(experts: Any, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S M"]:
-    """What dispatch, experts and combine give where capacity is the group.
+    """The result of dispatch, experts and combine for a capacity of a whole group.
 
     Args:
         experts: stacked on their first axis, called as `experts(rows, None, matmul)`.
@@ -30,6 +30,7 @@ def apply_ragged(experts: Any, x: Float[Array, "G S D"], routing: Routing) -> Fl
     selected = routing.token_slot.shape[-1]
     expert = (routing.token_slot // capacity).reshape(-1)  # E: padding, or a choice given up
     rows = expert.shape[0]
+    # Rows sorted by expert; `place` is the inverse, so that both moves are gathers in both directions.
     order = jnp.argsort(expert, stable=True)
     place = jnp.where(expert < num_experts, jnp.argsort(order), rows)
     token = jnp.where(expert[order] < num_experts, order // selected, rows // selected)
@@ -90,7 +91,7 @@ def _run(kernel: Any, left: Array, right: Array, sizes: Array, dtype: Any, inter
 
 
 def _tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    """Of a product's three dimensions: large ones reuse what they have read, as far as a chip's 16 MiB for it go."""
+    """Tile sizes of a product's three dimensions: large tiles reuse what they have read, within a chip's 16 MiB."""
     return math.gcd(rows, 4 * _TILE), min(inputs, 4 * _TILE), min(outputs, 8 * _TILE)
 
 
@@ -99,6 +100,6 @@ def _padded(rows: Float[Array, "N D"]) -> Float[Array, "P D"]:
 
 
 def _routed(y: Float[Array, "P M"], rows: Float[Array, "N D"], sizes: Int[Array, "E"]) -> Float[Array, "N M"]:
-    """Without padding; zeros in rows of no expert, in which the kernels leave what was there before."""
+    """`y` without padding, and with zeros in rows of no expert, which the kernels leave uninitialised."""
     routed = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     return jnp.where(routed, y[: rows.shape[0]], jnp.zeros((), y.dtype))

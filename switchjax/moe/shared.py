@@ -12,7 +12,7 @@ from switchjax.moe.routing import RoutingReport, router_logits
 
 
 class SharedMoELayer(nnx.Module):
-    """`shared(x) + routed(x)`: residual MoE (DeepSpeed-MoE, Rajbhandari et al. 2022, section 4.1).
+    """`shared(x) + routed(x)`, residual MoE (DeepSpeed-MoE, Rajbhandari et al. 2022, section 4.1).
 
     With `moe.shared_mixing=learned`, as in DeepSpeed's code, `w_1 shared(x) + w_2 routed(x)`, `w = softmax(x W + b)`.
 

@@ -35,9 +35,12 @@ class SoftMoEOptions:
 def soft_weights(
     x: Float[Array, "B L D"], mask: Bool[Array, "B L"], phi: Float[Array, "D E P"], scale: Float[Array, ""]
 ) -> tuple[Float[Array, "B L E P"], Float[Array, "B L E P"]]:
-    """How slots mix tokens and tokens mix slots: softmaxes of the same logits, both in float32 (equations 1 and 2).
+    """The weights by which slots mix tokens and tokens mix slots, both in float32 (equations 1 and 2).
 
-    The logits are cosines times a learned scale (section 2.3): in a wide model the softmaxes would else be one-hot.
+    Both are softmaxes of the same logits.
+
+    The logits are cosines times a learned scale (section 2.3); plain products would make the softmaxes of a wide model
+    one-hot.
 
     Args:
         x: tokens.
@@ -68,8 +71,8 @@ def _normalize(x: Array, axis: int) -> Array:
 class SoftMoELayer(nnx.Module):
     """E experts with P slots each a row: `Y = C experts(D^T X)`, each row of the batch on its own.
 
-    Not causal: a slot mixes all tokens of its row, so an output depends on the tokens after it, in training as in
-    evaluation. Packed sequences mix too. All noise is the same on every mesh, but for expert dropout where `model` > 1:
+    It is not causal: a slot mixes all tokens of its row, so an output depends on the tokens after it. Packed sequences
+    mix too. All noise is the same on every mesh, except expert dropout where `model` > 1:
     each slice of d_ff draws its own.
 
     Args:
@@ -117,7 +120,8 @@ class SoftMoELayer(nnx.Module):
         Raises:
             UserError: if rows do not divide over the mesh.
         """
-        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))  # 0 times what is not finite would be NaN
+        # A weight of 0 does not hide padding that is not finite: 0 times infinity is NaN.
+        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
         apply = self._apply_local if jax.sharding.get_abstract_mesh().empty else self._apply_over_mesh
         return apply(x, token_mask, key if self.config.expert_dropout else None), RoutingReport()
 

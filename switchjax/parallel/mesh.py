@@ -43,10 +43,10 @@ def emulate_devices(config: MeshConfig) -> None:
 
 
 def one_at_a_time(results: Tree) -> Tree:
-    """`results`, waited for where devices are emulated.
+    """`results`, once they are computed if devices are emulated, at once otherwise.
 
-    Programs in flight together there can take the threads that each other's collectives wait for: a deadlock. Real
-    devices run their programs in order, and waiting would only leave them idle.
+    Emulated devices share threads: two programs in flight can each hold the threads that the other's collectives wait
+    for, a deadlock. Real devices run their programs in order, and waiting would only leave them idle.
     """
     return jax.block_until_ready(results) if jax.default_backend() == "cpu" else results
 
@@ -72,14 +72,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{data * others} devices, but there are {count}: {hint}"
         )
     shape = (data, config.expert, config.model)
-    # Unlike jax.make_mesh, on every kind of TPU: a mesh axis may be part of a dimension of the torus.
+    # Not jax.make_mesh: here a mesh axis may be part of a dimension of the torus, on every kind of TPU.
     flat = np.asarray(devices).reshape(-1).tolist()
     grid = mesh_utils.create_device_mesh(shape, flat, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def count_shards() -> int:
-    """Parts into which the mesh in context divides the rows of a batch; 1 without a mesh."""
+    """Number of parts into which the mesh in context divides the rows of a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[DATA] * mesh.shape[EXPERT]
 

@@ -3,8 +3,8 @@
 A parameter carries the names of its axes as metadata (`nnx.Param(value, axes=("embed", "mlp"))`). A module that
 `lax.scan` or `vmap` has sliced keeps the names of the whole, so names are matched to dimensions from the right.
 
-The table says how a parameter lies while it is used. Where `mesh.sharded` says so, it or its optimiser state is kept in
-smaller parts (`sharded_spec`), and `gather` brings the parts together before each use.
+The table says how a parameter lies while it is used. With `mesh.sharded`, parameters or optimiser state are kept in
+smaller parts (`sharded_spec`), and `unshard` brings the parts together before each use.
 """
 
 from collections.abc import Mapping
@@ -43,9 +43,9 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
 def sharded_spec(*axes: str | None) -> PartitionSpec:
     """Mesh axes of a parameter with these logical axes where devices that divide the batch divide it too (ZeRO, FSDP).
 
-    Of a matrix, they divide the dimension `embed`, in which every matrix has the same size: over those of data and
-    expert that no other dimension lies over, so that each expert stays with its column. Vectors stay as they are: to
-    gather one would take longer than it saves memory.
+    They divide the dimension `embed`, which has the same size in every matrix. It lies over those of the axes data and
+    expert that no other dimension uses, so that each expert stays with its column. Vectors stay as they are:
+    gathering one takes more time than the memory is worth.
     """
     spec = partition_spec(*axes)
     if sum(axis != "layer" for axis in axes) < 2:
@@ -62,18 +62,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def is_variable(node: object) -> bool:
-    """Whether a pytree node is a parameter with its metadata."""
+    """True if a pytree node is a parameter with its metadata."""
     return isinstance(node, nnx.Variable)
 
 
 def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """Of the dimensions that are left."""
+    """Logical axes of the dimensions that slicing has left."""
     axes = variable.get_metadata("axes")
     return axes[len(axes) - len(variable.shape) :]
 
 
 def mark_sharded(model: Tree, sharded: str) -> Tree:
-    """`model` with `MeshConfig.sharded` in the metadata of its parameters, where all below finds it."""
+    """`model` with `MeshConfig.sharded` in the metadata of its parameters, where the functions below find it."""
     for variable in jax.tree.leaves(model, is_leaf=is_variable) if sharded != "none" else ():
         variable.set_metadata(sharded=sharded)
     return model
@@ -98,12 +98,11 @@ def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(sharding, model, is_leaf=is_variable)
 
 
-def gather(model: Tree) -> Tree:
-    """`model` as it is used: its sharded parameters brought together by an all-gather, their gradients added up and
-    divided again by a reduce-scatter.
+def unshard(model: Tree) -> Tree:
+    """`model` as it is used: an all-gather brings its sharded parameters together.
 
-    Stacks of layers stay as they are: their loop gathers a layer at a time, by this function too. Without a mesh in
-    context, `model` itself.
+    The gradient goes the other way, by a reduce-scatter. Stacks of layers stay as they are: their loop gathers one
+    layer at a time, by this function too. Without a mesh in context, `model` itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return model
@@ -118,17 +117,17 @@ def gather(model: Tree) -> Tree:
 
 
 def _from_to(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
-    """`x` laid out one way, then another.
+    """`x` laid out one way, then another; its gradient the other way round.
 
-    Both are said, lest the partitioner gather all layers before their loop, or compute a gradient by columns, for which
-    every device would need all tokens. The derivative goes the other way: of an all-gather a sum, then its division.
+    Both constraints are needed. With the second alone, XLA gathers every layer before the loop, or computes a gradient
+    by columns, for which every device needs all tokens.
     """
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
 
 
 def named_leaves(tree: object) -> dict[str, Any]:
-    """Leaves under names such as `decoder/norm/scale`: what optimisers, checkpoints and messages call them."""
-    # A parameter is a node around one leaf, which adds nothing to the name.
+    """Leaves under names such as `decoder/norm/scale`, which optimisers, checkpoints and messages use."""
+    # A parameter is a node around one leaf, and adds nothing to the name.
     return {name: jax.tree.leaves(node)[0] for name, node in _named_nodes(tree).items()}
 
 
@@ -142,7 +141,7 @@ def leaves_for_update(model: nnx.Module) -> dict[str, jax.Array]:
 
     def place(variable: nnx.Variable) -> jax.Array:
         if _sharded(variable) != "optimizer" or jax.sharding.get_abstract_mesh().empty:
-            return variable[...]  # it lies there
+            return variable[...]  # it lies so already
         return _from_to(variable[...], partition_spec(*_axes(variable)), _update_spec(variable))
 
     return {name: place(variable) for name, variable in _named_nodes(model).items()}
@@ -182,8 +181,8 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that the devices of this process hold, in order.
 
-    They need not lie side by side, as a pod's mesh follows its network, nor be this process' alone: over `model`,
-    processes divide the weights and share rows.
+    They may lie apart, because a pod's mesh follows its network, and several processes may hold the same row: over
+    `model`, processes divide the weights and share rows.
     """
     sharding = NamedSharding(mesh, partition_spec("batch"))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -191,13 +190,13 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Of what an optimiser keeps of a parameter, in Adafactor's state under the name `field`."""
+    """Mesh axes of what an optimiser keeps of a parameter; Adafactor keeps it under the name `field`."""
     spec, whole = list(_update_spec(variable)), variable.shape
     first = 1 if _axes(variable)[:1] == ("layer",) else 0
     if field in ("v_row", "v_col") and len(whole) > first + 1:
-        # A row's mean is over the largest dimension, a column's over the second largest: of one layer, and by the
-        # function by which optax finds them, for where two are equal.
+        # A row's mean is over the largest dimension of one layer, a column's over the second largest. optax finds them
+        # by argsort too, which decides between equal ones.
         averaged = first + int(np.argsort(whole[first:])[-1 if field == "v_row" else -2])
         spec, whole = spec[:averaged] + spec[averaged + 1 :], whole[:averaged] + whole[averaged + 1 :]
-    # Stand-ins of one number for what is not kept lie on every device.
+    # What is not kept is a stand-in of one number, which lies on every device.
     return PartitionSpec(*spec) if shape == whole else PartitionSpec()

@@ -53,7 +53,7 @@ class MetricsWriter:
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one record of kind train or evaluate.
 
-        In TensorBoard, a vector over layers becomes a curve for each layer, a matrix the least and the most of each row.
+        In TensorBoard, a vector over layers becomes a curve a layer, a matrix the least and the most of each row.
         """
         if self._silent:
             return

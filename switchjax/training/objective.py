@@ -16,7 +16,7 @@ from switchjax.models.layers import cast_kernels
 from switchjax.models.model import Batch, Model
 from switchjax.moe.routers import loss_weights, router_of
 from switchjax.moe.routing import RoutingReport
-from switchjax.parallel.sharding import gather
+from switchjax.parallel.sharding import unshard
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,7 @@ def sum_over_targets(config: Config, model: Model, batch: Batch, key: PRNGKeyArr
         batch: a batch or a micro-batch.
         key: for dropout and routing noise; None in evaluation.
     """
-    logits, reports = gather(cast_kernels(model, config.model.dtype))(batch, key)
+    logits, reports = unshard(cast_kernels(model, config.model.dtype))(batch, key)
     targets, segments = model.targets(batch)
     mask = segments > 0
     log_probs, log_z = target_log_probs(logits, targets)

@@ -122,7 +122,7 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, gradient_of(model, *inputs)), None
 
     first = {name: rows[0] for name, rows in micro_batches.items()}
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient_of, model, first, key))
+    zeros = jax.tree.map(jnp.zeros_like, gradient_of(model, first, key))  # of this only the shapes are computed
     total, _ = jax.lax.scan(add, zeros, (micro_batches, jax.random.split(key, count)))
     return total
 

@@ -50,7 +50,7 @@ def test_the_highest_scores_are_selected_in_order_the_first_among_equals_first(s
 
 def test_values_of_the_chosen_by_hand() -> None:
     values = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 2, 4)
-    index = np.array([[[2, 0], [1, 3]]], np.int32)
+    index = jnp.array([[[2, 0], [1, 3]]], jnp.int32)
     weight = np.array([[[1.0, 10.0], [100.0, 1000.0]]], np.float32)
 
     def weighed(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -60,9 +60,7 @@ def test_values_of_the_chosen_by_hand() -> None:
     gradient, chosen = jax.jit(jax.grad(weighed, has_aux=True))(values)
     np.testing.assert_array_equal(chosen, [[[3, 1], [6, 8]]])
     np.testing.assert_array_equal(gradient, [[[10, 0, 1, 0], [0, 100, 0, 1000]]])
-    np.testing.assert_array_equal(
-        is_chosen(jnp.asarray(index), 4), [[[True, False, True, False], [False, True, False, True]]]
-    )
+    np.testing.assert_array_equal(is_chosen(index, 4), [[[True, False, True, False], [False, True, False, True]]])
     normalized = jax.jit(normalize_over_chosen)(values, index)
     np.testing.assert_allclose(normalized, values / np.array([[[4.0], [14.0]]]), rtol=1e-6)
 

@@ -14,7 +14,6 @@ from switchjax.parallel.mesh import AXES, make_mesh
 from switchjax.parallel.sharding import (
     AXIS_RULES,
     constrain,
-    gather,
     mark_sharded,
     named_leaves,
     optimizer_shardings,
@@ -22,6 +21,7 @@ from switchjax.parallel.sharding import (
     parameter_specs,
     partition_spec,
     sharded_spec,
+    unshard,
     with_leaves,
 )
 
@@ -106,13 +106,13 @@ def test_a_layer_of_a_stack_is_sharded_as_all_of_them_are() -> None:
     assert sharded_spec("layer", "embed") == P(None, None)
 
 
-def test_gather_brings_all_but_stacks_of_layers_together(mesh: jax.sharding.Mesh) -> None:
+def test_unshard_brings_all_but_stacks_of_layers_together(mesh: jax.sharding.Mesh) -> None:
     model = mark_sharded(Parameters(), "parameters")
-    assert gather(model) is model  # without a mesh
+    assert unshard(model) is model  # without a mesh
     placed = jax.device_put(model, parameter_shardings(model, mesh))
     assert {shard.data.shape for shard in placed.w_in[...].addressable_shards} == {(64, 256)}
     with jax.set_mesh(mesh):
-        used = jax.jit(gather)(placed)
+        used = jax.jit(unshard)(placed)
     assert used.w_in[...].sharding.is_equivalent_to(NamedSharding(mesh, SPECS["w_in"]), 2)
     assert used.experts[...].sharding.is_equivalent_to(NamedSharding(mesh, SHARDED_SPECS["experts"]), 4)
     np.testing.assert_array_equal(used.w_in[...], model.w_in[...])
