@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and what its devices make of it."""
+"""Where the time of a run goes, and how fast its devices compute."""
 
 import time
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Clock:
         self._tokens += tokens
 
     def lap(self) -> dict[str, float]:
-        """Metrics of the time since the last lap; starts anew.
+        """Metrics of the time since the last lap; starts the next lap.
 
         Returns:
             `tokens_per_second` of the time that was not spent on evaluation or checkpoints; likewise
@@ -61,7 +61,7 @@ class Clock:
 
 
 def device_memory() -> dict[str, float]:
-    """`device_peak_bytes`, the most that a device of this process has held so far; empty where none keeps account."""
+    """`device_peak_bytes`, the most memory that a device of this process has held; empty where devices do not count."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [float(found["peak_bytes_in_use"]) for found in stats if "peak_bytes_in_use" in found]
     return {"device_peak_bytes": max(peaks)} if peaks else {}

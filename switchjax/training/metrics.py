@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard events and a progress bar."""
+"""Writes metrics to `metrics.jsonl` and TensorBoard events, and shows a progress bar."""
 
 import contextlib
 import io
@@ -29,15 +29,15 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard events of a workdir, in process 0.
 
-    Both hold whole records at any moment, on a full disk too.
+    Both files hold whole records at any moment, even on a full disk.
 
     Args:
         workdir: of the run.
-        resume_step: records of later steps, of a run that was cut off, are dropped: they will be written again.
+        resume_step: records of later steps are dropped, because the resumed run writes them again.
 
     Raises:
-        UserError: here and in `write`, if the disk is full or the workdir cannot be written; here, if what is there are
-            no records of a run.
+        UserError: here and in `write`, if the disk is full or the workdir cannot be written; here, if the file there
+            does not hold records of a run.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
@@ -84,8 +84,8 @@ class MetricsWriter:
 class _Events:
     """TensorBoard events, each written whole by the thread that calls.
 
-    On a full disk, the thread of tensorboardX's `SummaryWriter` dies, and the training then waits for it for ever; its
-    `EventsWriter` leaves half a record.
+    The framing of records is by hand because tensorboardX does not survive a full disk: the thread of its
+    `SummaryWriter` dies, training then waits for it for ever, and its `EventsWriter` leaves half a record.
     """
 
     def __init__(self, folder: Path, resume_step: int):
@@ -95,7 +95,7 @@ class _Events:
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
             self._file = (folder / name).open("ab", buffering=0)
         self._add(Event(file_version="brain.Event:2"))
-        # Events from here on, of the run that was cut off, are hidden.
+        # TensorBoard hides later events of the run that was cut off.
         self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -112,7 +112,7 @@ class _Events:
 
 
 def _as_record(data: bytes) -> bytes:
-    """As TFRecord has it: length and data, each with its checksum."""
+    """A TFRecord: length and data, each followed by its checksum."""
     length = struct.pack("<Q", len(data))
     return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
 
@@ -126,7 +126,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _append(file: io.FileIO, record: bytes) -> None:
-    """All of `record` or none of it."""
+    """Writes all of `record` or none of it."""
     before = file.seek(0, io.SEEK_END)
     try:
         written = 0
@@ -138,7 +138,7 @@ def _append(file: io.FileIO, record: bytes) -> None:
 
 
 def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind, in the order of their steps; half a line that a kill has left is none."""
+    """The records of a kind, in the order of their steps; half a line that a kill has left does not count."""
     with (workdir / METRICS).open() as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in records if record.get("kind") == kind]
@@ -154,23 +154,23 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes, path: Path) -> float:
-    """The step of a record of `path`; infinite for the half line that a kill has left."""
+    """The step of a record of `path`; infinite for half a line that a kill has left."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
-    except ValueError:  # no JSON, or no text at all, as the end of a file may be after a power cut
+    except ValueError:  # neither JSON nor text: a power cut can leave the end of a file so
         return math.inf
     try:
         return float(record["step"])
     except (KeyError, TypeError, ValueError):
         start = line[:60].decode(errors="replace").strip()
-        raise UserError(f"{path} holds what is no record of a run: {start}") from None
+        raise UserError(f"{path} holds a line that is no record of a run: {start}") from None
 
 
 class Progress:
     """A bar with loss, tokens a second and the time left, in process 0."""
 
     def __init__(self, first: int, last: int):
-        # In a log file, where a bar cannot be drawn over, a line now and then.
+        # A bar cannot be redrawn in a log file, so it gets a line every 15 seconds.
         interval = 0.1 if sys.stderr.isatty() else 15.0
         others = process_index() > 0
         self._bar = tqdm(

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they stop the run, or are skipped and counted."""
+"""Steps whose loss or gradient is not finite stop the run, or are skipped and counted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class NonFiniteError(UserError):
 
 @dataclass
 class SkippedSteps:
-    """Steps of a run that were not finite and changed nothing; checkpoints hold it as JSON."""
+    """Counts the steps of a run that were not finite and were skipped; checkpoints hold it as JSON."""
 
     total: int = 0
     in_a_row: int = 0
@@ -23,7 +23,7 @@ class SkippedSteps:
     def count(
         self, step: int, finite: bool, values: Mapping[str, Any], norms: Mapping[str, Any], config: TrainConfig
     ) -> str | None:
-        """What to say of a step that is skipped; None if it is finite.
+        """The message about a step that is skipped; None if it is finite.
 
         Args:
             step: its number.

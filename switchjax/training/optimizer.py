@@ -62,7 +62,7 @@ def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransform
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """optax counts in integers and divides by them, which JAX allows unless told to be strict."""
+    """`optimizer` under standard type promotion: optax divides by integers, which strict promotion forbids."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -76,8 +76,8 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:
     """`optimizer` applied to every layer of stacked parameters by itself.
 
-    Adafactor scales an update by the parameter's root mean square and clips it by its own: for layers that share an
-    array only because `lax.scan` wants it so, these are to be each layer's.
+    Adafactor scales an update by the parameter's root mean square and clips it by its own. Layers share an array only
+    for `lax.scan`, so each layer needs its own.
     """
 
     axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[:1] == ("layer",), model, is_leaf=is_variable)

@@ -20,7 +20,7 @@ from switchjax.training.optimizer import make_optimizer
 class TrainState:
     """Steps taken, parameters and the optimiser's state; random keys follow from the seed and `step`.
 
-    A `StatePlan` has the same tree with shapes or shardings in place of the arrays, hence no narrower type of `step`.
+    A `StatePlan` has the same tree with shapes or shardings in place of the arrays, so the types are wide.
     """
 
     step: Any

@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class Trace:
-    """What host and devices do in the steps that `train.trace_first_step` and `train.trace_steps` choose.
+    """Records what host and devices do in the steps that `train.trace_first_step` and `train.trace_steps` choose.
 
-    It lies beside the events of metrics, in `plugins/profile/step_N` as xprof and TensorBoard's profile plugin read it.
-    A run that is resumed within these steps traces those that are left.
+    The trace lies beside the events of metrics, in `plugins/profile/step_N`, where xprof and TensorBoard's profile
+    plugin look for it. A run that is resumed within these steps traces those that are left.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig) -> None:
