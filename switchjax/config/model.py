@@ -1,8 +1,14 @@
 """The section `model`: the network around the experts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+from switchjax.config.checks import check_choice, check_choices, check_fraction, check_positive, require
+
+Activation = Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"]
+Dtype = Literal["float32", "bfloat16"]
+GATED = frozenset({"geglu", "swiglu"})
+"""Activations with a gate, and so with a third matrix."""
 
 _ATTENTION = ("dense", "moe", "moe_dense", "switch_attention", "base", "peer")
 
@@ -19,10 +25,10 @@ ROUTED = frozenset({"moe", "moe_dense", "moe_only", "switch_attention", "base", 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network around the experts. Sizes are named as in DESIGN's legend."""
+    """The network around the experts. `switchjax/__init__.py` has the legend of its sizes."""
 
-    family: str = "encoder_decoder"
-    """encoder_decoder, decoder_only, vision (an encoder of image patches) or recurrent (a decoder of LSTM layers)."""
+    family: Literal["encoder_decoder", "decoder_only", "vision", "recurrent"] = "encoder_decoder"
+    """vision is an encoder of image patches, recurrent a decoder of LSTM layers."""
     vocab_size: int = 32128
     d_model: int = 768
     d_ff: int = 3072
@@ -37,18 +43,18 @@ class ModelConfig:
     network), moe_dense (a dense feed-forward layer after such a one), switch_attention (experts for queries, keys and
     values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a recurrent
     model: lstm, dense_only and moe_only (a feed-forward network between two others)."""
-    activation: str = "relu"
-    """Of the feed-forward networks: relu, gelu (by tanh), gelu_exact (by erf), or with a gate geglu, swiglu."""
-    expert_activation: str = ""
-    """Of the experts; empty: as `activation`."""
-    norm: str = "rms"
-    """Before each layer: rms (no mean, no bias), layer (LayerNorm) or none."""
+    activation: Activation = "relu"
+    """In feed-forward networks; gelu is the approximation by tanh, gelu_exact by erf; geglu and swiglu have a gate."""
+    expert_activation: Literal[Activation, ""] = ""
+    """In experts; empty: as `activation`."""
+    norm: Literal["rms", "layer", "none"] = "rms"
+    """Before each layer; rms subtracts no mean and adds no bias, layer is LayerNorm."""
     norm_epsilon: float = 1e-6
     """Added to the variance, or mean square, that a norm divides by."""
     biases: bool = False
     """Of projections and feed-forward networks."""
-    positions: str = "relative"
-    """relative (T5's bias, shared by a stack's layers), learned or sinusoidal (added to the input), rotary, or none."""
+    positions: Literal["relative", "learned", "sinusoidal", "rotary", "none"] = "relative"
+    """relative is T5's bias, shared by a stack's layers; learned and sinusoidal are added to the input."""
     max_length: int = 2048
     """learned: how many positions there are."""
     rotary_base: float = 10_000.0
@@ -75,10 +81,10 @@ class ModelConfig:
     dropout: float = 0.0
     scan_layers: bool = True
     """True: one compiled period in a loop. False: the loop unrolled (quickstart, CPU: 4 % faster)."""
-    remat: str = "none"
-    """What the backward pass computes again: none, full, dots (keeps matmuls), exchange (keeps all-to-alls)."""
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    remat: Literal["none", "full", "dots", "exchange"] = "none"
+    """What the backward pass computes again: all (full), all but matmuls (dots), all but all-to-alls (exchange)."""
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @property
     def has_experts(self) -> bool:
@@ -101,7 +107,7 @@ class ModelConfig:
         return self.d_lstm or self.d_model
 
     @property
-    def experts_activation(self) -> str:
+    def experts_activation(self) -> Activation:
         """Activation inside an expert."""
         return self.expert_activation or self.activation
 
@@ -119,19 +125,12 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        check_choice("model.family", self.family, KINDS)
+        check_choices("model", self)
         sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base", "norm_epsilon"]
         sizes += ["embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes"]
         check_positive("model", {name: getattr(self, name) for name in sizes})
         check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
         check_fraction("model", {"dropout": self.dropout})
-        check_choice("model.activation", self.activation, ACTIVATIONS)
-        check_choice("model.expert_activation", self.experts_activation, ACTIVATIONS)
-        check_choice("model.norm", self.norm, ["rms", "layer", "none"])
-        check_choice("model.positions", self.positions, ["relative", "learned", "sinusoidal", "rotary", "none"])
-        check_choice("model.remat", self.remat, ["none", "full", "dots", "exchange"])
-        for name in ("dtype", "param_dtype"):
-            check_choice(f"model.{name}", getattr(self, name), ["float32", "bfloat16"])
         for name in ("num_kv_heads", "sliding_window", "d_lstm"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
         self._check_layers()
@@ -188,8 +187,3 @@ class ModelConfig:
             self.family != "vision" or self.positions in ("learned", "none"),
             f"a vision model has positions learned or none, got model.positions={self.positions}",
         )
-
-
-ACTIVATIONS = ("relu", "gelu", "gelu_exact", "geglu", "swiglu")
-GATED = frozenset({"geglu", "swiglu"})
-"""Activations with a gate, and so with a third matrix."""
