@@ -4,8 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh
@@ -13,10 +12,10 @@ from jax.sharding import Mesh
 from switchjax.accounting.hardware import Chip, Slice, show_bytes, slices
 from switchjax.config import Config, UserError
 from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.planning.buffer_assignment import Held, compile_with_assignment, held_at_peak
 from switchjax.planning.hlo import parse_compiled
 from switchjax.planning.hlo_collectives import Traffic, collectives, traffic
 from switchjax.planning.hlo_cost import matmul_flops
-from switchjax.planning.hlo_liveness import Held, held_at_peak
 from switchjax.planning.hlo_memory import memory_traffic, saved_activations
 from switchjax.planning.roofline import Roofline, roofline
 from switchjax.planning.topology import choose_mesh, describe_devices, require_compiler, state_bytes
@@ -25,10 +24,8 @@ from switchjax.training.step import lower_train_step
 
 _HELD = 8
 """Kinds of arrays that a plan names."""
-
-
 _SHRINKS = 0.8
-"""Of a step's memory on all chips together, the share that it is trusted to need on more chips at least."""
+"""A step needs at least this share of its memory, over all chips together, on a larger slice."""
 
 
 class OutOfMemory(UserError):
@@ -69,25 +66,11 @@ class StepPlan:
     held_at_peak: tuple[Held, ...]
     """The largest temporaries of the moment that takes most memory."""
     flops_per_device: int
-    """Of the matrix products of one step, recomputation included."""
+    """In the matrix products of one step, recomputation included."""
     hbm_bytes_per_device: int
     collectives: dict[str, Traffic]
     compile_seconds: float
     roofline: Roofline
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `plan.py --json` writes of it."""
-        return {
-            "topology": self.topology,
-            "mesh": self.mesh,
-            "memory_per_device": asdict(self.memory_per_device),
-            "held_at_peak": [asdict(held) for held in self.held_at_peak],
-            "flops": {"step_per_device": self.flops_per_device},
-            "hbm_bytes_per_device": self.hbm_bytes_per_device,
-            "collectives": {kind: asdict(found) for kind, found in self.collectives.items()},
-            "compile_seconds": self.compile_seconds,
-            "roofline": asdict(self.roofline),
-        }
 
 
 def plan_step(config: Config, slice_: Slice) -> StepPlan:
@@ -103,8 +86,13 @@ def plan_step(config: Config, slice_: Slice) -> StepPlan:
     plan = plan_state(config, mesh)
     _check_state(plan, slice_.chip)
     started = time.perf_counter()
-    compiled = _compile(config, plan, mesh)
-    return _measure(compiled, plan, mesh, slice_, time.perf_counter() - started)
+    try:
+        compiled, hlo_proto = compile_with_assignment(lower_train_step(config, plan, mesh))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(explain_out_of_memory(str(error)), needed_bytes(str(error))) from None
+    return _measure(compiled, hlo_proto, plan, mesh, slice_, time.perf_counter() - started)
 
 
 def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> StepPlan:
@@ -150,15 +138,6 @@ def _check_state(plan: StatePlan, chip: Chip) -> None:
         )
 
 
-def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.Compiled:
-    try:
-        return lower_train_step(config, plan, mesh).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OutOfMemory(explain_out_of_memory(str(error)), needed_bytes(str(error))) from None
-
-
 def needed_bytes(message: str) -> float:
     """What the compiler says that a program takes of a device's memory; 0 where it does not say."""
     found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", message)
@@ -176,7 +155,9 @@ def explain_out_of_memory(message: str) -> str:
     return first.removeprefix("RESOURCE_EXHAUSTED: ").strip() + (f" Largest: {shown}" if shown else "")
 
 
-def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_: Slice, seconds: float) -> StepPlan:
+def _measure(
+    compiled: jax.stages.Compiled, hlo_proto: bytes, plan: StatePlan, mesh: Mesh, slice_: Slice, seconds: float
+) -> StepPlan:
     program = parse_compiled(compiled)
     found = collectives(program)
     flops, hbm_bytes = matmul_flops(program), memory_traffic(program)
@@ -200,7 +181,7 @@ def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_:
         topology=slice_.name,
         mesh=dict(mesh.shape),
         memory_per_device=memory,
-        held_at_peak=tuple(held_at_peak(program)[:_HELD]),
+        held_at_peak=tuple(held_at_peak(hlo_proto, program)[:_HELD]),
         flops_per_device=flops,
         hbm_bytes_per_device=hbm_bytes,
         collectives=traffic(found),

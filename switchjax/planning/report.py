@@ -119,23 +119,13 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def write_json(path: Path, *parts: dict[str, Any]) -> None:
-    """Writes the parts, merged.
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes an object.
 
     Raises:
-        UserError: if that cannot be.
+        UserError: if the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(merge(*parts), indent=2) + "\n")
+        path.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--json: cannot write {path} ({error.strerror})") from None
-
-
-def merge(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries as one; a later value takes the place of an earlier one."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merge(merged[key], value) if both else value
-    return merged
