@@ -1,6 +1,5 @@
 """What the train step of a config takes on a slice of TPUs, told by the TPU compiler itself with no TPU attached."""
 
-import math
 import re
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from switchjax.planning.hlo_collectives import Traffic, collectives, traffic
 from switchjax.planning.hlo_cost import matmul_flops
 from switchjax.planning.hlo_memory import memory_traffic, saved_activations
 from switchjax.planning.roofline import Roofline, roofline
-from switchjax.planning.topology import choose_mesh, describe_devices, require_compiler, state_bytes
+from switchjax.planning.topology import choose_mesh, describe_devices, leaf_bytes, require_compiler, state_bytes
 from switchjax.training.state import StatePlan, plan_state
 from switchjax.training.step import lower_train_step
 
@@ -129,8 +128,7 @@ def _check_state(plan: StatePlan, chip: Chip) -> None:
     The gradient of at least the largest parameter exists beside the state.
     """
     parameters, optimizer = state_bytes(plan)
-    leaves = zip(jax.tree.leaves(plan.shapes.model), jax.tree.leaves(plan.shardings.model), strict=True)
-    gradient = max(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+    gradient = max(leaf_bytes(plan.shapes.model, plan.shardings.model))
     if parameters + optimizer + gradient > chip.memory:
         raise OutOfMemory(
             f"{show_bytes(parameters)} of parameters, {show_bytes(optimizer)} of optimiser and {show_bytes(gradient)} "

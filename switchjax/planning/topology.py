@@ -103,10 +103,11 @@ def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
 
 def state_bytes(plan: StatePlan) -> tuple[int, int]:
     """Bytes of parameters and of the optimiser's state on one device."""
-
-    def total(shapes: Any, shardings: Any) -> int:
-        leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-        return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
-
     shapes, shardings = plan.shapes, plan.shardings
-    return total(shapes.model, shardings.model), total(shapes.opt_state, shardings.opt_state)
+    return sum(leaf_bytes(shapes.model, shardings.model)), sum(leaf_bytes(shapes.opt_state, shardings.opt_state))
+
+
+def leaf_bytes(shapes: Any, shardings: Any) -> list[int]:
+    """Bytes of each array of a tree on one device."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return [math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves]
