@@ -19,7 +19,7 @@ class DataConfig:
     rates: tuple[float, ...] = ()
     """Sampling rates, one a corpus; empty: in proportion to their tokens, or images."""
     text_feature: str = "text"
-    """Of a TFDS text dataset; of one of images, `image` and `label` are taken."""
+    """The feature of a TFDS text dataset that is read; an image dataset has `image` and `label`."""
     directory: str = ""
     """Where prepared data lives; empty: $SWITCHJAX_DATA, or else the user's cache folder."""
     vocabulary: str = ""

@@ -52,7 +52,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     """Added to the variance, or mean square, that a norm divides by."""
     biases: bool = False
-    """Of projections and feed-forward networks."""
+    """Projections and feed-forward networks have biases."""
     positions: Literal["relative", "learned", "sinusoidal", "rotary", "none"] = "relative"
     """relative is T5's bias, shared by a stack's layers; learned and sinusoidal are added to the input."""
     max_length: int = 2048
@@ -68,7 +68,7 @@ class ModelConfig:
     scale_logits: bool = True
     """Tied logits over sqrt(d_model) (T5)."""
     embedding_stddev: float = 1.0
-    """Of token vectors and learned positions at initialisation."""
+    """Standard deviation of token vectors and learned positions at initialisation."""
     d_lstm: int = 0
     """Cells of an LSTM layer, which a projection brings to d_model where they differ; 0: d_model."""
     image_size: int = 224
@@ -121,7 +121,7 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
-        """Of an image."""
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ class TrainConfig:
     steps: int = 100_000
     seed: int = 0
     accumulation_steps: int = 1
-    """Micro-batches a step; but for noise, which each draws anew, gradients equal those of the undivided batch."""
+    """Micro-batches a step; without noise, which each draws for itself, gradients equal those of the whole batch."""
     z_loss_weight: float = 1e-4
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -75,9 +75,9 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """Largest number of steps that are skipped in a row; one more stops the run."""
     step_timeout: int = 1800
-    """Seconds after which a step, or the reading of its batch, is given up and the run ended; 0: never."""
+    """Seconds after which a step, or the reading of its batch, is given up, which ends the run; 0: never."""
     heartbeat_timeout: int = 100
-    """Of several processes: seconds after which one that does not answer is taken for dead and the run ended."""
+    """Seconds after which a process that does not answer counts as dead, which ends the run of several processes."""
 
     def __post_init__(self) -> None:
         sizes = (

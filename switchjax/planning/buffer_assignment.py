@@ -49,7 +49,10 @@ class Held:
 
 
 def compile_with_assignment(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bytes]:
-    """The compiled program and its `HloProto` with the buffer assignment, which only a dump holds."""
+    """The compiled program and its `HloProto` with the buffer assignment, which only a dump holds.
+
+    JAX's compilation cache must be off: a program that comes from there dumps nothing.
+    """
     with TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_proto": True})
         (path,) = Path(folder).glob("*after_optimizations.hlo.pb")

@@ -1,4 +1,4 @@
-"""What the train step of a config takes on a slice of TPUs, told by the TPU compiler itself with no TPU attached."""
+"""What a config's train step takes on a slice of TPUs, from the TPU compiler, with no TPU attached."""
 
 import re
 import time
@@ -73,7 +73,7 @@ class StepPlan:
 
 
 def plan_step(config: Config, slice_: Slice) -> StepPlan:
-    """Compiles the train step for a slice, on the config's mesh or where that is open on one of `choose_mesh`.
+    """Compiles the train step for a slice, on the mesh of `choose_mesh`.
 
     Raises:
         OutOfMemory: if the step needs more memory than a device has.
@@ -99,12 +99,12 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
     Args:
         config: what to train.
-        chip: its slices are tried by growing size; those that hold the state alone not, or less in all than the step
-            needed on a smaller slice, are not compiled for.
-        report: is told, a line each, why a slice does not do.
+        chip: its slices are tried from small to large; one that cannot hold the state, or holds less than the step
+            needed on a smaller slice, is skipped without compiling.
+        report: receives a line for each slice that is tried and each that does not fit.
 
     Raises:
-        UserError: if no slice does; says what the largest lacked.
+        UserError: if no slice fits; says why the largest does not.
     """
     require_compiler()
     reason, needed = "", 0.0
@@ -123,10 +123,7 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
 
 def _check_state(plan: StatePlan, chip: Chip) -> None:
-    """Refuses, before anything is compiled, what memory cannot hold.
-
-    The gradient of at least the largest parameter exists beside the state.
-    """
+    """Refuses what memory cannot hold before anything is compiled: the state and the largest parameter's gradient."""
     parameters, optimizer = state_bytes(plan)
     gradient = max(leaf_bytes(plan.shapes.model, plan.shardings.model))
     if parameters + optimizer + gradient > chip.memory:
@@ -137,7 +134,7 @@ def _check_state(plan: StatePlan, chip: Chip) -> None:
 
 
 def needed_bytes(message: str) -> float:
-    """What the compiler says that a program takes of a device's memory; 0 where it does not say."""
+    """The memory that a program needs by the compiler's message; 0 where it does not say."""
     found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", message)
     if found is None:
         return 0.0
@@ -146,7 +143,7 @@ def needed_bytes(message: str) -> float:
 
 
 def explain_out_of_memory(message: str) -> str:
-    """The compiler's own account in one line: how much it needed, and for what most of all."""
+    """The compiler's message in one line: how much it needed, and for what most of all."""
     first = next((line for line in message.splitlines() if "memory" in line), message.splitlines()[0])
     largest = re.findall(r"Size: ([\d.]+[KMGT]?)\b.*?\n\s*Operator: op_name=\"([^\"]*)\"", message, re.DOTALL)
     shown = "; ".join(f"{size} of {source}" for size, source in largest[:3])

@@ -13,14 +13,14 @@ from switchjax.config import Config, UserError
 from switchjax.planning.plan import StepPlan
 
 _SPARE = 0.2
-"""Of a device's memory, which a run should leave free: evaluation, checkpoints and fragmentation need some."""
+"""The share of a device's memory that a run should leave free for evaluation, checkpoints and fragmentation."""
 
 _SHOWN = 5
 """Kinds of temporaries that are listed."""
 
 
 def show_accounting(accounting: Accounting) -> str:
-    """What the config's arithmetic says before anything is compiled."""
+    """What arithmetic says of a config before anything is compiled."""
     parts = sorted(accounting.parameters.items(), key=lambda part: -part[1])
     computed = sum(accounting.computed_flops.values())
     return "\n".join(
@@ -37,7 +37,7 @@ def show_accounting(accounting: Accounting) -> str:
 
 
 def show_estimate(accounting: Accounting, mesh: Mapping[str, int]) -> str:
-    """What a device of a mesh holds and sends, by arithmetic: the compiler, where it is asked, knows better."""
+    """What a device of a mesh holds and sends, by arithmetic; the compiler knows better."""
     memory, sent = accounting.memory, accounting.communication
     held = {
         "parameters": memory.parameters,

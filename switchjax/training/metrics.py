@@ -77,10 +77,10 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard events, each written whole by the thread that calls.
+    """TensorBoard events; the calling thread writes each whole.
 
-    On a full disk, the thread of tensorboardX's `SummaryWriter` dies, and the training then waits for it for ever; its
-    `EventsWriter` leaves half a record.
+    The framing is written by hand because tensorboardX fails on a full disk: the thread of its `SummaryWriter` dies and
+    training waits for it for ever, and its `EventsWriter` leaves half a record.
     """
 
     def __init__(self, folder: Path, resume_step: int):
@@ -107,7 +107,7 @@ class _Events:
 
 
 def _as_record(data: bytes) -> bytes:
-    """As TFRecord has it: length and data, each with its checksum."""
+    """A TFRecord: length and data, each with its checksum."""
     length = struct.pack("<Q", len(data))
     return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
 
