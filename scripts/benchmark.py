@@ -244,7 +244,7 @@ def _show(flags: Namespace, text: str) -> None:
     shown = f"{text}\n\n{show_origin(found)}"
     print(shown)
     if flags.json:
-        write_json(flags.json, found, {"tables": read_tables(text)})
+        write_json(flags.json, {**found, "tables": read_tables(text)})
     if flags.write:
         write_table(flags.write, flags.command, shown)
 

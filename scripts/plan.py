@@ -11,6 +11,7 @@ chip that holds the step. The TPU compiler is libtpu: pip install -c constraints
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from switchjax import command
@@ -42,15 +43,15 @@ def main(arguments: Sequence[str]) -> None:
     accounting = account(config)
     file, _, size = flags.config.partition(":")
     print("\n".join([show_accounting(accounting), *show_published(f"{Path(file).stem}:{size}", config)]), flush=True)
-    found = [accounting_dict(accounting)]
+    found = accounting_dict(accounting)
     if chip or slice_:
         plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
         print(show_plan(plan))
-        found.append(plan.to_dict())
+        found |= asdict(plan)
     else:
         print(show_estimate(accounting, mesh_axes(config, devices=1)))
     if flags.json:
-        write_json(flags.json, *found)
+        write_json(flags.json, found)
 
 
 def _report(line: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from switchjax.config import (
     Config,
+    DecodingConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -73,6 +75,8 @@ def test_every_section_is_frozen_and_described(section: str) -> None:
         ({"model": {"pattern": "moe"}}, "model.pattern must be a tuple, got 'moe'"),
         ({"data": {"rates": [1, "2"]}}, "data.rates[1] must be of type float, got '2'"),
         ({"model": {"activation": "swigl"}}, "model.activation: unknown value 'swigl' (did you mean 'swiglu'?)"),
+        ({"model": {"norm": 3}}, "model.norm must be of type str, got 3"),
+        ({"model": {"expert_activation": "tanh"}}, "model.expert_activation: unknown value 'tanh' (known: relu, gelu,"),
         ({"moe": {"dispatch": "gathr"}}, "moe.dispatch: unknown value 'gathr' (did you mean 'gather'?)"),
     ],
 )
@@ -215,6 +219,21 @@ def test_suggestions_name_the_closest_or_all() -> None:
     assert suggest("adafactr", ["adafactor", "adamw"]) == " (did you mean 'adafactor'?)"
     assert suggest("sgd", ["adafactor", "adamw"]) == " (known: adafactor, adamw)"
     check_choice("optimizer.name", "adamw", ["adafactor", "adamw"])
+
+
+SECTIONS = {**typing.get_type_hints(Config), "decoding": DecodingConfig}
+CHOICES = [
+    (section, name)
+    for section, cls in SECTIONS.items()
+    for name, hint in typing.get_type_hints(cls).items()
+    if typing.get_origin(hint) is typing.Literal
+]
+
+
+@pytest.mark.parametrize(("section", "name"), CHOICES)
+def test_a_value_that_is_no_choice_is_refused_in_python_too(section: str, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{section}\.{name}: unknown value 'neither' \("):
+        SECTIONS[section](**{name: "neither"})
 
 
 def test_the_defaults_are_switch_base() -> None:

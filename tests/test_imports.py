@@ -24,7 +24,7 @@ ROOMS = (
     "interop",
     "studies",
 )
-"""DESIGN's order: a room imports itself and those before it."""
+"""In this order: a room imports itself and those before it."""
 ALLOWED = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)} | {
     "command": {"command", "config"},
     "__init__": set(),

@@ -7,7 +7,15 @@ This package imports no jax.
 """
 
 from switchjax.config.cache_dir import user_cache
-from switchjax.config.checks import UserError, check_choice, check_fraction, check_positive, check_seed, suggest
+from switchjax.config.checks import (
+    UserError,
+    check_choice,
+    check_choices,
+    check_fraction,
+    check_positive,
+    check_seed,
+    suggest,
+)
 from switchjax.config.config import OPEN_KEYS, Config, check_key, differences, from_mapping, load_workdir_config
 from switchjax.config.data import DataConfig
 from switchjax.config.decoding import DecodingConfig
@@ -33,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "check_choice",
+    "check_choices",
     "check_fraction",
     "check_key",
     "check_positive",

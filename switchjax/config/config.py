@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -166,7 +166,10 @@ def from_mapping(cls: type, values: Any, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; only int -> float and list -> tuple are converted."""
+    """`value` as the annotated type; only int -> float and list -> tuple are converted.
+
+    The section itself checks the choices of a `Literal`, as it does where Python builds it.
+    """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, key)
     if typing.get_origin(hint) is Mapping:
@@ -180,6 +183,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return tuple(_convert(hint.__args__[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
+    hint = str if typing.get_origin(hint) is Literal else hint
     require(type(value) is hint, f"{key} must be of type {hint.__name__}, got {value!r}")
     require(hint is not float or math.isfinite(value), f"{key} must be finite, got {value}")
     return value

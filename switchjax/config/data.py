@@ -2,23 +2,24 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
-from switchjax.config.checks import check_choice, check_positive, require
+from switchjax.config.checks import check_choices, check_positive, require
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Corpora, vocabulary, the objective and static batch shapes."""
 
-    objective: str = "span_corruption"
-    """span_corruption (encoder-decoders), causal (the next token, for decoders) or classification (images)."""
+    objective: Literal["span_corruption", "causal", "classification"] = "span_corruption"
+    """span_corruption is for encoder-decoders, causal (the next token) for decoders, classification for images."""
     corpora: tuple[str, ...] = ("c4/en",)
     """Names of the project's own sources or of any TFDS dataset of text, or of labelled images; one that cannot be had
     is passed over, and a run keeps to those that it was begun with."""
     rates: tuple[float, ...] = ()
     """Sampling rates, one a corpus; empty: in proportion to their tokens, or images."""
     text_feature: str = "text"
-    """Of a TFDS text dataset; of one of images, `image` and `label` are taken."""
+    """The feature of a TFDS text dataset that is read; an image dataset has `image` and `label`."""
     directory: str = ""
     """Where prepared data lives; empty: $SWITCHJAX_DATA, or else the user's cache folder."""
     vocabulary: str = ""
@@ -39,7 +40,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("data.objective", self.objective, ["span_corruption", "causal", "classification"])
+        check_choices("data", self)
         sizes = ("vocabulary_size", "batch_size", "encoder_length", "decoder_length")
         check_positive("data", {name: getattr(self, name) for name in sizes})
         require(self.num_sentinels >= 0, f"data.num_sentinels must not be negative, got {self.num_sentinels}")

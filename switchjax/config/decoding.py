@@ -1,15 +1,16 @@
 """How a model writes: no section of a run's config, since nothing of the training depends on it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from switchjax.config.checks import check_choice, check_positive, require
+from switchjax.config.checks import check_choices, check_positive, require
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
     """How the next token is chosen, and how many there may be."""
 
-    method: str = "greedy"
+    method: Literal["greedy", "sample", "beam"] = "greedy"
     """greedy (the most probable token), sample (drawn at random) or beam (beam search)."""
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -23,7 +24,7 @@ class DecodingConfig:
     """beam: alpha of `log P / ((5 + tokens) / 6)^alpha` (Wu et al. 2016, eq. 14); 0: no penalty for being short."""
 
     def __post_init__(self) -> None:
-        check_choice("decoding.method", self.method, ["greedy", "sample", "beam"])
+        check_choices("decoding", self)
         sizes = ("max_new_tokens", "temperature", "num_beams")
         check_positive("decoding", {name: getattr(self, name) for name in sizes})
         require(self.top_k >= 0, f"decoding.top_k must not be negative, got {self.top_k}")

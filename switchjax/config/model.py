@@ -1,18 +1,23 @@
 """The section `model`: the network around the experts."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal
 
-from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+from switchjax.config.checks import check_choice, check_choices, check_fraction, check_positive, require
 from switchjax.config.layers import KINDS, Family, LayerKind
+
+Activation = Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"]
+Dtype = Literal["float32", "bfloat16"]
+GATED = frozenset({"geglu", "swiglu"})
+"""Activations with a gate, and so with a third matrix."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network around the experts. Sizes are named as in DESIGN's legend."""
+    """The network around the experts. `switchjax/__init__.py` has the legend of its sizes."""
 
-    family: str = "encoder_decoder"
-    """encoder_decoder, decoder_only, vision (an encoder of image patches) or recurrent (a decoder of LSTM layers)."""
+    family: Family = "encoder_decoder"
+    """vision is an encoder of image patches, recurrent a decoder of LSTM layers."""
     vocab_size: int = 32128
     d_model: int = 768
     d_ff: int = 3072
@@ -25,21 +30,21 @@ class ModelConfig:
     pattern: tuple[str, ...] = ("dense", "moe")
     """The layers of one period, which repeats to fill each stack. Kinds: dense, moe (experts for the feed-forward
     network), moe_dense (a dense feed-forward layer after such a one), switch_attention (experts for queries, keys and
-    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); of a vision model
-    also soft (soft MoE for the feed-forward network); of a recurrent model: lstm, dense_only and moe_only (a
+    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); in a vision model
+    also soft (soft MoE for the feed-forward network); in a recurrent model lstm, dense_only and moe_only (a
     feed-forward network between two others). See `switchjax.config.layers.KINDS`."""
-    activation: str = "relu"
-    """Of the feed-forward networks: relu, gelu (by tanh), gelu_exact (by erf), or with a gate geglu, swiglu."""
-    expert_activation: str = ""
-    """Of the experts; empty: as `activation`."""
-    norm: str = "rms"
-    """Before each layer: rms (no mean, no bias), layer (LayerNorm) or none."""
+    activation: Activation = "relu"
+    """In feed-forward networks; gelu is the approximation by tanh, gelu_exact by erf; geglu and swiglu have a gate."""
+    expert_activation: Literal[Activation, ""] = ""
+    """In experts; empty: as `activation`."""
+    norm: Literal["rms", "layer", "none"] = "rms"
+    """Before each layer; rms subtracts no mean and adds no bias, layer is LayerNorm."""
     norm_epsilon: float = 1e-6
     """Added to the variance, or mean square, that a norm divides by."""
     biases: bool = False
-    """Of projections and feed-forward networks."""
-    positions: str = "relative"
-    """relative (T5's bias, shared by a stack's layers), learned or sinusoidal (added to the input), rotary, or none."""
+    """Projections and feed-forward networks have biases."""
+    positions: Literal["relative", "learned", "sinusoidal", "rotary", "none"] = "relative"
+    """relative is T5's bias, shared by a stack's layers; learned and sinusoidal are added to the input."""
     max_length: int = 2048
     """learned: how many positions there are."""
     rotary_base: float = 10_000.0
@@ -53,7 +58,7 @@ class ModelConfig:
     scale_logits: bool = True
     """Tied logits over sqrt(d_model) (T5)."""
     embedding_stddev: float = 1.0
-    """Of token vectors and learned positions at initialisation."""
+    """Standard deviation of token vectors and learned positions at initialisation."""
     d_lstm: int = 0
     """Cells of an LSTM layer, which a projection brings to d_model where they differ; 0: d_model."""
     image_size: int = 224
@@ -66,10 +71,10 @@ class ModelConfig:
     dropout: float = 0.0
     scan_layers: bool = True
     """True: one compiled period in a loop. False: the loop unrolled (quickstart, CPU: 4 % faster)."""
-    remat: str = "none"
-    """What the backward pass computes again: none, full, dots (keeps matmuls), exchange (keeps all-to-alls)."""
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    remat: Literal["none", "full", "dots", "exchange"] = "none"
+    """What the backward pass computes again: all (full), all but matmuls (dots), all but all-to-alls (exchange)."""
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -97,7 +102,7 @@ class ModelConfig:
         return self.d_lstm or self.d_model
 
     @property
-    def experts_activation(self) -> str:
+    def experts_activation(self) -> Activation:
         """Activation inside an expert."""
         return self.expert_activation or self.activation
 
@@ -111,23 +116,16 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
-        """Of an image."""
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        check_choice("model.family", self.family, get_args(Family))
+        check_choices("model", self)
         sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "d_head", "max_length", "rotary_base", "norm_epsilon"]
         sizes += ["embedding_stddev", "image_size", "image_channels", "patch_size", "num_classes"]
         check_positive("model", {name: getattr(self, name) for name in sizes})
         check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
         check_fraction("model", {"dropout": self.dropout})
-        check_choice("model.activation", self.activation, ACTIVATIONS)
-        check_choice("model.expert_activation", self.experts_activation, ACTIVATIONS)
-        check_choice("model.norm", self.norm, ["rms", "layer", "none"])
-        check_choice("model.positions", self.positions, ["relative", "learned", "sinusoidal", "rotary", "none"])
-        check_choice("model.remat", self.remat, ["none", "full", "dots", "exchange"])
-        for name in ("dtype", "param_dtype"):
-            check_choice(f"model.{name}", getattr(self, name), ["float32", "bfloat16"])
         for name in ("num_kv_heads", "sliding_window", "d_lstm"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
         self._check_layers()
@@ -187,8 +185,3 @@ class ModelConfig:
             self.family != "vision" or self.positions in ("learned", "none"),
             f"a vision model has positions learned or none, got model.positions={self.positions}",
         )
-
-
-ACTIVATIONS = ("relu", "gelu", "gelu_exact", "geglu", "swiglu")
-GATED = frozenset({"geglu", "swiglu"})
-"""Activations with a gate, and so with a third matrix."""

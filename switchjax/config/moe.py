@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from switchjax.config.checks import check_choice, check_fraction, check_positive, require
+from switchjax.config.checks import check_choices, check_fraction, check_positive, require
 
 
 class Settings(dict[str, Any]):
@@ -39,12 +39,12 @@ class MoEConfig:
     """Slots of an expert for each group whatever its size, as in Hugging Face's Switch; 0: by the factors above."""
     dropless: bool = False
     """Every expert has room for every token; the capacity factors then mean nothing."""
-    dispatch: str = "gather"
-    """gather, einsum (one-hot masks), or ragged (dropless, experts on one device: grouped products, fast on TPUs)."""
+    dispatch: Literal["gather", "einsum", "ragged"] = "gather"
+    """einsum takes one-hot masks; ragged is grouped products (dropless, experts on one device; fast on TPUs)."""
 
-    fill_order: str = "first_come"
-    """Who gets the slots of a full expert: first_come (all first choices before any second), token_by_token (earlier
-    tokens with all their choices), batch_prioritized (highest gate first) or random (in training)."""
+    fill_order: Literal["first_come", "token_by_token", "batch_prioritized", "random"] = "first_come"
+    """Who gets the slots of a full expert: all first choices before any second (first_come), earlier tokens with all
+    their choices (token_by_token), the highest gate (batch_prioritized), or in training anyone (random)."""
     no_token_left_behind: int = 0
     """Rounds in which a choice that found no slot goes to the token's next best expert."""
     sample_experts: bool = False
@@ -59,8 +59,8 @@ class MoEConfig:
 
     num_shared_experts: int = 0
     """Experts that every token passes through beside the routed ones."""
-    shared_mixing: str = "sum"
-    """How their output joins: sum, or learned (a softmax of two weights a token, DeepSpeed-MoE's code)."""
+    shared_mixing: Literal["sum", "learned"] = "sum"
+    """How their output joins; learned is a softmax of two weights a token, as in DeepSpeed-MoE's code."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -74,10 +74,7 @@ class MoEConfig:
         check_positive("moe", {f"experts_per_layer[{i}]": n for i, n in enumerate(self.experts_per_layer)})
         fractions = ("jitter_noise", "input_dropout", "expert_dropout")
         check_fraction("moe", {name: getattr(self, name) for name in fractions})
-        check_choice("moe.dispatch", self.dispatch, ["gather", "einsum", "ragged"])
-        orders = ["first_come", "token_by_token", "batch_prioritized", "random"]
-        check_choice("moe.fill_order", self.fill_order, orders)
-        check_choice("moe.shared_mixing", self.shared_mixing, ["sum", "learned"])
+        check_choices("moe", self)
         for name, experts in [
             ("num_experts", self.num_experts),
             *(("experts_per_layer", n) for n in self.experts_per_layer),

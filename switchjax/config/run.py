@@ -1,8 +1,9 @@
 """The sections around model and data: mesh, optimizer, train, evaluate, init_from."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from switchjax.config.checks import check_choice, check_fraction, check_positive, check_seed, require
+from switchjax.config.checks import check_choices, check_fraction, check_positive, check_seed, require
 
 
 @dataclass(frozen=True)
@@ -12,16 +13,16 @@ class MeshConfig:
     data: int = -1
     expert: int = 1
     model: int = 1
-    sharded: str = "none"
+    sharded: Literal["none", "optimizer", "parameters"] = "none"
     """What the devices that divide the batch (data x expert) divide among themselves: none; optimizer, its state (ZeRO
     stage 1); parameters, these with their gradients and the optimiser's state (ZeRO stage 3, FSDP)."""
     emulated_devices: int = 0
     """Where the CPU is the only device: how many to emulate, all processes together (0: leave as it is)."""
 
     def __post_init__(self) -> None:
+        check_choices("mesh", self)
         check_positive("mesh", {"expert": self.expert, "model": self.model})
         require(self.data == -1 or self.data > 0, f"mesh.data must be positive or -1, got {self.data}")
-        check_choice("mesh.sharded", self.sharded, ["none", "optimizer", "parameters"])
         require(self.emulated_devices >= 0, "mesh.emulated_devices must not be negative")
 
 
@@ -29,9 +30,9 @@ class MeshConfig:
 class OptimizerConfig:
     """Adafactor with T5's settings, or AdamW, and the learning rate's schedule."""
 
-    name: str = "adafactor"
+    name: Literal["adafactor", "adamw"] = "adafactor"
     learning_rate: float = 1.0
-    schedule: str = "rsqrt"
+    schedule: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
     warmup_steps: int = 10_000
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0: no clipping."""
@@ -41,8 +42,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ["adafactor", "adamw"])
-        check_choice("optimizer.schedule", self.schedule, ["rsqrt", "cosine", "linear", "constant"])
+        check_choices("optimizer", self)
         check_positive("optimizer", {"learning_rate": self.learning_rate})
         check_fraction("optimizer", {"b1": self.b1, "b2": self.b2, "decay_rate": self.decay_rate})
         for name in ("warmup_steps", "clip_norm", "weight_decay"):
@@ -61,7 +61,7 @@ class TrainConfig:
     steps: int = 100_000
     seed: int = 0
     accumulation_steps: int = 1
-    """Micro-batches a step; but for noise, which each draws anew, gradients equal those of the undivided batch."""
+    """Micro-batches a step; without noise, which each draws for itself, gradients equal those of the whole batch."""
     z_loss_weight: float = 1e-4
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -69,15 +69,15 @@ class TrainConfig:
     trace_first_step: int = 10
     trace_steps: int = 0
     """Steps, from `trace_first_step` on, of which a profiler's trace is written into the workdir; 0: none."""
-    non_finite: str = "stop"
+    non_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop the run, or skip the step, which then leaves parameters and
     optimiser, its count of updates too, as they are."""
     max_skipped_steps: int = 10
     """Largest number of steps that are skipped in a row; one more stops the run."""
     step_timeout: int = 1800
-    """Seconds after which a step, or the reading of its batch, is given up and the run ended; 0: never."""
+    """Seconds after which a step, or the reading of its batch, is given up, which ends the run; 0: never."""
     heartbeat_timeout: int = 100
-    """Of several processes: seconds after which one that does not answer is taken for dead and the run ended."""
+    """Seconds after which a process that does not answer counts as dead, which ends the run of several processes."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -90,9 +90,9 @@ class TrainConfig:
             "max_skipped_steps",
             "heartbeat_timeout",
         )
+        check_choices("train", self)
         check_positive("train", {name: getattr(self, name) for name in sizes})
         check_seed("train.seed", self.seed)
-        check_choice("train.non_finite", self.non_finite, ["stop", "skip"])
         require(self.step_timeout >= 0, f"train.step_timeout must not be negative, got {self.step_timeout}")
         require(self.z_loss_weight >= 0, f"train.z_loss_weight must not be negative, got {self.z_loss_weight}")
         require(self.trace_steps >= 0, f"train.trace_steps must not be negative, got {self.trace_steps}")
@@ -106,12 +106,12 @@ class EvaluateConfig:
     """Steps between evaluations; 0: only at the end."""
     batches: int = 16
     """Batches a corpus; 0: the whole split."""
-    split: str = "validation"
+    split: Literal["train", "validation", "test"] = "validation"
 
     def __post_init__(self) -> None:
+        check_choices("evaluate", self)
         require(self.every >= 0, f"evaluate.every must not be negative, got {self.every}")
         require(self.batches >= 0, f"evaluate.batches must not be negative, got {self.batches}")
-        check_choice("evaluate.split", self.split, ["train", "validation", "test"])
 
 
 @dataclass(frozen=True)

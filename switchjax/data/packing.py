@@ -2,7 +2,8 @@
 
 What a chunk occupies of a row follows from its number of tokens alone, so rows are planned once, from
 lengths, before any token is read. Rows can then be read in any order, which makes shuffling, resuming
-and the split over processes exact, and a process computes its own rows only.
+and the split over processes exact, and a process computes its own rows only. Grain's packing does not
+fit: it packs a stream as it comes, so row n is known only after the rows before it.
 """
 
 from dataclasses import dataclass

@@ -74,7 +74,11 @@ def over_last_axes(vector: Array, like: Array) -> Array:
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Zeroes entries with probability `rate` and scales the others up; `x` itself without a key."""
+    """Zeroes entries with probability `rate` and scales the others up; `x` itself without a key.
+
+    By hand because `nnx.Dropout` keeps its random state in the module; here the key is an argument, as `lax.scan` and
+    `jax.checkpoint` need it.
+    """
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -88,6 +92,8 @@ def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray] | list
 
 class Norm(nnx.Module):
     """The norm that `model.norm` names, in float32.
+
+    By hand because one class covers all three, with the sharding and names of its parameters; flax has one for each.
 
     rms: `x / rms(x) * scale`, without mean or bias (T5). layer: `(x - mean) / deviation * scale + shift` (Ba et al.
     2016). none: `x`.

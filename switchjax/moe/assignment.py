@@ -1,4 +1,8 @@
-"""Balanced assignment of tokens to experts: by an auction (BASE) and softly, by Sinkhorn's scaling (S-BASE)."""
+"""Balanced assignment of tokens to experts: by an auction (BASE) and softly, by Sinkhorn's scaling (S-BASE).
+
+By hand because both run in the compiled step: scipy's `linear_sum_assignment` runs on the host, and the Hungarian
+algorithm of `optax.assignment` takes the tokens one after the other.
+"""
 
 import math
 from typing import NamedTuple

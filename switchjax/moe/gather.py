@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 def gather_sum(rows: Float[Array, "N D"], index: Int[Array, "M K"], inverse: Int[Array, "N J"]) -> Float[Array, "M D"]:
     """`out[m] = sum_k rows[index[m, k]]`, where an index of N counts as a row of zeros.
 
-    The derivative of a gather is a scatter, slow on every accelerator; given the inverse it is a gather too.
+    JAX's derivative of a gather is a scatter, slow on every accelerator; with the inverse, which no library function
+    takes, it is a gather too.
 
     Args:
         rows: what is gathered.

@@ -1,7 +1,7 @@
 """Reading compiled HLO text: its computations, how often each runs in a step, and what it communicates.
 
 XLA prints a program as computations of instructions, `%name = shape opcode(%operand, ...), attribute=value, ...`. One
-computation is the entry; the others are called by instructions: the body of a loop as often as the loop turns.
+computation is the entry; instructions call the others, a loop its body as often as it turns.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation|as
 _COMMENT = re.compile(r"/\*index=\d+\*/")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_BYTES = {"pred": 1, "token": 0, "opaque": 0}
 
 
 class Shape(NamedTuple):
@@ -47,11 +47,9 @@ class Shape(NamedTuple):
 
 
 def _bits(dtype: str) -> int:
-    """Of one element: the digits after the letters (`bf16`, `f8e4m3fn`, `s4`)."""
-    if dtype in _BYTES:
-        return 8 * _BYTES[dtype]
+    """The size of an element: the digits after the letters (`bf16`, `f8e4m3fn`, `s4`)."""
     digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 0
+    return 8 if dtype == "pred" else int(digits[0]) if digits else 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Instruction:
     shape_text: str
     operands: tuple[str, ...]
     attributes: str
-    """All after the operands: attributes, metadata, backend_config."""
+    """Everything after the operands: attributes, metadata, backend_config."""
     is_root: bool
 
     @cached_property
@@ -118,9 +116,9 @@ class Program:
         if it were taken.
         """
         calls = {name: list(self._calls(computation)) for name, computation in self.computations.items()}
-        executions: Counter[str] = Counter()
-        for name in self._callers_first(calls):
-            executions[name] += name == self.entry
+        callees_first = TopologicalSorter({name: [called for called, _ in called] for name, called in calls.items()})
+        executions = Counter({self.entry: 1})
+        for name in reversed(list(callees_first.static_order())):
             for called, times in calls[name]:
                 executions[called] += executions[name] * times
         return executions
@@ -149,28 +147,13 @@ class Program:
             for i, name in enumerate(called_computations(instruction)):
                 yield name, times + i if instruction.opcode == "while" else 1
 
-    def _callers_first(self, calls: dict[str, list[tuple[str, int]]]) -> list[str]:
-        """The computations in an order in which each comes after all that call it."""
-        order: list[str] = []
-        done: set[str] = set()
-
-        def visit(name: str) -> None:
-            if name not in done:
-                done.add(name)
-                for called, _ in calls[name]:
-                    visit(called)
-                order.append(name)
-
-        visit(self.entry)
-        return order[::-1]
-
 
 def called_computations(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs; of a loop its body and its condition, in this order."""
+    """The computations that an instruction runs; a loop's body comes before its condition."""
     text = instruction.attributes
     if instruction.opcode == "while":
         return [match[1] for role in ("body", "condition") if (match := re.search(rf"\b{role}=%?([\w.-]+)", text))]
-    if instruction.opcode.endswith(("-done", "-update")):  # their `-start` has called
+    if instruction.opcode.endswith(("-done", "-update")):  # their `-start` calls
         return []
     branches = _BRANCHES.search(text)
     return _CALLED.findall(text) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
@@ -191,29 +174,12 @@ def parse(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(line):
             root, name, shape, opcode, rest = found.groups()
-            operands, attributes = _split_operands(_COMMENT.sub("", rest))
-            names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
+            operands, _, attributes = _COMMENT.sub("", rest).partition(")")
+            names = tuple(re.findall(r"[^\s,%]+", operands))
             current[name] = Instruction(name, opcode, shape, names, attributes, bool(root))
     if not entry:
         raise ValueError("the text holds no HLO module with an entry computation")
     return Program(computations, entry)
-
-
-def _split_operands(text: str) -> tuple[list[str], str]:
-    """The operands before the parenthesis that closes them, and the rest of the line."""
-    depth, start = 0, 0
-    operands: list[str] = []
-    for i, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in "]}" or (character == ")" and depth):
-            depth -= 1
-        elif character == ")":
-            return [*operands, text[start:i].strip()], text[i + 1 :]
-        elif character == "," and not depth:
-            operands.append(text[start:i].strip())
-            start = i + 1
-    return operands, ""
 
 
 def parse_compiled(compiled: jax.stages.Compiled) -> Program:
@@ -224,7 +190,7 @@ def parse_compiled(compiled: jax.stages.Compiled) -> Program:
 
 
 def count_operations(compiled: jax.stages.Compiled) -> Counter[str]:
-    """How often each operation stands in the compiled program, fusions and loop bodies included (each body once)."""
+    """How often the compiled program names each operation, in fusions and loop bodies too."""
     program = parse_compiled(compiled)
     return Counter(
         instruction.opcode.removesuffix("-start")

@@ -20,42 +20,40 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int
-    """What one device holds of it: the operands, of an all-gather the result."""
+    """What one device holds: the operands, or the result of an all-gather."""
     times: int
     """How often it runs in a step."""
     group: tuple[int, ...]
-    """Positions in the mesh, counted along its last axis first, of the devices of one group; empty: all of them."""
+    """Positions in the mesh, counted along its last axis first, of the devices of one group; empty: all."""
     source: str
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All that run; of an asynchronous pair the start.
+    """All collectives that run; an asynchronous pair counts as its start.
 
     The TPU compiler may do one in steps, each fused with other work: these have one channel, and count as one. It
-    writes a reduce-scatter as an all-reduce and what slices its result, in a computation called all-reduce-scatter.
+    writes a reduce-scatter as an all-reduce whose result it slices, in a computation called all-reduce-scatter.
     """
     found, chains = [], set()
-    scatters = [body for name, body in program.computations.items() if name.startswith("all-reduce-scatter")]
+    scatters = [id(body) for name, body in program.computations.items() if name.startswith("all-reduce-scatter")]
     for computation, instruction, times in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            chain = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
-            if chain and "chain_id=" in instruction.attributes:
-                if chain[1] in chains:
-                    continue
-                chains.add(chain[1])
-            group = replica_group(instruction.attributes)
-            size = sum(computation[name].bytes for name in instruction.operands if name in computation)
-            if kind == "all-gather":
-                # Of a start, the shape holds the operand as well.
-                size = (
-                    max(shape.bytes for shape in instruction.shapes)
-                    if len(instruction.operands) == 1
-                    else (size * max(len(group), 1))
-                )
-            if kind == "all-reduce" and any(computation is body for body in scatters):
-                kind = "reduce-scatter"
-            found.append(Collective(kind, size, times, group, instruction.source))
+        if kind not in COLLECTIVES:
+            continue
+        chain = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+        if chain and "chain_id=" in instruction.attributes:
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
+        group = replica_group(instruction.attributes)
+        size = sum(computation[name].bytes for name in instruction.operands if name in computation)
+        if kind == "all-gather" and len(instruction.operands) == 1:
+            size = max(shape.bytes for shape in instruction.shapes)  # a start's result holds its operand as well
+        elif kind == "all-gather":
+            size *= max(len(group), 1)
+        elif kind == "all-reduce" and id(computation) in scatters:
+            kind = "reduce-scatter"
+        found.append(Collective(kind, size, times, group, instruction.source))
     return found
 
 
@@ -74,58 +72,53 @@ class Traffic:
 
 
 def traffic(found: list[Collective]) -> dict[str, Traffic]:
-    """By kind, kinds without any left out."""
-    totals = {}
-    for kind in COLLECTIVES:
-        alike = [one for one in found if one.kind == kind]
-        if alike:
-            totals[kind] = Traffic(sum(one.times for one in alike), sum(one.times * one.bytes for one in alike))
-    return totals
+    """The totals of each kind that occurs."""
+    alike = {kind: [one for one in found if one.kind == kind] for kind in COLLECTIVES}
+    return {
+        kind: Traffic(sum(one.times for one in ones), sum(one.times * one.bytes for one in ones))
+        for kind, ones in alike.items()
+        if ones
+    }
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
-    """Devices that communicate with one another, the first group of them; of permuted pairs, the first.
+    """The first group of devices that communicate with one another; of a permutation, its first pair.
 
     XLA lists groups, `{{0,1},{2,3}}`, or counts them out, `[2,4]<=[4,2]T(1,0)`, or names axes of a mesh,
     `mesh['a'=4,'b'=2] {'b'}`, with its devices in another order, `mesh[...], device_ids=([2,4]T(1,0)) {'b'}`, or parts
-    of axes, `{'a':(2)2}`: of size 2 after 2 that are not of the group.
+    of axes, `{'a':(2)2}`: the group spans 2 of a's positions, inside 2 larger parts.
     """
-    if listed := re.search(r"\breplica_groups=\{\{([\d,]*)\}", attributes):
+    if listed := re.search(r"\b(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
         return tuple(int(i) for i in listed[1].split(",") if i)
     if iota := re.search(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        return tuple(_counted(iota[2], iota[3])[: int(iota[1].split(",")[-1])])
+        return tuple(_count_out(iota[2], iota[3])[: int(iota[1].split(",")[-1])].tolist())
     if named := re.search(r"\breplica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
-        sizes, order, axes = named.groups()
-        positions = _mesh_group(dict(re.findall(r"'([^']+)'=(\d+)", sizes)), axes)
-        if permuted := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
-            devices = _counted(permuted[1], permuted[2])
-            return tuple(devices[position] for position in positions)
-        return positions
-    if pairs := re.search(r"\bsource_target_pairs=\{(\{[\d,{}]*\})\}", attributes):
-        return tuple(int(i) for i in re.findall(r"\d+", pairs[1])[:2])
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named[2])
+        devices = _count_out(order[1], order[2]) if order else np.arange(math.prod(sizes.values()))
+        return _mesh_group(devices, sizes, named[3])
     return ()
 
 
-def _mesh_group(sizes: dict[str, str], axes: str) -> tuple[int, ...]:
-    group, stride = [0], math.prod(map(int, sizes.values()))
-    parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(axes)}
+def _mesh_group(devices: np.ndarray, sizes: Mapping[str, int], axes: str) -> tuple[int, ...]:
+    """The first group along some axes, or parts of axes, of a mesh of devices."""
+    parts = {name: (int(outer or 1), int(size or sizes[name])) for name, outer, size in _AXIS.findall(axes)}
+    shape: list[int] = []
     for name, size in sizes.items():
-        stride //= int(size)
-        if name in parts:
-            before, part = parts[name]
-            step = stride * (int(size) // (before * part))
-            group = [start + i * step for start in group for i in range(part)]
-    return tuple(group)
+        outer, part = parts.get(name, (1, 1))
+        shape += [outer, part, size // (outer * part)]
+    first = (0, slice(None), 0) * len(sizes)
+    return tuple(devices.reshape(shape)[first].reshape(-1).tolist())
 
 
-def _counted(sizes: str, order: str | None) -> list[int]:
+def _count_out(sizes: str, order: str | None) -> np.ndarray:
     """`arange` of these sizes, its axes in another order, flat."""
     shape = [int(size) for size in sizes.split(",")]
     axes = [int(axis) for axis in order.split(",")] if order else None
-    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1).tolist()
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
 
 
 def count_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """How many of each kind of collective stand in the compiled program, kinds without any left out."""
+    """How often the compiled program names each kind of collective that it has."""
     operations = count_operations(compiled)
     return {name: operations[name] for name in COLLECTIVES if operations[name]}

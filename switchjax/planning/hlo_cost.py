@@ -11,11 +11,10 @@ from switchjax.planning.hlo import Computation, Instruction, Program, Shape
 
 
 def matmul_flops(program: Program) -> int:
-    """FLOPs of the matrix products (`dot` and `convolution`, as which TPUs see them) of a step on one device.
+    """FLOPs of the matmuls of a step on one device; HLO has them as `dot` or, on TPUs, `convolution`.
 
-    A multiplication and an addition count as two. Element by element work is left out: it bounds no program that does
-    not move more bytes than it computes. A kernel counts as what its author says that it computes (Pallas'
-    `cost_estimate`), and one whose author says nothing as nothing.
+    A multiplication and an addition count as two. Elementwise work is left out: reading its operands takes longer. A
+    kernel counts as its author's estimate (Pallas' `cost_estimate`), without one as nothing.
     """
     counts = {"dot": _dot_flops, "convolution": _convolution_flops, "custom-call": _kernel_flops}
     return sum(
@@ -41,7 +40,7 @@ def _kernel_flops(call: Instruction, _: Computation) -> int:
 
 
 def _convolution_flops(convolution: Instruction, computation: Computation) -> int:
-    """Only products of elements that are there: neither padding nor the zeros of dilation count."""
+    """Counts products of elements that exist: neither padding nor the zeros of dilation."""
     found = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert found, f"{convolution.name} has no dim_labels"
     shapes = (*_operand_shapes(computation, convolution)[:2], convolution.shapes[0])

@@ -1,7 +1,6 @@
 """What a compiled program reads and writes in a device's memory, and what it keeps for the backward pass."""
 
 import re
-from collections.abc import Iterator
 
 from switchjax.planning.hlo import Computation, Instruction, Program, Shape, called_computations
 
@@ -19,8 +18,8 @@ _KERNEL = "tpu_custom_call"
 def memory_traffic(program: Program) -> int:
     """Bytes that a step reads from and writes to one device's HBM, loops included.
 
-    Each instruction outside of fusions reads its operands and writes its results, but for arrays that the compiler has
-    placed on the chip (memory space `S(1)`). Of what is only sliced or updated in place, the slice alone counts.
+    Each instruction outside of fusions reads its operands and writes its results, except arrays that the compiler
+    places on the chip (memory space `S(1)`). Where an array is only sliced or updated in place, the slice counts.
     """
     inner = {
         name
@@ -48,26 +47,14 @@ def _instruction_traffic(program: Program, computation: Computation, instruction
         min(operand.hbm_bytes, _read_of_operand(program, instruction, position))
         for position, operand in enumerate(operands)
     )
-    return reads + _writes(program, instruction, operands)
-
-
-def _writes(program: Program, instruction: Instruction, operands: list[Instruction]) -> int:
-    if instruction.opcode == "fusion":
-        roots = fusion_roots(program, instruction)
-        return sum(
-            min(shape.bytes, _written_by_root(*root))
-            for root, shape in zip(roots, instruction.shapes, strict=True)
-            if shape.in_hbm
-        )
-    if instruction.opcode in _UPDATES:
-        return operands[_UPDATES[instruction.opcode]].bytes if instruction.shapes[0].in_hbm else 0
-    if instruction.opcode.endswith("-start"):
-        return destination(instruction).hbm_bytes
-    return instruction.hbm_bytes
+    if opcode.endswith("-start"):
+        return reads + destination(instruction).hbm_bytes
+    results = zip(_makers(program, computation, instruction), instruction.shapes, strict=True)
+    return reads + sum(min(shape.bytes, _written(*maker)) for maker, shape in results if shape.in_hbm)
 
 
 def destination(start: Instruction) -> Shape:
-    """Of an asynchronous start: a copy names it first, others after the operand."""
+    """The array that an asynchronous start fills: a copy names it first, others after the operand."""
     return start.shapes[0 if start.opcode == "copy-start" or len(start.shapes) == 1 else 1]
 
 
@@ -75,36 +62,30 @@ def _fusion(program: Program, fusion: Instruction) -> Computation:
     return program.computations[called_computations(fusion)[0]]
 
 
-def fusion_roots(program: Program, fusion: Instruction) -> list[tuple[Computation, Instruction]]:
-    """What makes each of the fusion's results, with the computation that it stands in."""
-    body = _fusion(program, fusion)
-    root = next(instruction for instruction in body.values() if instruction.is_root)
-    if root.opcode == "fusion":
-        return fusion_roots(program, root)
-    results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root] * len(root.shapes)
-    return [_maker(program, body, result) for result in results]
+def _root(computation: Computation) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)
 
 
-def _maker(program: Program, body: Computation, value: Instruction) -> tuple[Computation, Instruction]:
-    """The instruction behind bitcasts, elements of tuples and inner fusions."""
+def _makers(program: Program, body: Computation, value: Instruction) -> list[tuple[Computation, Instruction]]:
+    """The instruction that computes each array of a value, and where it stands: inside fusions, behind bitcasts."""
+    if value.opcode == "fusion":
+        body = _fusion(program, value)
+        return _makers(program, body, _root(body))
+    if value.opcode == "tuple":
+        return [_makers(program, body, body[name])[0] for name in value.operands]
     if value.opcode == "bitcast":
-        return _maker(program, body, body[value.operands[0]])
+        return _makers(program, body, body[value.operands[0]])
     if value.opcode == "get-tuple-element" and body[value.operands[0]].opcode == "fusion":
-        return fusion_roots(program, body[value.operands[0]])[element_index(value)]
-    return fusion_roots(program, value)[0] if value.opcode == "fusion" else (body, value)
+        index = re.search(r"\bindex=(\d+)", value.attributes)
+        assert index, f"{value.name} has no index"
+        return [_makers(program, body, body[value.operands[0]])[int(index[1])]]
+    return [(body, value)] * len(value.shapes)
 
 
-def element_index(element: Instruction) -> int:
-    """Which array of a tuple a `get-tuple-element` takes."""
-    found = re.search(r"\bindex=(\d+)", element.attributes)
-    assert found, f"{element.name} has no index"
-    return int(found[1])
-
-
-def _written_by_root(body: Computation, root: Instruction) -> int:
-    if root.opcode in _UPDATES:
-        return body[root.operands[_UPDATES[root.opcode]]].bytes
-    return root.bytes
+def _written(body: Computation, maker: Instruction) -> int:
+    if maker.opcode in _UPDATES:
+        return body[maker.operands[_UPDATES[maker.opcode]]].bytes
+    return maker.bytes
 
 
 def _read_of_operand(program: Program, instruction: Instruction, position: int) -> int:
@@ -136,19 +117,14 @@ def _read_of_value(program: Program, body: Computation, value: Instruction) -> i
 def saved_activations(program: Program) -> int:
     """Bytes that the forward pass keeps for the backward pass: what its loops over layers stack up, layer by layer.
 
-    0 where no loop is left, as of a single layer or `model.scan_layers=False`.
+    0 where no loop is left, as for a single layer or `model.scan_layers=False`.
     """
-    return sum(shape.bytes for shape in _saved_arrays(program))
-
-
-def _saved_arrays(program: Program) -> Iterator[Shape]:
+    saved = 0
     for _, loop, _ in program.instructions():
         # JAX names the forward pass `jvp(...)` and the backward pass `transpose(jvp(...))`.
-        if loop.opcode != "while" or "jvp(" not in loop.source or "transpose(" in loop.source:
-            continue
-        body = program.computations[called_computations(loop)[0]]
-        root = next(instruction for instruction in body.values() if instruction.is_root)
-        for name, shape in zip(root.operands, loop.shapes, strict=False):
-            _, maker = _maker(program, body, body[name])
-            if maker.opcode == "dynamic-update-slice" and maker.shapes[0].sizes == shape.sizes:
-                yield shape
+        if loop.opcode == "while" and "jvp(" in loop.source and "transpose(" not in loop.source:
+            body = program.computations[called_computations(loop)[0]]
+            for (_, maker), shape in zip(_makers(program, body, _root(body)), loop.shapes, strict=False):
+                if maker.opcode == "dynamic-update-slice" and maker.shapes[0].sizes == shape.sizes:
+                    saved += shape.bytes
+    return saved

@@ -1,13 +1,13 @@
-"""Figure 9 of the Switch Transformer's paper, drawn from real shardings: what each device holds."""
+"""Draws what each device holds, from real shardings: figure 9 of the Switch Transformer's paper."""
 
-import colorsys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
-from xml.sax.saxutils import escape
+from io import StringIO
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import NamedSharding
 
-from switchjax.config import Config
+from switchjax.config import Config, UserError
 from switchjax.models.families import FAMILIES
 from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.parallel.sharding import named_leaves, partition_spec
@@ -18,15 +18,12 @@ Block = tuple[tuple[int, int], ...]
 
 _COLUMNS = 4
 """Devices side by side in a panel, and experts side by side in a device."""
-_CELL, _GAP = 64, 10
-_PANEL = _COLUMNS * (_CELL + _GAP)
-_LEFT, _TOP, _BETWEEN = 300, 96, 44
-_FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
-_INK, _GREY, _EMPTY = "#222222", "#777777", "#eeeeee"
+_PITCH = 1.15
+"""From one device's square, of side 1, to the next."""
 
 
-class Held(NamedTuple):
-    """An array, and what each device of a mesh holds of it."""
+class ShardedArray(NamedTuple):
+    """An array and what each device of a mesh holds of it."""
 
     title: str
     shape: tuple[int, ...]
@@ -35,7 +32,7 @@ class Held(NamedTuple):
 
     @property
     def parts(self) -> list[Block]:
-        """The different ones, first to last."""
+        """The different blocks, first to last."""
         return sorted(set(self.blocks))
 
 
@@ -48,7 +45,7 @@ def held_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[Block,
     )
 
 
-def layout_arrays(config: Config) -> list[Held]:
+def layout_arrays(config: Config) -> list[ShardedArray]:
     """W_in [D, F] of the first dense layer, [E, D, F] of the first experts, and tokens [B, L], on the config's mesh.
 
     Raises:
@@ -61,47 +58,44 @@ def layout_arrays(config: Config) -> list[Held]:
     arrays = []
     for title, ending in (("a dense layer's weights", "/ff/w_in"), ("experts' weights", "/experts/w_in")):
         name = next(name for name in shapes if name.endswith(ending))
-        # Of the layers that a loop stacks, one: no axis divides them.
+        # The first dimension is the layers that a loop stacks; no axis divides it.
         blocks = tuple(block[1:] for block in held_blocks(shardings[name], shapes[name].shape))
-        arrays.append(Held(title, shapes[name].shape[1:], blocks))
+        arrays.append(ShardedArray(title, shapes[name].shape[1:], blocks))
     tokens = next(iter(FAMILIES[config.model.family].batch_shapes(config).values()))
     rows = NamedSharding(mesh, partition_spec("batch"))
-    return [*arrays, Held("tokens", tokens.shape, held_blocks(rows, tokens.shape))]
+    return [*arrays, ShardedArray("tokens", tokens.shape, held_blocks(rows, tokens.shape))]
 
 
 def draw_layouts(layouts: Mapping[str, Config]) -> str:
     """An SVG with a row for each layout; its panels are the arrays, their squares the devices.
 
-    Each square is the whole array, rows down and columns across, experts one beside the other; what the device holds is
-    filled. Equal colours are equal parts.
+    Each square is the whole array, rows down and columns across, experts side by side; what the device holds is filled.
+    Equal colours are equal parts.
 
     Raises:
-        UserError: as `layout_arrays`.
+        UserError: if a config does not fit its mesh, or matplotlib is missing.
     """
-    rows = {name: layout_arrays(config) for name, config in layouts.items()}
-    width = _LEFT + 3 * (_PANEL + _BETWEEN)
-    pieces, y = [], _TOP
-    for i, array in enumerate(next(iter(rows.values()))):
-        sizes = " x ".join(map(str, array.shape))
-        pieces += [
-            _text(_panel_x(i), 44, array.title, 20, "bold"),
-            _text(_panel_x(i), 68, f"[{sizes}]", 16, fill=_GREY),
-        ]
-    for name, arrays in rows.items():
-        height = -(-len(arrays[0].blocks) // _COLUMNS) * (_CELL + _GAP)
-        pieces.append(_text(24, y + 28, name, 22, "bold"))
-        for line, setting in enumerate(_settings(layouts[name])):
-            pieces.append(_text(24, y + 54 + 22 * line, setting, 16, fill=_GREY))
-        for i, array in enumerate(arrays):
-            pieces += _panel(array, _panel_x(i), y)
-            pieces.append(_text(_panel_x(i), y + height + 12, _says(array), 16, fill=_GREY))
-        y += height + _BETWEEN
-    head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {y}' width='{width}' height='{y}'>"
-    return "\n".join([head, _rect(0, 0, width, y, "#ffffff"), *pieces, "</svg>", ""])
-
-
-def _panel_x(column: int) -> int:
-    return _LEFT + column * (_PANEL + _BETWEEN)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture of layouts needs matplotlib: pip install -c constraints.txt matplotlib") from None
+    rows = [layout_arrays(config) for config in layouts.values()]
+    figure = Figure(figsize=(13, 2.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for panels, arrays, (name, config) in zip(axes, rows, layouts.items(), strict=True):
+        for panel, array in zip(panels, arrays, strict=True):
+            _draw_panel(panel, array)
+        label = "\n".join(_settings(config))
+        panels[0].text(-2.6, 0.15, name, fontsize=13, weight="bold", va="center")
+        panels[0].text(-2.6, 0.45, label, color="dimgrey", va="top")
+    for panel, array in zip(axes[0], rows[0], strict=True):
+        panel.set_title(f"{array.title}\n[{' x '.join(map(str, array.shape))}]", loc="left", fontsize=13)
+    svg = StringIO()
+    # Text stays text; without salt and date, the same layouts are the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layouts"}):
+        figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return svg.getvalue()
 
 
 def _settings(config: Config) -> list[str]:
@@ -111,48 +105,44 @@ def _settings(config: Config) -> list[str]:
     return [f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1] + sharded
 
 
-def _says(array: Held) -> str:
+def _caption(array: ShardedArray) -> str:
     parts, devices = len(array.parts), len(array.blocks)
     if parts == 1:
         return f"{devices} copies"
     return f"{parts} parts" + (f", {devices // parts} copies of each" if parts < devices else "")
 
 
-def _panel(array: Held, x: int, y: int) -> Iterator[str]:
-    colours = dict(zip(array.parts, _colours(len(array.parts)), strict=True))
+def _draw_panel(panel: Any, array: ShardedArray) -> None:
+    """The devices in rows of four, each a square of side 1."""
+    from matplotlib import colormaps
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    colours = colormaps["turbo"](np.linspace(0.08, 0.92, len(array.parts)))
+    tiles = []
     for device, block in enumerate(array.blocks):
         row, column = divmod(device, _COLUMNS)
-        yield from _square(array.shape, block, x + column * (_CELL + _GAP), y + row * (_CELL + _GAP), colours[block])
+        colour = colours[array.parts.index(block)]
+        for x, y, width, height, filled in _tiles(array.shape, block):
+            corner = (column * _PITCH + x, row * _PITCH + y)
+            tiles.append(Rectangle(corner, width, height, facecolor=colour if filled else "gainsboro", linewidth=0))
+    panel.add_collection(PatchCollection(tiles, match_original=True, clip_on=False))
+    rows = -(-len(array.blocks) // _COLUMNS)
+    panel.set(xlim=(0, _COLUMNS * _PITCH), ylim=(rows * _PITCH + 0.2, 0), aspect="equal")
+    panel.axis("off")
+    panel.text(0, rows * _PITCH + 0.05, _caption(array), color="dimgrey", va="center")
 
 
-def _square(shape: tuple[int, ...], block: Block, x: float, y: float, colour: str) -> Iterator[str]:
-    """A whole array and in it a block: of a matrix one tile, of a stack of matrices one tile each."""
+def _tiles(shape: tuple[int, ...], block: Block) -> Iterator[tuple[float, float, float, float, bool]]:
+    """Rectangles, each filled or not: every matrix of an array whole, then the block's part of it on top."""
     *stacked, (top, bottom), (left, right) = block
     count = shape[0] if stacked else 1
     first, last = stacked[0] if stacked else (0, 1)
     columns = min(count, _COLUMNS)
-    width, height = _CELL / columns, _CELL / -(-count // columns)
-    margin = 1 if count > 1 else 0
+    width, height = 1 / columns, 1 / -(-count // columns)
+    across, down = (0.92 if count > 1 else 1) * width / shape[-1], (0.92 if count > 1 else 1) * height / shape[-2]
     for tile in range(count):
-        tile_x, tile_y = x + tile % columns * width + margin, y + tile // columns * height + margin
-        across, down = (width - 2 * margin) / shape[-1], (height - 2 * margin) / shape[-2]
-        yield _rect(tile_x, tile_y, width - 2 * margin, height - 2 * margin, _EMPTY)
+        x, y = tile % columns * width, tile // columns * height
+        yield x, y, shape[-1] * across, shape[-2] * down, False
         if first <= tile < last:
-            yield _rect(
-                tile_x + left * across, tile_y + top * down, (right - left) * across, (bottom - top) * down, colour
-            )
-
-
-def _colours(count: int) -> list[str]:
-    """As many hues, one after the other around the circle."""
-    rgb = [colorsys.hls_to_rgb((0.58 + i / count) % 1, 0.52, 0.58) for i in range(count)]
-    return ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in rgb]
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return f"<rect x='{x:.2f}' y='{y:.2f}' width='{width:.2f}' height='{height:.2f}' fill='{fill}'/>"
-
-
-def _text(x: float, y: float, text: str, size: int, weight: str = "normal", fill: str = _INK) -> str:
-    style = f"{_FONT} font-size='{size}' font-weight='{weight}' fill='{fill}'"
-    return f"<text x='{x}' y='{y}' {style}>{escape(text)}</text>"
+            yield x + left * across, y + top * down, (right - left) * across, (bottom - top) * down, True

@@ -1,11 +1,9 @@
-"""What the train step of a config takes on a slice of TPUs, told by the TPU compiler itself with no TPU attached."""
+"""What a config's train step takes on a slice of TPUs, from the TPU compiler, with no TPU attached."""
 
-import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh
@@ -13,22 +11,20 @@ from jax.sharding import Mesh
 from switchjax.accounting.hardware import Chip, Slice, show_bytes, slices
 from switchjax.config import Config, UserError
 from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.planning.buffer_assignment import Held, compile_with_assignment, held_at_peak
 from switchjax.planning.hlo import parse_compiled
 from switchjax.planning.hlo_collectives import Traffic, collectives, traffic
 from switchjax.planning.hlo_cost import matmul_flops
-from switchjax.planning.hlo_liveness import Held, held_at_peak
 from switchjax.planning.hlo_memory import memory_traffic, saved_activations
 from switchjax.planning.roofline import Roofline, roofline
-from switchjax.planning.topology import choose_mesh, describe_devices, require_compiler, state_bytes
+from switchjax.planning.topology import choose_mesh, describe_devices, leaf_bytes, require_compiler, state_bytes
 from switchjax.training.state import StatePlan, plan_state
 from switchjax.training.step import lower_train_step
 
 _HELD = 8
 """Kinds of arrays that a plan names."""
-
-
 _SHRINKS = 0.8
-"""Of a step's memory on all chips together, the share that it is trusted to need on more chips at least."""
+"""A step needs at least this share of its memory, over all chips together, on a larger slice."""
 
 
 class OutOfMemory(UserError):
@@ -69,29 +65,15 @@ class StepPlan:
     held_at_peak: tuple[Held, ...]
     """The largest temporaries of the moment that takes most memory."""
     flops_per_device: int
-    """Of the matrix products of one step, recomputation included."""
+    """In the matrix products of one step, recomputation included."""
     hbm_bytes_per_device: int
     collectives: dict[str, Traffic]
     compile_seconds: float
     roofline: Roofline
 
-    def to_dict(self) -> dict[str, Any]:
-        """What `plan.py --json` writes of it."""
-        return {
-            "topology": self.topology,
-            "mesh": self.mesh,
-            "memory_per_device": asdict(self.memory_per_device),
-            "held_at_peak": [asdict(held) for held in self.held_at_peak],
-            "flops": {"step_per_device": self.flops_per_device},
-            "hbm_bytes_per_device": self.hbm_bytes_per_device,
-            "collectives": {kind: asdict(found) for kind, found in self.collectives.items()},
-            "compile_seconds": self.compile_seconds,
-            "roofline": asdict(self.roofline),
-        }
-
 
 def plan_step(config: Config, slice_: Slice) -> StepPlan:
-    """Compiles the train step for a slice, on the config's mesh or where that is open on one of `choose_mesh`.
+    """Compiles the train step for a slice, on the mesh of `choose_mesh`.
 
     Raises:
         OutOfMemory: if the step needs more memory than a device has.
@@ -103,8 +85,13 @@ def plan_step(config: Config, slice_: Slice) -> StepPlan:
     plan = plan_state(config, mesh)
     _check_state(plan, slice_.chip)
     started = time.perf_counter()
-    compiled = _compile(config, plan, mesh)
-    return _measure(compiled, plan, mesh, slice_, time.perf_counter() - started)
+    try:
+        compiled, hlo_proto = compile_with_assignment(lower_train_step(config, plan, mesh))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(explain_out_of_memory(str(error)), needed_bytes(str(error))) from None
+    return _measure(compiled, hlo_proto, plan, mesh, slice_, time.perf_counter() - started)
 
 
 def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> StepPlan:
@@ -112,12 +99,12 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
     Args:
         config: what to train.
-        chip: its slices are tried by growing size; those that hold the state alone not, or less in all than the step
-            needed on a smaller slice, are not compiled for.
-        report: is told, a line each, why a slice does not do.
+        chip: its slices are tried from small to large; one that cannot hold the state, or holds less than the step
+            needed on a smaller slice, is skipped without compiling.
+        report: receives a line for each slice that is tried and each that does not fit.
 
     Raises:
-        UserError: if no slice does; says what the largest lacked.
+        UserError: if no slice fits; says why the largest does not.
     """
     require_compiler()
     reason, needed = "", 0.0
@@ -136,13 +123,9 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
 
 def _check_state(plan: StatePlan, chip: Chip) -> None:
-    """Refuses, before anything is compiled, what memory cannot hold.
-
-    The gradient of at least the largest parameter exists beside the state.
-    """
+    """Refuses what memory cannot hold before anything is compiled: the state and the largest parameter's gradient."""
     parameters, optimizer = state_bytes(plan)
-    leaves = zip(jax.tree.leaves(plan.shapes.model), jax.tree.leaves(plan.shardings.model), strict=True)
-    gradient = max(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+    gradient = max(leaf_bytes(plan.shapes.model, plan.shardings.model))
     if parameters + optimizer + gradient > chip.memory:
         raise OutOfMemory(
             f"{show_bytes(parameters)} of parameters, {show_bytes(optimizer)} of optimiser and {show_bytes(gradient)} "
@@ -150,17 +133,8 @@ def _check_state(plan: StatePlan, chip: Chip) -> None:
         )
 
 
-def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.Compiled:
-    try:
-        return lower_train_step(config, plan, mesh).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OutOfMemory(explain_out_of_memory(str(error)), needed_bytes(str(error))) from None
-
-
 def needed_bytes(message: str) -> float:
-    """What the compiler says that a program takes of a device's memory; 0 where it does not say."""
+    """The memory that a program needs by the compiler's message; 0 where it does not say."""
     found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", message)
     if found is None:
         return 0.0
@@ -169,14 +143,16 @@ def needed_bytes(message: str) -> float:
 
 
 def explain_out_of_memory(message: str) -> str:
-    """The compiler's own account in one line: how much it needed, and for what most of all."""
+    """The compiler's message in one line: how much it needed, and for what most of all."""
     first = next((line for line in message.splitlines() if "memory" in line), message.splitlines()[0])
     largest = re.findall(r"Size: ([\d.]+[KMGT]?)\b.*?\n\s*Operator: op_name=\"([^\"]*)\"", message, re.DOTALL)
     shown = "; ".join(f"{size} of {source}" for size, source in largest[:3])
     return first.removeprefix("RESOURCE_EXHAUSTED: ").strip() + (f" Largest: {shown}" if shown else "")
 
 
-def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_: Slice, seconds: float) -> StepPlan:
+def _measure(
+    compiled: jax.stages.Compiled, hlo_proto: bytes, plan: StatePlan, mesh: Mesh, slice_: Slice, seconds: float
+) -> StepPlan:
     program = parse_compiled(compiled)
     found = collectives(program)
     flops, hbm_bytes = matmul_flops(program), memory_traffic(program)
@@ -200,7 +176,7 @@ def _measure(compiled: jax.stages.Compiled, plan: StatePlan, mesh: Mesh, slice_:
         topology=slice_.name,
         mesh=dict(mesh.shape),
         memory_per_device=memory,
-        held_at_peak=tuple(held_at_peak(program)[:_HELD]),
+        held_at_peak=tuple(held_at_peak(hlo_proto, program)[:_HELD]),
         flops_per_device=flops,
         hbm_bytes_per_device=hbm_bytes,
         collectives=traffic(found),

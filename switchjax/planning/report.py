@@ -13,14 +13,14 @@ from switchjax.config import Config, UserError
 from switchjax.planning.plan import StepPlan
 
 _SPARE = 0.2
-"""Of a device's memory, which a run should leave free: evaluation, checkpoints and fragmentation need some."""
+"""The share of a device's memory that a run should leave free for evaluation, checkpoints and fragmentation."""
 
 _SHOWN = 5
 """Kinds of temporaries that are listed."""
 
 
 def show_accounting(accounting: Accounting) -> str:
-    """What the config's arithmetic says before anything is compiled."""
+    """What arithmetic says of a config before anything is compiled."""
     parts = sorted(accounting.parameters.items(), key=lambda part: -part[1])
     computed = sum(accounting.computed_flops.values())
     return "\n".join(
@@ -37,7 +37,7 @@ def show_accounting(accounting: Accounting) -> str:
 
 
 def show_estimate(accounting: Accounting, mesh: Mapping[str, int]) -> str:
-    """What a device of a mesh holds and sends, by arithmetic: the compiler, where it is asked, knows better."""
+    """What a device of a mesh holds and sends, by arithmetic; the compiler knows better."""
     memory, sent = accounting.memory, accounting.communication
     held = {
         "parameters": memory.parameters,
@@ -119,23 +119,13 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def write_json(path: Path, *parts: dict[str, Any]) -> None:
-    """Writes the parts, merged.
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes an object.
 
     Raises:
-        UserError: if that cannot be.
+        UserError: if the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(merge(*parts), indent=2) + "\n")
+        path.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--json: cannot write {path} ({error.strerror})") from None
-
-
-def merge(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries as one; a later value takes the place of an earlier one."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merge(merged[key], value) if both else value
-    return merged

@@ -10,7 +10,7 @@ from switchjax.accounting.hardware import Slice
 from switchjax.planning.hlo_collectives import Collective
 
 Coordinates = tuple[int, ...]
-"""Of a chip in the mesh of chips."""
+"""A chip's position in the mesh of chips."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def roofline(
 
     Args:
         flops: of matrix products on one device, at the chip's peak in bfloat16.
-        hbm_bytes: read and written by one device.
+        hbm_bytes: what one device reads and writes.
         found: the program's collectives.
         slice_: its chips.
         coordinates: the chip of each device, in the order of the mesh.

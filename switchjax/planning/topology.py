@@ -15,9 +15,9 @@ from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.training.state import StatePlan, plan_state
 
 _OPEN = MeshConfig()
-"""A mesh that says nothing is open: `choose_mesh` sets it."""
+"""A mesh of these sizes is open: `choose_mesh` sets it."""
 _COMPILER_SETTINGS = {
-    # Compiling holds no TPU, so that nothing stands against two processes at once.
+    # Compiling holds no TPU, so several processes may do it at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     # libtpu asks for these of a TPU machine; without answers it searches the network, and complains on stderr.
     "TPU_SKIP_MDS_QUERY": "1",
@@ -25,19 +25,19 @@ _COMPILER_SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5e-4",
 }
 _MOST_MODEL = 16
-"""How far `choose_mesh` slices matrices: products shrink with the slices, their all-reduces of activations do not."""
+"""The largest `model` axis of `choose_mesh`: matmuls shrink with it, their all-reduces of activations do not."""
 _STATE_SHARE = 0.7
-"""Of a device's memory that `choose_mesh` lets parameters, gradients and optimiser fill before it slices matrices."""
+"""The share of memory that parameters, gradients and optimiser may fill before `choose_mesh` slices matrices."""
 
 
 def require_compiler() -> None:
-    """Raises a `UserError` that says what to install unless libtpu is."""
+    """Raises a `UserError` unless libtpu is installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology and --fit need the TPU compiler: pip install -c constraints.txt libtpu")
 
 
 def describe_devices(slice_: Slice) -> list[jax.Device]:
-    """The slice's devices, which can be compiled for and nothing else.
+    """The devices of a slice that need not exist; programs can be compiled for them, not run.
 
     Raises:
         UserError: if libtpu is not installed or knows no such slice.
@@ -60,7 +60,7 @@ def describe_devices(slice_: Slice) -> list[jax.Device]:
 
 
 def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) -> MeshConfig:
-    """The config's own mesh if it sets one, or else the smallest `model` axis, from 1 to 16, with which
+    """The config's own mesh if it sets one; otherwise the smallest `model` axis, from 1 to 16, with which
 
     - `expert` is the greatest common divisor of the remaining devices and of every layer's number of experts: no
       expert's parameters lie on more devices than they must; `data` is what then remains,
@@ -92,7 +92,7 @@ def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) ->
 
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """By growing `model`; experts are spread over at least two devices where there are two."""
+    """Candidates with a growing `model` axis; experts lie over at least two devices where there are two."""
     experts = {layer.num_experts for stack in config.model.stacks for layer in config.layers(stack)} - {0}
     for model in range(1, min(devices, _MOST_MODEL) + 1):
         if devices % model == 0:
@@ -103,10 +103,11 @@ def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
 
 def state_bytes(plan: StatePlan) -> tuple[int, int]:
     """Bytes of parameters and of the optimiser's state on one device."""
-
-    def total(shapes: Any, shardings: Any) -> int:
-        leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-        return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
-
     shapes, shardings = plan.shapes, plan.shardings
-    return total(shapes.model, shardings.model), total(shapes.opt_state, shardings.opt_state)
+    return sum(leaf_bytes(shapes.model, shardings.model)), sum(leaf_bytes(shapes.opt_state, shardings.opt_state))
+
+
+def leaf_bytes(shapes: Any, shardings: Any) -> list[int]:
+    """Bytes of each array of a tree on one device."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return [math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves]

@@ -115,7 +115,7 @@ def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
 
 
 def _planned(case: Case, load: Load, workdir: Path, report: Report, number: int = 0) -> dict[str, Any]:
-    """`StepPlan.to_dict` of a case, compiled once a round, as that is long to come by."""
+    """The `StepPlan` of a case, as a dictionary, compiled once a round, as that is long to come by."""
     path = workdir / f"{_file_name(case)}{f'-{number}' if number else ''}.json"
     described = json.loads(json.dumps({**asdict(case), "versions": _versions()}))
     if path.exists():
@@ -123,7 +123,7 @@ def _planned(case: Case, load: Load, workdir: Path, report: Report, number: int 
         if saved["case"] == described:
             return saved["plan"]
     report(f"compiling {' '.join([case.config, *case.overrides])} for {case.topology}")
-    found = _plan(load(case.config, case.arguments), case.topology, report).to_dict()
+    found = asdict(_plan(load(case.config, case.arguments), case.topology, report))
     # In one move: a plan that was cut off while it is written would be read by the next run.
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")

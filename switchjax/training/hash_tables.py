@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
@@ -49,8 +50,8 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
     if kind == "balanced":
         make_table = partial(balanced_table, count_tokens(data.train_batches(), config.model.vocab_size))
     else:
-        cluster = jax.jit(clustered_table, static_argnames=("num_experts", "seed"))
-        make_table = partial(cluster, leaves["embedding/vectors"], seed=config.train.seed)
+        vectors = process_allgather(leaves["embedding/vectors"], tiled=True)
+        make_table = partial(clustered_table, vectors, seed=config.train.seed)
     table_for = cache(make_table)
     tables = {name: leaf for name, leaf in leaves.items() if name.endswith("router/table")}
     filled = {name: _fill(leaf, table_for(_num_experts(name, leaves))) for name, leaf in tables.items()}

@@ -82,7 +82,7 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard events, each written whole by the thread that calls.
+    """TensorBoard events; the calling thread writes each whole.
 
     The framing of records is by hand because tensorboardX does not survive a full disk: the thread of its
     `SummaryWriter` dies, training then waits for it for ever, and its `EventsWriter` leaves half a record.

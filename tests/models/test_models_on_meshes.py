@@ -1,4 +1,4 @@
-"""The whole model on a mesh is the model on one device, and exchanges what DESIGN says."""
+"""The whole model on a mesh is the model on one device, and exchanges only what its layout needs."""
 
 import jax
 import numpy as np

@@ -19,7 +19,8 @@ from tests.moe.layers import (
     run,
     run_with_gradients,
     set_experts,
-)from tests.moe.reports import sums_of
+)
+from tests.moe.reports import sums_of
 
 DROPLESS = {"train_capacity_factor": 100.0, "eval_capacity_factor": 100.0}
 KEY = jax.random.key(7)

@@ -15,7 +15,6 @@ from switchjax.parallel.mesh import EXPERT, make_mesh
 from switchjax.planning import hlo
 from switchjax.planning.hlo_collectives import Traffic, axes_between, collectives, replica_group, traffic
 from switchjax.planning.hlo_cost import matmul_flops
-from switchjax.planning.hlo_liveness import Held, held_at_peak
 from switchjax.planning.hlo_memory import memory_traffic, saved_activations
 from switchjax.planning.topology import describe_devices
 from switchjax.studies.compile_benchmark import compiled_programs_in
@@ -217,27 +216,6 @@ def test_memory_traffic_counts_slices_and_updates_in_place_and_nothing_on_the_ch
     layer = 1024 * 4
     # Read a layer, write it into the stack; the copy that stays on the chip is free; the result is written.
     assert memory_traffic(hlo.parse(FUSED)) == 3 * layer
-
-
-HELD = """
-ENTRY %main (a: f32[8,16]) -> (f32[8,16], f32[4]) {
-  %a = f32[8,16]{1,0} parameter(0), metadata={op_name="state.model.encoder.w_in.value"}
-  %b = bf16[8,16]{1,0} convert(%a), metadata={op_name="jit(step)/cast"}
-  %c = f32[4]{0} slice(%a), slice={[0:1], [0:4]}, metadata={op_name="jit(step)/slice"}
-  %near = f32[8,16]{1,0:T(8,128)S(1)} negate(%a)
-  %d = f32[8,16]{1,0} convert(%b)
-  %e = f32[4]{0} negate(%c)
-  ROOT %t = (f32[8,16]{1,0}, f32[4]{0}) tuple(%d, %e)
-}
-"""
-
-
-def test_temporaries_are_held_from_their_making_to_their_last_use() -> None:
-    # Neither the argument nor the results, which take arguments' places, nor what lies on the chip.
-    assert held_at_peak(hlo.parse(HELD)) == [
-        Held(8 * 16 * 2, 1, "bf16[8,16]", "as encoder.w_in"),
-        Held(4 * 4, 1, "f32[4]", "jit(step)/slice"),
-    ]
 
 
 def test_a_compiled_scan_counts_its_collectives_and_products_each_turn() -> None:

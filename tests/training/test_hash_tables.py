@@ -92,7 +92,7 @@ def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workd
     )
     loop.train(clustered, tmp_path, perplexity_evaluator)
     vectors = weights_of(balanced, workdir, 2)["embedding/vectors"]
-    expected = clustered_table(jax.numpy.asarray(vectors), 4, 5)
+    expected = clustered_table(np.asarray(vectors), 4, 5)
     trained = weights_of(clustered, tmp_path, 1)
     for name in TABLES:
         np.testing.assert_array_equal(trained[name], expected[None], err_msg=name)

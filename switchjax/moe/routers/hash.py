@@ -1,14 +1,17 @@
 """Hash layers (Roller et al. 2021): a token's expert follows from its id alone, by a table that never changes."""
 
 import heapq
+import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from scipy.cluster.vq import kmeans2
 
-from switchjax.config import MoEConfig, UserError, check_choice
+from switchjax.config import MoEConfig, UserError, check_choices
 from switchjax.moe.capacity import token_choice
 from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights
 
@@ -19,11 +22,11 @@ _LLOYD_ITERATIONS = 20
 class HashOptions:
     """Options of router hash."""
 
-    hash_table: str = "random"
-    """random, balanced (by the corpora's token counts) or clustered (by the embeddings of `init_from`)."""
+    hash_table: Literal["random", "balanced", "clustered"] = "random"
+    """balanced goes by the corpora's token counts, clustered by the embeddings of `init_from`."""
 
     def __post_init__(self) -> None:
-        check_choice("moe.options.hash_table", self.hash_table, ["random", "balanced", "clustered"])
+        check_choices("moe.options", self)
 
 
 def hash_router(sizes: RouterSizes, options: HashOptions, key: PRNGKeyArray) -> dict[str, Weight]:
@@ -86,7 +89,7 @@ def balanced_table(counts: Int[np.ndarray, "V"], num_experts: int) -> Int[np.nda
     return table
 
 
-def clustered_table(vectors: Float[Array, "V D"], num_experts: int, seed: int) -> Int[Array, "V"]:
+def clustered_table(vectors: Float[np.ndarray, "V D"], num_experts: int, seed: int) -> Int[np.ndarray, "V"]:
     """Ids whose vectors are alike to the same expert (clustered hash): Lloyd's k-means.
 
     The first centres are ids drawn at random; a cluster that loses all its ids keeps its centre.
@@ -100,25 +103,12 @@ def clustered_table(vectors: Float[Array, "V D"], num_experts: int, seed: int) -
         UserError: if there are fewer ids than experts.
     """
     if len(vectors) < num_experts:
-        raise UserError(
-            f"moe.options.hash_table=clustered cannot divide {len(vectors)} ids into {num_experts} clusters"
-        )
-    vectors = vectors.astype(jnp.float32)
-
-    def nearest(centres: Float[Array, "E D"]) -> Int[Array, "V"]:
-        # |v - c|^2 less |v|^2, which is the same for every centre
-        squares = jnp.sum(jnp.square(centres), axis=1)[None]
-        products = jnp.matmul(vectors, centres.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.argmin(squares - 2 * products, axis=1)
-
-    def iterate(_: Int[Array, ""], centres: Float[Array, "E D"]) -> Float[Array, "E D"]:
-        cluster = nearest(centres)
-        sizes = jnp.zeros(num_experts).at[cluster].add(1.0)[:, None]
-        sums = jnp.zeros_like(centres).at[cluster].add(vectors)
-        return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), centres)
-
-    first = jax.random.choice(jax.random.key(seed), vectors, (num_experts,), replace=False)
-    return nearest(jax.lax.fori_loop(0, _LLOYD_ITERATIONS, iterate, first))
+        raise UserError(f"hash_table=clustered cannot divide {len(vectors)} ids into {num_experts} clusters")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        wide = vectors.astype(np.float32)
+        _, table = kmeans2(wide, num_experts, iter=_LLOYD_ITERATIONS, minit="points", rng=np.random.default_rng(seed))
+    return table
 
 
 HASH = Router(route_hash, hash_router, options=HashOptions, selected=(1,))

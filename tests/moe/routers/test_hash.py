@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.cluster.vq import kmeans2
 
 from switchjax.config import UserError
 from switchjax.moe.routers.hash import HASH, HashOptions, balanced_table, clustered_table, hash_router, random_table
@@ -78,20 +77,20 @@ class TestTables:
         table = balanced_table(np.array([9, 0, 0, 0, 0, 5, 0, 0, 0, 0]), 4)
         assert set(Counter(table[[1, 2, 3, 4, 6, 7, 8, 9]].tolist()).values()) == {2}
 
-    def test_clusters_are_those_of_scipy_from_the_same_centres(self) -> None:
+    def test_clusters_are_stable_ids_lie_nearest_to_their_own_mean(self) -> None:
         rng = np.random.default_rng(0)
         vectors = (rng.normal(size=(6, 1, 5)) * 2 + rng.normal(size=(6, 50, 5))).reshape(-1, 5).astype(np.float32)
-        first = jax.random.choice(jax.random.key(3), jnp.asarray(vectors), (4,), replace=False)
-        # scipy labels before it moves the centres, hence one iteration more.
-        _, expected = kmeans2(vectors.astype(np.float64), np.asarray(first, np.float64), iter=21, minit="matrix")
-        table = jax.jit(clustered_table, static_argnums=(1, 2))(vectors, 4, 3)
-        np.testing.assert_array_equal(table, expected)
-        assert len(set(expected)) == 4
+        table = clustered_table(vectors, 4, 3)
+        means = np.stack([vectors[table == expert].mean(axis=0) for expert in range(4)])
+        distances = np.square(vectors[:, None] - means).sum(axis=-1)
+        np.testing.assert_array_equal(table, distances.argmin(axis=1))
+        np.testing.assert_array_equal(table, clustered_table(vectors, 4, 3))
+        assert np.any(table != clustered_table(vectors, 4, 4))  # the seed draws the first centres
 
     def test_clusters_of_a_bfloat16_embedding_with_equal_vectors(self) -> None:
-        table = clustered_table(jnp.ones((5, 3), jnp.bfloat16), 2, 0)
-        assert set(np.asarray(table).tolist()) == {0}
+        table = clustered_table(np.ones((5, 3), jnp.bfloat16), 2, 0)
+        assert len(set(table.tolist())) == 1
 
     def test_more_clusters_than_ids_are_refused(self) -> None:
         with pytest.raises(UserError, match="3 ids into 4 clusters"):
-            clustered_table(jnp.ones((3, 2)), 4, 0)
+            clustered_table(np.ones((3, 2)), 4, 0)
