@@ -1,6 +1,7 @@
 """What counts as a parameter."""
 
 from switchjax.accounting.parameters import count_parameters
+
 from switchjax.config import Config
 from tests.tiny import changed
 

@@ -1,9 +1,9 @@
 """The list of weights against the modules themselves, for the layers and routers that no published config has."""
 
 import pytest
-
 from switchjax.accounting.parameters import count_parameters
 from switchjax.accounting.weights import experts_per_token, list_weights, slots_per_sequence
+
 from switchjax.config import Config
 from tests.tiny import changed
 

@@ -1,0 +1,157 @@
+"""The weights of a config's model as its modules make them, and what a training sequence does with each.
+
+Nothing is allocated or compiled: the modules are traced for their shapes, and the forward pass for its matrix products
+(`switchjax.accounting.matmuls`). A layer or router from anywhere is accounted for without an edit here.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import jax
+import numpy as np
+from flax import nnx
+
+from switchjax.accounting.matmuls import matmuls
+from switchjax.config import Config
+from switchjax.models.families import FAMILIES, build
+from switchjax.models.parameters import GRADIENT
+from switchjax.parallel.sharding import is_variable, named_leaves
+
+
+@dataclass(frozen=True)
+class TracedWeight:
+    """A parameter of the model; one that stands in repeated layers is stacked over them."""
+
+    name: str
+    """As `named_leaves` has it."""
+    layers: int
+    """How many layers it is stacked over; 0 if it is outside of the layers."""
+    axes: tuple[str | None, ...]
+    """Logical axes in one layer, as `AXIS_RULES` names them."""
+    shape: tuple[int, ...]
+    """Sizes of the axes."""
+    dtype: np.dtype
+    trained: bool
+    """The gradient trains it. What is not trained (tables, balancing biases, averages) is state and no parameter."""
+    experts_per_token: int
+    computed_flops: int
+    """FLOPs of a sequence in its matrix products, those of empty slots included."""
+
+    @property
+    def part(self) -> str:
+        """embeddings, positions, patches, attention, feed_forward, experts, routers, lstm, norms, logits, or other."""
+        if "expert" in self.axes:
+            return "experts"
+        places = set(self.name.split("/"))
+        return next((part for part, names in _PARTS if places & names), "other")
+
+    @property
+    def size(self) -> int:
+        """Numbers in it, in all layers."""
+        return prod(self.shape) * max(self.layers, 1)
+
+    @property
+    def active(self) -> int:
+        """Numbers that a token meets: those of the experts it is sent to, or all."""
+        return self.size * self.experts_per_token // self.axis("expert") if "expert" in self.axes else self.size
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a sequence that one layer multiplies by it, each by one expert's share."""
+        share = prod(self.shape) // self.axis("expert")
+        return self.computed_flops // (2 * share * max(self.layers, 1))
+
+    @property
+    def slot_numbers(self) -> int:
+        """Numbers in a sequence's slots on their way to this weight of one layer's experts, or from it.
+
+        A gate reads the slots that have come to w_in; PEER's neurons, rows of a table, have no slots.
+        """
+        if "expert" not in self.axes or len(self.axes) < 3 or self.name.endswith("/w_gate"):
+            return 0
+        sizes = zip(self.axes, self.shape, strict=True)
+        return self.vectors * sum(size for axis, size in sizes if axis not in ("expert", "mlp"))
+
+    @property
+    def stack(self) -> str:
+        """The stack whose layers it stands in; empty if it is outside of the layers."""
+        return self.name.split("/")[0] if self.layers else ""
+
+    def axis(self, name: str) -> int:
+        """The size of an axis, 1 without such an axis."""
+        return self.shape[self.axes.index(name)] if name in self.axes else 1
+
+
+_PARTS = (
+    ("routers", {"router", "mixing", "mixing_bias", "sub_keys", "norm_scale", "norm_bias"}),
+    ("norms", {"norm", "self_norm", "cross_norm", "ff_norm", "extra_norm"}),
+    ("attention", {"self_attention", "cross_attention"}),
+    ("routers", {"query"}),  # PEER's, as attention's have been found
+    ("lstm", {"lstm"}),
+    ("feed_forward", {"w_in", "w_gate", "w_out", "b_in", "b_out"}),
+    ("embeddings", {"embedding"}),
+    ("positions", {"positions", "class_token", "bias"}),
+    ("patches", {"patches", "patches_bias"}),
+    ("logits", {"logits", "pre_logits", "pre_logits_bias", "head", "head_bias"}),
+)
+"""Parts with the names on a weight's path that say so; the first that has one."""
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model's weights, and what its forward pass multiplies besides."""
+
+    weights: tuple[TracedWeight, ...]
+    activation_flops: int
+    """FLOPs of a sequence in products without a weight: attention's scores and values, one-hot dispatch."""
+
+
+def trace_model(config: Config) -> TracedModel:
+    """Traces the model, and its forward pass in training on one micro-batch, on one device.
+
+    Raises:
+        UserError: if there is no such model, or if it cannot take such batches.
+    """
+    rows = config.data.batch_size // config.train.accumulation_steps
+    config = replace(
+        config,
+        # FLOPs are those of any dtype; in float32, attention is no kernel that hides its products, whatever the device.
+        model=replace(config.model, dtype="float32"),
+        data=replace(config.data, batch_size=rows),
+        train=replace(config.train, accumulation_steps=1),
+    )
+    # On the mesh of a caller, a layer would be traced as one device's share of it.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
+        batch, key = FAMILIES[config.model.family].batch_shapes(config), jax.eval_shape(lambda: jax.random.key(0))
+        found = matmuls(lambda model, batch, key: model(batch, key), model, batch, key)
+    flops: Counter[int | None] = Counter()
+    for matmul in found:
+        flops[matmul.weight] += matmul.flops
+    leaves = named_leaves(model)
+    variables = jax.tree.leaves(model, is_leaf=is_variable)
+    weights = [
+        _weight(name, variable, _experts_per_token(config, name, leaves), flops[number] // rows)
+        for number, (name, variable) in enumerate(zip(leaves, variables, strict=True))
+    ]
+    return TracedModel(tuple(weights), flops[None] // rows)
+
+
+def _weight(name: str, variable: nnx.Variable, experts_per_token: int, computed_flops: int) -> TracedWeight:
+    axes, shape, layers = variable.get_metadata("axes"), variable.shape, 0
+    if "layer" in axes:
+        layers, axes, shape = shape[0], axes[1:], shape[1:]
+    trained = variable.get_metadata("update", GRADIENT) == GRADIENT
+    return TracedWeight(name, layers, axes, shape, variable.dtype, trained, experts_per_token, computed_flops)
+
+
+def _experts_per_token(config: Config, name: str, leaves: Mapping[str, jax.Array]) -> int:
+    """Experts that a token meets in the layer of a weight; where experts choose, on average."""
+    moe, layer = config.moe, name.rpartition("/")[0]
+    if f"{layer}/sub_keys" in leaves:  # PEER: each of the heads selects K
+        return moe.num_selected_experts * leaves[f"{layer}/query"].shape[-3]
+    if moe.router == "expert_choice":
+        return round(moe.num_selected_experts * moe.train_capacity_factor)
+    return moe.num_selected_experts
