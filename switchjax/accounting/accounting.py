@@ -54,8 +54,8 @@ class Accounting:
     """Of a sequence, as the Switch Transformer's paper counts them: without routers, with keys and values of
     cross-attention charged at the decoder's length, and of attention's two products queries by keys alone."""
     computed_flops: Mapping[str, int]
-    """Of a sequence in a training forward pass, every matrix product, of empty slots too: by the part of the weight that
-    is multiplied, and `activations` for products without a weight (attention's scores and values, one-hot dispatch)."""
+    """Of a sequence in a training forward pass, every matrix product, of empty slots too: by the weight's part, or
+    `activations` for those without a weight (attention's scores and values, one-hot dispatch, balancing)."""
     training_flops: float
     """Of the whole run: forward and backward of all matrix products."""
     training_flops_6nd: float
