@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import prod
 
 from switchjax.accounting.traced_model import TracedWeight, trace_model
-from switchjax.accounting.training_cost import six_nd
 from switchjax.config import Config
 from switchjax.models.scan_periods import find_runs
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
@@ -59,7 +58,7 @@ class Accounting:
     training_flops: float
     """Of the whole run: forward and backward of all matrix products."""
     training_flops_6nd: float
-    """Of the whole run, `6 N D` of each stack: N active parameters, D its tokens."""
+    """Of the whole run, `6 N D` of each stack (Kaplan et al. 2020): N active parameters, D its tokens."""
     memory: DeviceBytes
     communication: Communication
 
@@ -84,15 +83,16 @@ def account(config: Config, devices: int = 1) -> Accounting:
     trained = [weight for weight in model.weights if weight.trained]
     computed = _by_part((weight.part, weight.computed_flops) for weight in model.weights if weight.computed_flops)
     computed |= {"activations": model.activation_flops} if model.activation_flops else {}
-    active = _by_part((weight.part, weight.active) for weight in trained)
+    lengths = config.stack_lengths
+    last = list(lengths.values())[-1]  # what stands before and after the stacks counts with the last of them
     sequences = config.train.steps * config.data.batch_size
     return Accounting(
         parameters=_by_part((weight.part, weight.size) for weight in trained),
-        active_parameters=active,
+        active_parameters=_by_part((weight.part, weight.active) for weight in trained),
         forward_flops=sum(_papers_flops(config, weight) for weight in trained),
         computed_flops=computed,
         training_flops=3.0 * sum(computed.values()) * sequences,
-        training_flops_6nd=sequences * _six_nd_of_a_sequence(config, trained),
+        training_flops_6nd=6 * sequences * sum(w.active * lengths.get(w.stack, last) for w in trained),
         memory=_memory(config, trained, mesh),
         communication=_communication(config, trained, mesh),
     )
@@ -131,13 +131,6 @@ def _attention_weights(config: Config, weight: TracedWeight) -> int:
     return weight.axis("heads") * queries * keys
 
 
-def _six_nd_of_a_sequence(config: Config, weights: Sequence[TracedWeight]) -> float:
-    """A token meets the layers of its own stack; what stands before and after them counts with the last stack."""
-    lengths = config.stack_lengths
-    last = list(lengths.values())[-1]
-    return sum(six_nd(weight.active, lengths.get(weight.stack, last)) for weight in weights)
-
-
 def _divided(weight: TracedWeight, mesh: Mapping[str, int], sharded: bool = False) -> list[int]:
     """The dimensions of a device's part of a layer's weight; where it is `sharded`, of the part that it keeps."""
     spec = (sharded_spec if sharded else partition_spec)(*weight.axes)
@@ -148,7 +141,7 @@ def _divided(weight: TracedWeight, mesh: Mapping[str, int], sharded: bool = Fals
 def _memory(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, int]) -> DeviceBytes:
     parameters = optimizer = 0
     for weight in weights:
-        width = weight.dtype.itemsize * max(weight.layers, 1)
+        width = weight.dtype.itemsize * weight.layers
         parameters += prod(_divided(weight, mesh, config.mesh.sharded == "parameters")) * width
         local = _divided(weight, mesh, config.mesh.sharded != "none")
         moments = 2 * prod(local) if config.optimizer.name == "adamw" else _adafactor_numbers(weight.shape, local)
@@ -199,7 +192,7 @@ def _communication(config: Config, weights: Sequence[TracedWeight], mesh: Mappin
     reduced = exchanged = 0
     for weight in weights:
         if (mesh[DATA] if "expert" in weight.axes else shards) > 1:
-            reduced += prod(_divided(weight, mesh)) * max(weight.layers, 1) * weight.dtype.itemsize
+            reduced += prod(_divided(weight, mesh)) * weight.layers * weight.dtype.itemsize
     if mesh[EXPERT] > 1:
         exchanged += sum(weight.layers * weight.slot_numbers for weight in weights)
     if shards > 1:  # a BASE layer's tokens are shuffled, and brought back

@@ -69,11 +69,11 @@ def _walk(
         elif name == "pallas_call":
             pass  # its body is what a kernel does with one tile
         elif bodies := _bodies(equation):
-            walked = [_walk(body, _enter(equation, body, inputs), times * _repeats(equation)) for body in bodies]
-            products = [inner for inner, _ in walked]
+            repeats = equation.params["length"] if name == "scan" else 1
+            walked = [_walk(body, _enter(equation, body, inputs), times * repeats) for body in bodies]
             if name == "cond":  # which costs as much as its dearest branch
-                products = [max(products, key=lambda inner: sum(matmul.flops for matmul in inner))]
-            found += [matmul for inner in products for matmul in inner]
+                walked = [max(walked, key=lambda branch: sum(matmul.flops for matmul in branch[0]))]
+            found += [matmul for inner, _ in walked for matmul in inner]
             outputs = walked[0][1] if name not in ("scan", "while", "cond") else []
         elif name in ("gather", "dynamic_slice"):
             outputs = [inputs[0] and inputs[0]._replace(looked_up=True)]
@@ -102,10 +102,6 @@ def _bodies(equation: jex.core.JaxprEqn) -> list[jex.core.Jaxpr]:
     closed, opened = jex.core.ClosedJaxpr, jex.core.Jaxpr
     leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, closed | opened))
     return [leaf.jaxpr if isinstance(leaf, closed) else leaf for leaf in leaves if isinstance(leaf, closed | opened)]
-
-
-def _repeats(equation: jex.core.JaxprEqn) -> int:
-    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _enter(equation: jex.core.JaxprEqn, body: jex.core.Jaxpr, inputs: list[_Source | None]) -> list[_Source | None]:

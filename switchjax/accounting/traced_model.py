@@ -26,8 +26,10 @@ class TracedWeight:
 
     name: str
     """As `named_leaves` has it."""
+    stack: str
+    """The stack of layers that it stands in; empty before and after these."""
     layers: int
-    """How many layers it is stacked over; 0 if it is outside of the layers."""
+    """How many layers it is stacked over, 1 outside of them."""
     axes: tuple[str | None, ...]
     """Logical axes in one layer, as `AXIS_RULES` names them."""
     shape: tuple[int, ...]
@@ -35,7 +37,8 @@ class TracedWeight:
     dtype: np.dtype
     trained: bool
     """The gradient trains it. What is not trained (tables, balancing biases, averages) is state and no parameter."""
-    experts_per_token: int
+    active: int
+    """Numbers that a token meets, in all layers: those of the experts that it is sent to, or all."""
     computed_flops: int
     """FLOPs of a sequence in its matrix products, those of empty slots included."""
 
@@ -50,18 +53,12 @@ class TracedWeight:
     @property
     def size(self) -> int:
         """Numbers in it, in all layers."""
-        return prod(self.shape) * max(self.layers, 1)
-
-    @property
-    def active(self) -> int:
-        """Numbers that a token meets: those of the experts it is sent to, or all."""
-        return self.size * self.experts_per_token // self.axis("expert") if "expert" in self.axes else self.size
+        return prod(self.shape) * self.layers
 
     @property
     def vectors(self) -> int:
         """Vectors of a sequence that one layer multiplies by it, each by one expert's share."""
-        share = prod(self.shape) // self.axis("expert")
-        return self.computed_flops // (2 * share * max(self.layers, 1))
+        return self.computed_flops // (2 * self.size // self.axis("expert"))
 
     @property
     def slot_numbers(self) -> int:
@@ -73,11 +70,6 @@ class TracedWeight:
             return 0
         sizes = zip(self.axes, self.shape, strict=True)
         return self.vectors * sum(size for axis, size in sizes if axis not in ("expert", "mlp"))
-
-    @property
-    def stack(self) -> str:
-        """The stack whose layers it stands in; empty if it is outside of the layers."""
-        return self.name.split("/")[0] if self.layers else ""
 
     def axis(self, name: str) -> int:
         """The size of an axis, 1 without such an axis."""
@@ -131,27 +123,27 @@ def trace_model(config: Config) -> TracedModel:
     for matmul in found:
         flops[matmul.weight] += matmul.flops
     leaves = named_leaves(model)
-    variables = jax.tree.leaves(model, is_leaf=is_variable)
+    variables = zip(leaves, jax.tree.leaves(model, is_leaf=is_variable), strict=True)
     weights = [
         _weight(name, variable, _experts_per_token(config, name, leaves), flops[number] // rows)
-        for number, (name, variable) in enumerate(zip(leaves, variables, strict=True))
+        for number, (name, variable) in enumerate(variables)
     ]
     return TracedModel(tuple(weights), flops[None] // rows)
 
 
 def _weight(name: str, variable: nnx.Variable, experts_per_token: int, computed_flops: int) -> TracedWeight:
-    axes, shape, layers = variable.get_metadata("axes"), variable.shape, 0
+    axes, shape, stack, layers = variable.get_metadata("axes"), variable.shape, "", 1
+    active, trained = variable.size, variable.get_metadata("update", GRADIENT) == GRADIENT
+    if "expert" in axes:
+        active = active * experts_per_token // shape[axes.index("expert")]
     if "layer" in axes:
-        layers, axes, shape = shape[0], axes[1:], shape[1:]
-    trained = variable.get_metadata("update", GRADIENT) == GRADIENT
-    return TracedWeight(name, layers, axes, shape, variable.dtype, trained, experts_per_token, computed_flops)
+        stack, layers, axes, shape = name.split("/")[0], shape[0], axes[1:], shape[1:]
+    return TracedWeight(name, stack, layers, axes, shape, variable.dtype, trained, active, computed_flops)
 
 
 def _experts_per_token(config: Config, name: str, leaves: Mapping[str, jax.Array]) -> int:
     """Experts that a token meets in the layer of a weight; where experts choose, on average."""
     moe, layer = config.moe, name.rpartition("/")[0]
-    if f"{layer}/sub_keys" in leaves:  # PEER: each of the heads selects K
-        return moe.num_selected_experts * leaves[f"{layer}/query"].shape[-3]
-    if moe.router == "expert_choice":
-        return round(moe.num_selected_experts * moe.train_capacity_factor)
-    return moe.num_selected_experts
+    heads = leaves[f"{layer}/query"].shape[-3] if f"{layer}/sub_keys" in leaves else 1  # PEER: each selects K
+    chosen = moe.train_capacity_factor if moe.router == "expert_choice" else 1
+    return round(moe.num_selected_experts * heads * chosen)
