@@ -7,6 +7,7 @@ Nothing is allocated or compiled: the modules are traced for their shapes, and t
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 import jax
@@ -100,6 +101,7 @@ class TracedModel:
     """FLOPs of a sequence in products without a weight: attention's scores and values, one-hot dispatch."""
 
 
+@cache
 def trace_model(config: Config) -> TracedModel:
     """Traces the model, and its forward pass in training on one micro-batch, on one device.
 
