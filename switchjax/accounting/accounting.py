@@ -1,26 +1,23 @@
-"""What a model takes, in plain arithmetic on its config: parameters, FLOPs, memory, communication.
+"""What a model takes: parameters, FLOPs, memory and communication, from the shapes of its modules.
 
-Nothing is traced or compiled; `switchjax.planning.plan` asks the compiler the same questions.
+The model is traced (`switchjax.accounting.traced_model`); nothing is allocated or compiled. `switchjax.planning.plan`
+asks the compiler about memory and communication, which are estimates here.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
-from switchjax.accounting.training_cost import six_nd
-from switchjax.accounting.weights import Weight, layer_weights, list_weights, slots_per_sequence
-from switchjax.config import KINDS, Config, Layer
-from switchjax.config.model import GATED
+from switchjax.accounting.traced_model import TracedWeight, trace_model
+from switchjax.config import Config
 from switchjax.models.scan_periods import find_runs
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
-from switchjax.parallel.sharding import AXIS_RULES, partition_spec, sharded_spec
+from switchjax.parallel.sharding import partition_spec, sharded_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FACTORED_FROM = 128
 """Adafactor factors what has two dimensions of at least this size (optax's default)."""
-_NO_ATTENTION = frozenset({"lstm", "dense_only", "moe_only", "base"})
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,19 @@ class Accounting:
     """What a config's model takes."""
 
     parameters: Mapping[str, int]
-    """By part; see `Weight.part`."""
+    """By part; see `TracedWeight.part`."""
     active_parameters: Mapping[str, int]
     """Those that a token meets."""
     forward_flops: int
     """Of a sequence, as the Switch Transformer's paper counts them: without routers, with keys and values of
     cross-attention charged at the decoder's length, and of attention's two products queries by keys alone."""
     computed_flops: Mapping[str, int]
-    """Of a sequence in a training forward pass by part, every matrix product, of empty slots too."""
+    """Of a sequence in a training forward pass, every matrix product, of empty slots too: by the weight's part, or
+    `activations` for those without a weight (attention's scores and values, one-hot dispatch, balancing)."""
     training_flops: float
     """Of the whole run: forward and backward of all matrix products."""
     training_flops_6nd: float
-    """Of the whole run, `6 N D` of each stack: N active parameters, D its tokens."""
+    """Of the whole run, `6 N D` of each stack (Kaplan et al. 2020): N active parameters, D its tokens."""
     memory: DeviceBytes
     communication: Communication
 
@@ -76,34 +74,28 @@ class Accounting:
 
 
 def account(config: Config, devices: int = 1) -> Accounting:
-    """Accounts for a config on a mesh of `devices`, of which `mesh.data=-1` takes those that the other axes leave."""
-    weights = list_weights(config)
-    scores = _score_flops(config)
-    computed = _by_part((weight.part, weight.computed_flops) for weight in weights)
-    computed |= {"scores": scores, "values": scores} if scores else {}
-    parameters = _by_part((weight.part, weight.size) for weight in weights)
-    active = _by_part((weight.part, weight.active) for weight in weights)
+    """Accounts for a config on a mesh of `devices`, of which `mesh.data=-1` takes those that the other axes leave.
+
+    Raises:
+        UserError: if the config has no model, or one that cannot take its batches.
+    """
+    model, mesh = trace_model(config), mesh_axes(config, devices)
+    trained = [weight for weight in model.weights if weight.trained]
+    computed = _by_part((weight.part, weight.computed_flops) for weight in model.weights if weight.computed_flops)
+    computed |= {"activations": model.activation_flops} if model.activation_flops else {}
+    lengths = config.stack_lengths
+    last = list(lengths.values())[-1]  # what stands before and after the stacks counts with the last of them
     sequences = config.train.steps * config.data.batch_size
     return Accounting(
-        parameters=parameters,
-        active_parameters=active,
-        forward_flops=sum(weight.flops for weight in weights if weight.part != "routers") + scores,
+        parameters=_by_part((weight.part, weight.size) for weight in trained),
+        active_parameters=_by_part((weight.part, weight.active) for weight in trained),
+        forward_flops=sum(_papers_flops(config, weight) for weight in trained),
         computed_flops=computed,
         training_flops=3.0 * sum(computed.values()) * sequences,
-        training_flops_6nd=sequences * _six_nd_of_a_sequence(config, sum(active.values())),
-        memory=_memory(config, weights, mesh_axes(config, devices)),
-        communication=_communication(config, weights, mesh_axes(config, devices)),
+        training_flops_6nd=6 * sequences * sum(w.active * lengths.get(w.stack, last) for w in trained),
+        memory=_memory(config, trained, mesh),
+        communication=_communication(config, trained, mesh),
     )
-
-
-def _six_nd_of_a_sequence(config: Config, active: int) -> float:
-    """A token meets the layers of its own stack; what stands before and after them counts with the last stack."""
-    layers = {
-        stack: sum(weight.active for layer in config.layers(stack) for weight in layer_weights(config, stack, layer))
-        for stack in config.model.stacks
-    }
-    ends = six_nd(active - sum(layers.values()), list(config.stack_lengths.values())[-1])
-    return ends + sum(six_nd(layers[stack], length) for stack, length in config.stack_lengths.items())
 
 
 def mesh_axes(config: Config, devices: int) -> dict[str, int]:
@@ -120,53 +112,44 @@ def _by_part(values: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(counts)
 
 
-class _Attended(NamedTuple):
-    """A layer's attention: `queries` tokens to `keys` tokens."""
-
-    queries: int
-    keys: int
-
-
-def _attentions(config: Config, stack: str, layer: Layer) -> list[_Attended]:
-    if layer.kind in _NO_ATTENTION:
-        return []
-    length = config.stack_lengths[stack]
-    cross = stack == "decoder" and config.model.family == "encoder_decoder"
-    return [_Attended(length, length), *([_Attended(length, config.data.encoder_length)] if cross else [])]
+def _papers_flops(config: Config, weight: TracedWeight) -> int:
+    """FLOPs of a sequence as `Accounting.forward_flops` counts them; attention's scores count with its last weight."""
+    if weight.part == "routers" or not weight.computed_flops:
+        return 0
+    if not weight.stack:
+        return weight.computed_flops
+    scores = weight.layers * _attention_weights(config, weight) * 2 * weight.axis("head")
+    return 2 * config.stack_lengths[weight.stack] * weight.active + scores
 
 
-def _score_flops(config: Config) -> int:
-    """FLOPs of a sequence's queries by its keys, every pair of tokens counted; values by weights take as many."""
-    width = config.model.num_heads * config.model.d_head
-    return sum(
-        2 * attended.queries * attended.keys * width
-        for stack in config.model.stacks
-        for layer in config.layers(stack)
-        for attended in _attentions(config, stack, layer)
-    )
+def _attention_weights(config: Config, weight: TracedWeight) -> int:
+    """Pairs of a query and a key in all heads of a sequence and layer, where `weight` projects what attention mixes."""
+    if weight.axes != ("heads", "head", "embed"):
+        return 0
+    queries = config.stack_lengths[weight.stack]
+    keys = config.data.encoder_length if "cross_attention" in weight.name else queries
+    return weight.axis("heads") * queries * keys
 
 
-def _divided(axes: Mapping[str, int], mesh: Mapping[str, int], sharded: bool = False) -> list[int]:
-    """The dimensions of a device's part of a weight; where it is `sharded`, of the part that the device keeps."""
-    names = [axis if axis in AXIS_RULES else None for axis in axes]
-    spec = sharded_spec(*names) if sharded else partition_spec(*names)
+def _divided(weight: TracedWeight, mesh: Mapping[str, int], sharded: bool = False) -> list[int]:
+    """The dimensions of a device's part of a layer's weight; where it is `sharded`, of the part that it keeps."""
+    spec = (sharded_spec if sharded else partition_spec)(*weight.axes)
     parts = [prod(mesh[axis] for axis in ((used,) if isinstance(used, str) else used or ())) for used in spec]
-    return [-(-size // count) for size, count in zip(axes.values(), parts, strict=True)]
+    return [-(-size // count) for size, count in zip(weight.shape, parts, strict=True)]
 
 
-def _memory(config: Config, weights: list[Weight], mesh: Mapping[str, int]) -> DeviceBytes:
-    adamw = config.optimizer.name == "adamw"
+def _memory(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, int]) -> DeviceBytes:
     parameters = optimizer = 0
     for weight in weights:
-        kept = _divided(weight.axes, mesh, config.mesh.sharded == "parameters")
-        shape = _divided(weight.axes, mesh, config.mesh.sharded != "none")
-        width = _BYTES[weight.dtype or config.model.param_dtype]
-        parameters += prod(kept) * width
-        optimizer += (2 * prod(shape) if adamw else _adafactor_numbers(list(weight.axes.values()), shape)) * width
-    return DeviceBytes(parameters, parameters, optimizer, _activation_bytes(config, mesh))
+        width = weight.dtype.itemsize * weight.layers
+        parameters += prod(_divided(weight, mesh, config.mesh.sharded == "parameters")) * width
+        local = _divided(weight, mesh, config.mesh.sharded != "none")
+        moments = 2 * prod(local) if config.optimizer.name == "adamw" else _adafactor_numbers(weight.shape, local)
+        optimizer += moments * width
+    return DeviceBytes(parameters, parameters, optimizer, _activation_bytes(config, weights, mesh))
 
 
-def _adafactor_numbers(shape: list[int], local: list[int]) -> int:
+def _adafactor_numbers(shape: Sequence[int], local: list[int]) -> int:
     """Second moments of a weight: whole, or a row and a column of averages over its two largest dimensions."""
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
     if len(shape) < 2 or shape[order[-2]] < _FACTORED_FROM:
@@ -174,46 +157,29 @@ def _adafactor_numbers(shape: list[int], local: list[int]) -> int:
     return prod(local) // local[order[-1]] + prod(local) // local[order[-2]] + 1
 
 
-class _Kept(NamedTuple):
-    """Numbers that a layer keeps for the backward pass, a sequence."""
-
-    whole: int = 0
-    """Of the residual stream's width."""
-    sliced: int = 0
-    """Of heads and of the hidden layers of feed-forward networks, which the mesh axis `model` divides."""
-
-
-def _kept(config: Config, stack: str, layer: Layer) -> _Kept:
+def _activation_bytes(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, int]) -> int:
     """Inputs of norms and matrix products, attention's weights, hidden layers before and after their activation."""
-    model, length = config.model, config.stack_lengths[stack]
-    heads, shared = model.num_heads * model.d_head, model.kv_heads * model.d_head
-    whole = sliced = 0
-    for queries, keys in _attentions(config, stack, layer):
-        whole += 2 * queries * model.d_model
-        sliced += 2 * queries * heads + 2 * keys * shared + model.num_heads * queries * keys
-    if layer.kind == "lstm":
-        return _Kept(length * (2 * model.d_model + 6 * model.lstm_cells))
-    whole += 2 * length * model.d_model
-    hidden = model.d_ff * (3 if model.activation in GATED else 2)
-    if layer.kind in ("moe", "moe_dense", "moe_only", "base"):
-        slots = slots_per_sequence(config, layer.num_experts, length)
-        whole += 2 * slots * model.d_model
-        sliced += slots * model.d_ff * (3 if model.experts_activation in GATED else 2)
-    if layer.kind in ("dense", "dense_only", "moe_dense", "switch_attention"):
-        sliced += length * hidden
-    return _Kept(whole, sliced)
-
-
-def _activation_bytes(config: Config, mesh: Mapping[str, int]) -> int:
-    numbers = 0
-    for stack, length in config.stack_lengths.items():
-        for run in find_runs(config.layers(stack)):
-            kept = [_kept(config, stack, layer) for layer in run.period]
-            period = sum(layer.whole + layer.sliced // mesh[MODEL] for layer in kept)
-            # Recomputed, a period keeps its input alone, and one at a time all the rest.
-            carried = length * config.model.d_model * run.repeats
-            numbers += period * run.repeats if config.model.remat == "none" else carried + period
+    recomputed = config.model.remat != "none"
+    layers = [weight for weight in weights if weight.stack]
+    numbers = sum(_kept(config, weight, mesh) * (1 if recomputed else weight.layers) for weight in layers)
+    if recomputed:  # a period keeps its input alone, and one at a time all the rest
+        for stack, length in config.stack_lengths.items():
+            periods = sum(run.repeats for run in find_runs(config.layers(stack)))
+            numbers += length * config.model.d_model * periods
     return numbers * _local_rows(config, mesh) * _BYTES[config.model.dtype]
+
+
+def _kept(config: Config, weight: TracedWeight, mesh: Mapping[str, int]) -> int:
+    """Numbers that one layer keeps of a sequence because of this weight: what a norm reads and writes; what a matrix
+    product reads or writes but for the residual stream, of which the mesh axis `model` divides heads and hidden layers.
+    """
+    if weight.part == "norms" and weight.name.endswith("/scale"):
+        return 2 * config.stack_lengths[weight.stack] * config.model.d_model
+    if weight.part == "routers" or not weight.computed_flops:
+        return 0
+    sizes = zip(weight.axes, _divided(weight, mesh), strict=True)
+    hidden = weight.vectors * prod(size for axis, size in sizes if axis not in ("expert", "embed"))
+    return hidden + weight.slot_numbers + _attention_weights(config, weight) // mesh[MODEL]
 
 
 def _local_rows(config: Config, mesh: Mapping[str, int]) -> int:
@@ -221,33 +187,19 @@ def _local_rows(config: Config, mesh: Mapping[str, int]) -> int:
     return -(-config.data.batch_size // (config.train.accumulation_steps * mesh[DATA] * mesh[EXPERT]))
 
 
-def _communication(config: Config, weights: list[Weight], mesh: Mapping[str, int]) -> Communication:
-    shards = mesh[DATA] * mesh[EXPERT]
-    reduced = 0
+def _communication(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, int]) -> Communication:
+    model, shards = config.model, mesh[DATA] * mesh[EXPERT]
+    reduced = exchanged = 0
     for weight in weights:
         if (mesh[DATA] if "expert" in weight.axes else shards) > 1:
-            reduced += prod(_divided(weight.axes, mesh)) * _BYTES[weight.dtype or config.model.param_dtype]
-    layers = [
-        (config.stack_lengths[stack], layer)
-        for stack in config.model.stacks
-        for layer in config.layers(stack)
-        if KINDS[layer.kind].has_experts and layer.kind != "peer"
-    ]
-    exchanged = sum(_exchanged(config, layer, length, mesh) for length, layer in layers)
-    rows = _local_rows(config, mesh) * config.train.accumulation_steps
-    return Communication(exchanged * rows * _BYTES[config.model.dtype], reduced)
-
-
-def _exchanged(config: Config, layer: Layer, length: int, mesh: Mapping[str, int]) -> int:
-    """Numbers of a sequence that a layer sends through all-to-alls in a step, those that stay at home included."""
-    model = config.model
+            reduced += prod(_divided(weight, mesh)) * weight.layers * weight.dtype.itemsize
+    if mesh[EXPERT] > 1:
+        exchanged += sum(weight.layers * weight.slot_numbers for weight in weights)
+    if shards > 1:  # a BASE layer's tokens are shuffled, and brought back
+        for stack, length in config.stack_lengths.items():
+            shuffled = sum(layer.kind == "base" for layer in config.layers(stack))
+            exchanged += 2 * shuffled * length * model.d_model
     # There and back, in the forward and in the backward pass; once more where that computes the exchange again.
     times = 3 if model.remat in ("full", "dots") else 2
-    exchanged = 0
-    if mesh[EXPERT] > 1:
-        slots, width = slots_per_sequence(config, layer.num_experts, length), model.num_heads * model.d_head
-        widths = 2 * model.d_model + 3 * width if layer.kind == "switch_attention" else 2 * model.d_model
-        exchanged += times * slots * widths
-    if layer.kind == "base" and mesh[DATA] * mesh[EXPERT] > 1:
-        exchanged += times * 2 * length * model.d_model
-    return exchanged
+    rows = _local_rows(config, mesh) * config.train.accumulation_steps
+    return Communication(times * exchanged * rows * _BYTES[model.dtype], reduced)

@@ -37,7 +37,7 @@ class Published:
     note: str = ""
 
 
-class Comparison(NamedTuple):
+class PublishedFigure(NamedTuple):
     """A figure of a config beside the printed one."""
 
     figure: str
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
     """Within the tolerance."""
 
 
-def compare(key: str, config: Config) -> tuple[Comparison, ...]:
+def published_figures(key: str, config: Config) -> tuple[PublishedFigure, ...]:
     """The figures of the model that `key` (`switch:c`) names beside those printed; none for one not in `PUBLISHED`."""
     if (published := PUBLISHED.get(key)) is None:
         return ()
@@ -60,7 +60,7 @@ def compare(key: str, config: Config) -> tuple[Comparison, ...]:
         "training_flops": meta_training_flops(config),
     }
     return tuple(
-        Comparison(figure, value, printed, agrees(value, printed, published.tolerance.get(figure, TOLERANCE)))
+        PublishedFigure(figure, value, printed, agrees(value, printed, published.tolerance.get(figure, TOLERANCE)))
         for figure, value in ours.items()
         if (printed := getattr(published, figure))
     )

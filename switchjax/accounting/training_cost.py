@@ -1,11 +1,6 @@
-"""What a training run costs, by the papers' own formulas."""
+"""What a training run costs, by a paper's own formula."""
 
 from switchjax.config import Config
-
-
-def six_nd(parameters: int, tokens: float) -> float:
-    """`6 N D`: forward and backward pass over D tokens, of N parameters that each token meets (Kaplan et al. 2020)."""
-    return 6 * parameters * tokens
 
 
 def meta_training_flops(config: Config, tokens: float = 300e9) -> float:

@@ -96,7 +96,7 @@ class SoftMoELayer(nnx.Module):
         # Only directions count; float32 whatever the model's dtype, as a router's weights.
         phi = jax.random.normal(phi_key, (d_model, num_experts, slots_per_expert)) / jnp.sqrt(d_model)
         self.phi = nnx.Param(phi, axes=("embed", None, None))
-        self.scale = nnx.Param(jnp.ones(()), axes=())
+        self.phi_scale = nnx.Param(jnp.ones(()), axes=())
         self.experts = stack(make_expert, jax.random.split(expert_key, num_experts), "expert")
 
     def __call__(
@@ -161,7 +161,7 @@ class SoftMoELayer(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
     ) -> tuple[Float[Array, "E B P D"], Callable[[Array], Array]]:
         """The slots, and what brings the experts' outputs [E, B, P, M] back to the tokens."""
-        weights = soft_weights(x, mask, self.phi[...], self.scale[...])
+        weights = soft_weights(x, mask, self.phi[...], self.phi_scale[...])
         dispatch, combine = (weight.astype(x.dtype) for weight in weights)
         slots = jnp.einsum("blep,bld->ebpd", dispatch, x)
         return slots, lambda y: jnp.einsum("blep,ebpm->blm", combine, y)

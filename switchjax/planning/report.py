@@ -8,7 +8,7 @@ from typing import Any
 
 from switchjax.accounting.accounting import Accounting
 from switchjax.accounting.hardware import show_bytes
-from switchjax.accounting.published import PUBLISHED, compare
+from switchjax.accounting.published import PUBLISHED, published_figures
 from switchjax.config import Config, UserError
 from switchjax.planning.plan import StepPlan
 
@@ -60,7 +60,7 @@ def show_published(key: str, config: Config) -> list[str]:
     """The figures that a paper prints of the model of this key (`switch:c`), and why some differ."""
     lines = [
         f"published {one.figure:13} {one.printed}, here {show_count(one.ours)}: {'agrees' if one.agrees else 'DIFFERS'}"
-        for one in compare(key, config)
+        for one in published_figures(key, config)
     ]
     return [*lines, *([f"  {PUBLISHED[key].note}"] if lines and PUBLISHED[key].note else [])]
 

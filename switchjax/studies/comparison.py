@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from switchjax.accounting.parameters import count_parameters
+from switchjax.accounting.accounting import account
 from switchjax.config import UserError, load_workdir_config
 from switchjax.training.metrics import read_metrics
 
@@ -36,10 +36,13 @@ def compare(workdir: Path, baseline: Path) -> str:
 
 
 def _read(workdir: Path) -> dict[str, Any]:
-    counts = count_parameters(load_workdir_config(workdir))
+    accounting = account(load_workdir_config(workdir))
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        return _facts(summary, read_metrics(workdir, "evaluate")) | counts._asdict()
+        return _facts(summary, read_metrics(workdir, "evaluate")) | {
+            "total": accounting.total,
+            "active": accounting.active,
+        }
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{workdir} holds no complete run: {error}") from None
 

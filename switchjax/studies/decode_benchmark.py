@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from switchjax.accounting.matmuls import products, products_alone
+from switchjax.accounting.matmuls import matmuls
 from switchjax.config import Config, DecodingConfig, MeshConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
@@ -21,6 +21,7 @@ from switchjax.models.families import TextModel, build
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.markdown import show_row
+from switchjax.studies.matmuls_alone import matmuls_alone
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 ROWS = (1, 8, 16)
@@ -30,7 +31,7 @@ PROMPT_TOKENS = 32
 
 
 def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of greedy decoding in each round: `cached`, `uncached`, and of a step's `products` alone, as often.
+    """Seconds of greedy decoding in each round: `cached`, `uncached`, and of a step's `matmuls` alone, as often.
 
     No row stops before it has all its tokens.
     """
@@ -40,7 +41,7 @@ def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) ->
     programs = {
         "cached": lambda: generate(model, batch, decoding, num_ids, eos=-1),
         "uncached": lambda: decode_uncached(model, batch, new_tokens, num_ids),
-        "products": products_alone(products(partial(_one_token, new_tokens=new_tokens), model, batch), new_tokens),
+        "matmuls": matmuls_alone(matmuls(partial(_one_token, new_tokens=new_tokens), model, batch), new_tokens),
     }
     return interleaved_seconds(programs, repeats)
 
@@ -113,7 +114,7 @@ def benchmark_decoding(
             seconds = time_decoding(model, rows, new_tokens, repeats)
             speeds = (f"{rows * new_tokens / statistics.median(seconds[way]):.0f}" for way in ("cached", "uncached"))
             faster = Ratio.of(seconds["uncached"], seconds["cached"])
-            lines.append(show_row([name, rows, *speeds, faster, Ratio.of(seconds["cached"], seconds["products"])]))
+            lines.append(show_row([name, rows, *speeds, faster, Ratio.of(seconds["cached"], seconds["matmuls"])]))
             report(lines[-1])
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from switchjax.accounting.parameters import count_parameters
+from switchjax.accounting.accounting import account
 from switchjax.config import Config
 from switchjax.inference.evaluation import evaluate_workdir
 from switchjax.parallel.mesh import make_mesh
@@ -46,7 +46,7 @@ def study_families(load: Callable[[str], Config], workdir: Path, report: Callabl
 
 
 def _row(name: str, sparse: Config, dense: Config, ours: Mapping[str, Any], twins: Mapping[str, Any]) -> str:
-    count, twin_count = count_parameters(sparse), count_parameters(dense)
+    count, twin_count = account(sparse), account(dense)
     here, there = ours["evaluation"], twins["evaluation"]
     loss, twin_loss = -here["neg_log_perplexity"], -there["neg_log_perplexity"]
     cells = [name, f"{count.total:,}", f"{count.active:,}", f"{twin_count.total:,}"]

@@ -34,6 +34,27 @@ def test_a_sparse_model_has_the_flops_of_its_dense_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "total", "active", "flops"),
+    [
+        ("base_layers:128", 5_610_690_560, 1_347_457_024, 2_856_492_990_464),
+        ("hash_layers:5x16", 782_813_184, 153_283_584, 328_734_867_456),
+        ("peer:1024x1024", 1_718_934_272, 108_518_144, 507_343_011_840),
+        ("mswitch:base", 7_774_715_136, 583_580_928, 338_404_509_696),
+        ("vmoe:l-32-last2", 845_784_947, 342_161_267, 32_347_428_864),
+        ("families:pr-moe", 350_880, 144_960, 42_467_328),
+        ("families:lstm-moe", 235_392, 124_800, 31_457_280),
+        ("quickstart:switch", 1_149_696, 461_568, 76_808_192),
+    ],
+)
+def test_models_without_a_printed_figure_cost_what_their_architecture_says(
+    key: str, total: int, active: int, flops: int
+) -> None:
+    """The numbers follow from a list of all weights that was written by hand, kind of layer by kind of layer."""
+    accounting = account(config_of(*key.split(":")))
+    assert (accounting.total, accounting.active, accounting.forward_flops) == (total, active, flops)
+
+
+@pytest.mark.parametrize(
     ("name", "size", "layers"),
     [
         ("t5", "xxl", 1),

@@ -3,7 +3,7 @@
 import pytest
 
 from switchjax.accounting.accounting import account
-from switchjax.accounting.published import PUBLISHED, agrees, compare
+from switchjax.accounting.published import PUBLISHED, agrees, published_figures
 from switchjax.config import Config, DataConfig, ModelConfig
 
 
@@ -47,7 +47,7 @@ def test_every_print_can_be_read_and_every_disagreement_is_explained() -> None:
 
 
 def test_a_config_of_no_published_model_is_compared_with_nothing() -> None:
-    assert compare("quickstart:switch", Config()) == ()
+    assert published_figures("quickstart:switch", Config()) == ()
 
 
 def test_parameters_are_counted_with_the_vocabulary_of_the_print(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,5 +57,5 @@ def test_parameters_are_counted_with_the_vocabulary_of_the_print(monkeypatch: py
     inner = accounting.total - 2 * model.vocab_size * model.d_model
     for vocabulary, expected in ((None, accounting.total), (0, inner), (1024, inner + 2 * 1024 * model.d_model)):
         monkeypatch.setitem(PUBLISHED, "some:model", type(PUBLISHED["t5:base"])("1B", vocabulary=vocabulary))
-        (total,) = compare("some:model", config)
+        (total,) = published_figures("some:model", config)
         assert (total.figure, total.ours) == ("total", expected)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from switchjax.accounting.training_cost import meta_training_flops, six_nd
+from switchjax.accounting.training_cost import meta_training_flops
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig
 
 
@@ -30,7 +30,3 @@ def test_the_moe_models_cost_what_is_printed(layers: int, width: int, zettaflops
 def test_a_second_expert_is_all_that_an_moe_model_costs_more() -> None:
     sparse, dense = (meta_training_flops(meta(12, 768, pattern)) for pattern in (("dense", "moe"), ("dense", "dense")))
     assert sparse - dense == pytest.approx(6 * 64 * 300e9 * 768**2)
-
-
-def test_six_flops_a_parameter_and_token() -> None:
-    assert six_nd(70_000_000_000, 1.4e12) == pytest.approx(5.88e23)  # Chinchilla's budget

@@ -29,7 +29,7 @@ def make_layer(experts: int = 4, slots: int = SLOTS, dropout: float = 0.0) -> So
     make_expert = partial(TinyExpert, dropout)
     config = MoEConfig(num_experts=experts, expert_dropout=dropout, options={"slots_per_expert": slots})
     layer = random_parameters(lambda: SoftMoELayer(make_expert, D, config, jax.random.key(0)))
-    layer.scale[...] += 3
+    layer.phi_scale[...] += 3
     return layer
 
 
@@ -87,7 +87,7 @@ def test_the_layer_and_its_gradients_are_those_of_the_loop() -> None:
 def test_dispatch_sums_to_one_over_tokens_and_combine_over_slots() -> None:
     layer, (x, mask) = make_layer(), make_inputs()
     mask[3] = False
-    dispatch, combine = jax.jit(soft_weights)(x, mask, layer.phi[...], layer.scale[...])
+    dispatch, combine = jax.jit(soft_weights)(x, mask, layer.phi[...], layer.phi_scale[...])
     # Sums of about 10 float32 numbers.
     any_token = np.broadcast_to(mask.any(axis=1)[:, None, None], (len(x), 4, SLOTS))
     np.testing.assert_allclose(np.sum(dispatch, axis=1), any_token, rtol=1e-6)
@@ -95,7 +95,7 @@ def test_dispatch_sums_to_one_over_tokens_and_combine_over_slots() -> None:
     for weights in (np.asarray(dispatch), np.asarray(combine)):
         np.testing.assert_array_equal(weights[~mask], 0)
     # Only the directions of tokens and slots count (section 2.3).
-    other = jax.jit(soft_weights)(100 * x, mask, 0.01 * layer.phi[...], layer.scale[...])
+    other = jax.jit(soft_weights)(100 * x, mask, 0.01 * layer.phi[...], layer.phi_scale[...])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other, (dispatch, combine))
 
 
@@ -134,7 +134,7 @@ def test_the_order_of_tokens_does_not_matter() -> None:
 
 def test_identical_experts_are_one_expert_with_all_the_slots() -> None:
     many, one, (x, mask) = make_layer(), make_layer(experts=1, slots=4 * SLOTS), make_inputs()
-    one.scale[...] = many.scale[...]
+    one.phi_scale[...] = many.phi_scale[...]
     one.phi[...] = many.phi[...].reshape(D, 1, 4 * SLOTS)
     for name in ("w_in", "w_out"):
         weight = getattr(many.experts, name)
@@ -150,10 +150,10 @@ def test_one_slot_gives_every_token_the_expert_of_the_mixture() -> None:
 
 def test_a_bfloat16_model_is_finite_and_has_float32_softmaxes() -> None:
     layer, (x, mask) = make_layer(), make_inputs()
-    layer.scale[...] *= 20  # close to one-hot
+    layer.phi_scale[...] *= 20  # close to one-hot
     low = jnp.asarray(x).astype(jnp.bfloat16)
     weights, exact = (
-        jax.jit(soft_weights)(tokens, mask, layer.phi[...], layer.scale[...])
+        jax.jit(soft_weights)(tokens, mask, layer.phi[...], layer.phi_scale[...])
         for tokens in (low, low.astype(jnp.float32))
     )
     jax.tree.map(np.testing.assert_array_equal, weights, exact)
