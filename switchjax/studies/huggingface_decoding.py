@@ -1,9 +1,11 @@
-"""How many tokens a second a model of Hugging Face's writes here, and how many by transformers' own `generate`."""
+"""Times decoding of Hugging Face models here, beside transformers' own `generate`."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -19,41 +21,48 @@ from switchjax.models.families import TextModel
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.decode_benchmark import ROWS, make_prompts
-from switchjax.studies.markdown import show_row
+from switchjax.studies.report import number, percent, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 
-def benchmark_beside_transformers(
-    folders: Sequence[Path], new_tokens: int, repeats: int, report: Callable[[str], None]
-) -> str:
-    """Times greedy decoding of each model both ways, in turn, and returns the table. No token ends a text.
+@dataclass(frozen=True)
+class TransformersDecodeRow:
+    """Median speeds of greedy decoding of one model, here and by transformers."""
+
+    model: Annotated[str, text("model")]
+    rows: Annotated[int, number("rows")]
+    tokens_per_second: Annotated[float, number("{new_tokens} tokens here, tokens/s", "{:.0f}".format)]
+    transformers_tokens_per_second: Annotated[float, number("by transformers, tokens/s", "{:.0f}".format)]
+    speedup: Annotated[Ratio, number("ratio")]
+    fraction_alike: Annotated[float, number("tokens alike", partial(percent, digits=0))]
+    new_tokens: int
+
+
+def measure_beside_transformers(
+    folders: Sequence[Path], new_tokens: int, repeats: int
+) -> Iterator[TransformersDecodeRow]:
+    """Times greedy decoding of each model both ways, in turn. No token ends a text.
 
     Args:
         folders: with config.json and safetensors.
         new_tokens: of each row.
         repeats: rounds, whose medians count.
-        report: is told of each row of the table as it is finished.
 
     Raises:
-        UserError: if torch or transformers is not installed, or a folder holds no model of text that can be read.
+        UserError: if torch or transformers is not installed, or a folder holds no text model that can be read.
     """
-    lines = [
-        f"| model | rows | {new_tokens} tokens here, tokens/s | by transformers, tokens/s | ratio | tokens alike |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
     module, mesh = import_transformers(), make_mesh(MeshConfig(), jax.devices()[:1])
     for folder in folders:
         model = load_huggingface(folder, dropless(config_of(folder)), mesh)
         assert isinstance(model, TextModel), "dropless refuses the others"
         theirs = load_transformers(folder, module, {})
         for rows in ROWS:
-            lines.append(show_row([folder, rows, *_measure(model, theirs, rows, new_tokens, repeats)]))
-            report(lines[-1])
-    return "\n".join(lines)
+            yield _measure(str(folder), model, theirs, rows, new_tokens, repeats)
 
 
-def _measure(model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: int) -> list[object]:
-    """Tokens a second here and there, their ratio, and how many tokens are alike."""
+def _measure(
+    name: str, model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: int
+) -> TransformersDecodeRow:
     num_ids = model.config.vocab_size
     batch = make_prompts(model.config.family == "encoder_decoder", rows, num_ids)
     decoding = DecodingConfig(max_new_tokens=new_tokens)
@@ -62,13 +71,19 @@ def _measure(model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats:
         "there": lambda: generate_by_transformers(theirs, batch, new_tokens),
     }
     seconds = interleaved_seconds(programs, repeats)
-    alike = float(np.mean(np.asarray(programs["here"]()) == programs["there"]()))
-    speeds = (f"{rows * new_tokens / statistics.median(times):.0f}" for times in seconds.values())
-    return [*speeds, Ratio.of(seconds["there"], seconds["here"]), f"{100 * alike:.0f} %"]
+    return TransformersDecodeRow(
+        model=name,
+        rows=rows,
+        tokens_per_second=rows * new_tokens / statistics.median(seconds["here"]),
+        transformers_tokens_per_second=rows * new_tokens / statistics.median(seconds["there"]),
+        speedup=Ratio.of(seconds["there"], seconds["here"]),
+        fraction_alike=float(np.mean(np.asarray(programs["here"]()) == programs["there"]())),
+        new_tokens=new_tokens,
+    )
 
 
 def generate_by_transformers(model: Any, batch: Batch, new_tokens: int) -> Int[np.ndarray, "B T"]:
-    """What transformers' model writes after the same prompts, its cache in use.
+    """Returns what transformers' model writes after the same prompts, with its cache.
 
     Args:
         model: transformers'.

@@ -1,8 +1,10 @@
-"""How many tokens a second a train step takes here, and how many transformers' own model in PyTorch."""
+"""Times train steps here, beside those of transformers' own model in PyTorch."""
 
+import itertools
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 
@@ -10,18 +12,30 @@ from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, Optimiz
 from switchjax.interop.check import import_transformers
 from switchjax.interop.config import write_config
 from switchjax.interop.families import family_of
-from switchjax.studies.markdown import show_row
+from switchjax.studies.report import number
 from switchjax.studies.step_benchmark import random_rows, train_program
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
 
 EXPERTS = (0, 8, 32)
-"""Of every other layer; 0: a dense T5."""
+"""Experts of every other layer; 0 makes a dense T5."""
 THREADS = 2
-"""That PyTorch computes with; XLA takes the cores that there are."""
+"""Threads of PyTorch; XLA takes all cores."""
+
+
+@dataclass(frozen=True)
+class TransformersStepRow:
+    """Median speeds of a float32 train step (forward, backward, AdamW), here and by transformers."""
+
+    experts: Annotated[int, number("experts", lambda experts: str(experts or "dense"))]
+    dropout: Annotated[float, number("dropout")]
+    tokens: Annotated[int, number("tokens of a step", "{:,}".format)]
+    tokens_per_second: Annotated[float, number("here, tokens/s", "{:,.0f}".format)]
+    transformers_tokens_per_second: Annotated[float, number("by transformers, tokens/s", "{:,.0f}".format)]
+    speedup: Annotated[Ratio, number("ratio")]
 
 
 def make_config(num_experts: int, dropout: float) -> Config:
-    """A small Switch Transformer, or the T5 that a token costs as many multiplications in."""
+    """A small Switch Transformer, or a T5 of the same FLOPs a token."""
     moe = MoEConfig(num_experts=num_experts, group_size=512, expert_dropout=dropout) if num_experts else MoEConfig()
     return Config(
         model=ModelConfig(
@@ -42,39 +56,35 @@ def make_config(num_experts: int, dropout: float) -> Config:
     )
 
 
-def benchmark_beside_transformers(repeats: int, report: Callable[[str], None]) -> str:
-    """Times train steps (forward, backward, AdamW) on the same random batch both ways, in turn; returns the table.
+def measure_beside_transformers(repeats: int) -> Iterator[TransformersStepRow]:
+    """Times train steps on the same random batch both ways, in turn.
 
-    Both are float32. The slots of an expert are counted in each as there is usual: here by a capacity factor, by
-    transformers a number for each row.
+    An expert's slots are counted as is usual on each side: here by a capacity factor, there as a number for each row.
 
     Args:
-        repeats: steps of each, whose median counts.
-        report: is told of each row of the table as it is finished.
+        repeats: steps of each, whose medians count.
 
     Raises:
         UserError: if torch or transformers is not installed.
     """
-    lines = [
-        "| experts | dropout | tokens of a step | here, tokens/s | by transformers, tokens/s | ratio |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
     module = import_transformers()
-    for dropout in (0.0, 0.1):
-        for experts in EXPERTS:
-            config = make_config(experts, dropout)
-            programs = {"here": train_program(config, jax.devices()[:1]), "there": their_program(config, module)}
-            tokens = config.data.batch_size * sum(config.stack_lengths.values())
-            seconds = interleaved_seconds(programs, repeats)
-            speeds = [f"{tokens / statistics.median(seconds[name]):,.0f}" for name in programs]
-            ratio = Ratio.of(seconds["there"], seconds["here"])
-            lines.append(show_row([experts or "dense", dropout, f"{tokens:,}", *speeds, ratio]))
-            report(lines[-1])
-    return "\n".join(lines)
+    for dropout, experts in itertools.product((0.0, 0.1), EXPERTS):
+        config = make_config(experts, dropout)
+        programs = {"here": train_program(config, jax.devices()[:1]), "there": their_program(config, module)}
+        tokens = config.data.batch_size * sum(config.stack_lengths.values())
+        seconds = interleaved_seconds(programs, repeats)
+        yield TransformersStepRow(
+            experts=experts,
+            dropout=dropout,
+            tokens=tokens,
+            tokens_per_second=tokens / statistics.median(seconds["here"]),
+            transformers_tokens_per_second=tokens / statistics.median(seconds["there"]),
+            speedup=Ratio.of(seconds["there"], seconds["here"]),
+        )
 
 
 def their_program(config: Config, module: Any) -> Program:
-    """As `train_program`, of transformers' model of the same config."""
+    """Does what `train_program` does with transformers' model of the same config."""
     import torch
 
     torch.set_num_threads(THREADS)

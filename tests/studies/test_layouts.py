@@ -3,12 +3,12 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from switchjax.studies.layouts import LAYOUTS, Counted, Route, communication, tabulate_layouts
 
 from switchjax.config import Config
 from switchjax.planning import hlo
 from switchjax.planning.hlo_collectives import Traffic
 from switchjax.planning.layout_picture import draw_layouts, layout_arrays
-from switchjax.studies.layouts import LAYOUTS, Counted, Route, communication, tabulate_layouts
 from tests.test_configs import MODULES, config_of
 
 STEP = """

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from switchjax.studies.comparison import compare
 
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, UserError
-from switchjax.studies.comparison import compare
 
 MODEL = {"vocab_size": 32, "d_model": 8, "d_ff": 16, "num_heads": 2, "d_head": 4}
 LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 2}
