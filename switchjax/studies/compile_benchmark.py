@@ -53,21 +53,15 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[CompileFigures]:
     """Starts the quickstart's run, then compiles small Switch Transformers of `SHALLOW` and `DEEP` stacks in turn."""
     config, first = load("configs/switch.py:runlocal"), load("configs/quickstart.py:switch")
     emulate_devices(config.mesh)
-    uncached, empty, full = _time_starts(first)  # first of all, as a user's process has compiled nothing yet
+    starts = _time_starts(first)  # before all else, as a user's process has compiled nothing yet
     programs = {
         "shallow": lambda: compile_step(with_layers(config, SHALLOW)),
         "deep": lambda: compile_step(with_layers(config, DEEP)),
     }
     with compiled_programs_in(None):
         seconds = interleaved_seconds(programs, flags.repeats, warm_up=False)
-    yield CompileFigures(
-        shallow_seconds=statistics.median(seconds["shallow"]),
-        deep_seconds=statistics.median(seconds["deep"]),
-        deep_over_shallow=Ratio.of(seconds["deep"], seconds["shallow"]),
-        uncached_start_seconds=uncached,
-        empty_cache_start_seconds=empty,
-        full_cache_start_seconds=full,
-    )
+    shallow, deep = seconds["shallow"], seconds["deep"]
+    yield CompileFigures(statistics.median(shallow), statistics.median(deep), Ratio.of(deep, shallow), *starts)
 
 
 @contextmanager

@@ -59,9 +59,9 @@ def add_flags(parser: ArgumentParser) -> None:
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     """Times each model that the flags name, with each of `ROWS`."""
     if flags.huggingface:
-        from switchjax.studies.huggingface_decoding import measure_beside_transformers
+        from switchjax.studies.beside_transformers import measure_decoding
 
-        yield from measure_beside_transformers(flags.huggingface, flags.new_tokens, flags.repeats)
+        yield from measure_decoding(flags.huggingface, flags.new_tokens, flags.repeats)
         return
     models: dict[str, Callable[[], TextModel]]
     if flags.workdir:

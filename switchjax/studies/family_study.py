@@ -65,8 +65,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
         UserError: as `train`.
     """
     for name in PAIRS:
-        sparse, dense = (load(f"{flags.config}:{run}") for run in (name, f"{name}-dense"))
-        yield _train_pair(name, sparse, dense, flags.workdir)
+        yield _train_pair(name, flags, load)
     config = load(f"{flags.config}:v-moe")
     for capacity in CAPACITIES:
         prioritized, first_come = (
@@ -77,9 +76,10 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
         )
 
 
-def _train_pair(name: str, sparse: Config, dense: Config, workdir: Path) -> FamilyRow:
-    ours = train_to_end(sparse, workdir / name)["evaluation"]
-    twins = train_to_end(dense, workdir / f"{name}-dense")["evaluation"]
+def _train_pair(name: str, flags: Namespace, load: LoadConfig) -> FamilyRow:
+    sparse, dense = (load(f"{flags.config}:{run}") for run in (name, f"{name}-dense"))
+    ours = train_to_end(sparse, flags.workdir / name)["evaluation"]
+    twins = train_to_end(dense, flags.workdir / f"{name}-dense")["evaluation"]
     count = count_parameters(sparse)
     return FamilyRow(
         family=name,

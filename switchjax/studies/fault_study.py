@@ -199,7 +199,7 @@ class FaultStudy:
         return read_metrics(folder / "undisturbed", "train")[-1]["skipped_steps"], tries
 
 
-def make_row(name: str, tries: "Sequence[Try]") -> FaultRow:
+def make_row(name: str, tries: Sequence[Try]) -> FaultRow:
     """Counts the tries of a fault."""
     lost = [entry.lost for entry in tries]
     return FaultRow(

@@ -8,21 +8,22 @@ import json
 import logging
 import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from switchjax.accounting.accounting import account
-from switchjax.accounting.hardware import GIB, Slice, find_chip, parse_slice
+from switchjax.accounting.hardware import GIB, find_chip, parse_slice
 from switchjax.accounting.utilization import model_flops
 from switchjax.config import Config, UserError
+from switchjax.planning.hlo_collectives import Traffic
 from switchjax.planning.plan import StepPlan, plan_step, smallest_fit
 from switchjax.planning.report import show_count, show_seconds
 from switchjax.planning.topology import describe_devices
@@ -78,26 +79,22 @@ TOKENS = 16384
 """Tokens of the layers that are compiled alone."""
 
 
-def _show_config(words: Sequence[str]) -> str:
-    return " ".join(f"`{word}`" for word in words)
-
-
-def _show_memory(used: tuple[int, int]) -> str:
-    return f"{used[0] / GIB:.1f} of {used[1] / GIB:.1f}"
+def _show_memory(memory: dict[str, int]) -> str:
+    return f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f}"
 
 
 @dataclass(frozen=True)
 class PlanRow:
     """What the TPU compiler makes of a train step."""
 
-    config: Annotated[tuple[str, ...], text("config", _show_config)]
+    config: Annotated[str, text("config", lambda words: " ".join(f"`{word}`" for word in words.split()))]
     """Its name and overrides."""
     parameters: Annotated[int, number("parameters", show_count)]
     topology: Annotated[str, text("slice")]
     chips: Annotated[int, number("chips", "{:,}".format)]
     mesh: Annotated[dict[str, int], text("mesh d/e/m", lambda mesh: "/".join(map(str, mesh.values())))]
-    memory_bytes: Annotated[tuple[int, int], number("a chip's memory, GiB", _show_memory)]
-    """Bytes that the step takes, and those of a chip."""
+    memory_bytes: Annotated[dict[str, int], number("a chip's memory, GiB", _show_memory)]
+    """What the step takes (`total`) of a chip's `capacity`."""
     all_to_alls: Annotated[int, number("all-to-alls", "{:,}".format)]
     all_to_alls_per_layer: Annotated[float, number("a MoE layer", "{:.3g}".format)]
     """In a micro-batch."""
@@ -107,6 +104,7 @@ class PlanRow:
     hbm_seconds: Annotated[float, number("HBM", show_seconds)]
     network_seconds: Annotated[float, number("network", show_seconds)]
     mfu: Annotated[float, number("MFU at most", partial(percent, digits=0))]
+    """The model FLOPs utilisation of a step that takes as long as the largest bound of its roofline."""
     compile_seconds: Annotated[float, number("compiled in", "{:.0f} s".format)]
 
 
@@ -141,7 +139,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone.
 
-    Each plan is saved in the workdir, and made again only if its case or the version of the compiler has changed.
+    Each row is saved in the workdir, and made again only if its case or the version of the compiler has changed.
 
     Raises:
         UserError: if no slice holds a step, the compiler is missing, or the workdir cannot be written.
@@ -153,75 +151,68 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     except OSError as error:
         raise UserError(f"--workdir: cannot make {flags.workdir} ({error.strerror})") from None
     for case in FITS:
-        config = load(str(flags.configs / case.config), case.arguments)
-        yield make_row(case, config, _planned(case, flags, load))
+        yield planned(case, flags, load)
     compared = dict.fromkeys(case for _, _, *cases in RATIOS for case in cases)
-    rounds = [{case: _planned(case, flags, load, number) for case in compared} for number in range(_ROUNDS)]
-    for name, aim, small, large in RATIOS:
-        seconds = [statistics.median(found[case]["compile_seconds"] for found in rounds) for case in (small, large)]
-        topologies = [rounds[0][case]["topology"] for case in (small, large)]
+    rounds = [{case: planned(case, flags, load, number) for case in compared} for number in range(_ROUNDS)]
+    for name, aim, *cases in RATIOS:
+        topologies = [rounds[0][case].topology for case in cases]
+        seconds = [statistics.median(rows[case].compile_seconds for rows in rounds) for case in cases]
         yield CompileRatioRow(name, topologies[0], seconds[0], topologies[1], seconds[1], seconds[1] / seconds[0], aim)
     device = describe_devices(parse_slice(_CHIP))[0]
     for sizes, dispatch in itertools.product(_LAYERS, FORMS):
         yield PlannedLayerRow(sizes, dispatch, *plan_layer(sizes, TOKENS, _LAYER_SIZES, dispatch, device))
 
 
-def _planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> dict[str, Any]:
-    """Returns `StepPlan.to_dict` of a case, from its file if it has one; each `number` is compiled for itself."""
-    path = flags.workdir / f"{_file_name(case)}{f'-{number}' if number else ''}.json"
-    described = json.loads(json.dumps({**asdict(case), "versions": _versions()}))
-    if path.exists():
-        saved = json.loads(path.read_text())
-        if saved["case"] == described:
-            return saved["plan"]
-    _log.info("compiling %s for %s", " ".join([case.config, *case.overrides]), case.topology)
-    found = _plan(load(str(flags.configs / case.config), case.arguments), case.topology).to_dict()
-    # In one move: the next run would read a plan whose writing was interrupted.
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")
-    unfinished.replace(path)
-    return found
-
-
-def _versions() -> list[str]:
+def compiler_versions() -> list[str]:
     """The versions that decide what is compiled."""
     return [f"{name} {version(name)}" for name in ("jax", "libtpu") if find_spec(name)]
 
 
-def _file_name(case: Case) -> str:
-    parts = (case.config.replace(".py", ""), case.topology, *case.overrides)
-    return "-".join(parts).replace(":", "_").replace("=", "_")
+def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> PlanRow:
+    """Compiles a case, or reads the row that it has been given before; each `number` is compiled for itself."""
+    name = "-".join((case.config.replace(".py", ""), case.topology, *case.overrides))
+    path = flags.workdir / f"{name.replace(':', '_').replace('=', '_')}{f'-{number}' if number else ''}.json"
+    described = json.loads(json.dumps({**asdict(case), "versions": compiler_versions()}))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if saved["case"] == described and "row" in saved:
+            return PlanRow(**saved["row"])
+    _log.info("compiling %s for %s", " ".join([case.config, *case.overrides]), case.topology)
+    config = load(str(flags.configs / case.config), case.arguments)
+    if ":" in case.topology:
+        plan = plan_step(config, parse_slice(case.topology))
+    else:
+        plan = smallest_fit(config, find_chip(case.topology), _log.info)
+    row = make_row(case, config, plan)
+    # In one move: the next run would read a file whose writing was interrupted.
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"case": described, "row": asdict(row)}, indent=2) + "\n")
+    unfinished.replace(path)
+    return row
 
 
-def _plan(config: Config, topology: str) -> StepPlan:
-    if ":" in topology:
-        return plan_step(config, parse_slice(topology))
-    return smallest_fit(config, find_chip(topology), _log.info)
-
-
-def make_row(case: Case, config: Config, plan: dict[str, Any]) -> PlanRow:
-    """Makes the row of a case from `StepPlan.to_dict`."""
-    slice_ = parse_slice(plan["topology"])
-    memory, bounds = plan["memory_per_device"], plan["roofline"]
-    counts = {kind: found["count"] for kind, found in plan["collectives"].items()}
-    exchanges = counts.get("all-to-all", 0)
-    per_layer = exchanges / (config.train.accumulation_steps * sum(_routed_layers(config).values()))
+def make_row(case: Case, config: Config, plan: StepPlan) -> PlanRow:
+    """Makes the row of a compiled case."""
+    slice_, memory, bounds = parse_slice(plan.topology), plan.memory_per_device, plan.roofline
+    exchanges = plan.collectives.get("all-to-all", Traffic(0, 0))
+    per_layer = exchanges.count / (config.train.accumulation_steps * sum(_routed_layers(config).values()))
+    seconds = max(bounds.compute_seconds, bounds.hbm_seconds, bounds.network_seconds)
     return PlanRow(
-        config=(case.config, *case.overrides),
+        config=" ".join([case.config, *case.overrides]),
         parameters=account(config).total,
-        topology=plan["topology"],
+        topology=plan.topology,
         chips=slice_.chips,
-        mesh=plan["mesh"],
-        memory_bytes=(memory["total"], memory["capacity"]),
-        all_to_alls=exchanges,
+        mesh=plan.mesh,
+        memory_bytes={"total": memory.total, "capacity": memory.capacity},
+        all_to_alls=exchanges.count,
         all_to_alls_per_layer=per_layer,
-        bytes_over_slots=exchanged_bytes(plan) / (per_layer * slot_bytes(config, plan)),
-        all_gathers=counts.get("all-gather", 0),
-        compute_seconds=bounds["compute_seconds"],
-        hbm_seconds=bounds["hbm_seconds"],
-        network_seconds=bounds["network_seconds"],
-        mfu=utilization(config, slice_, plan),
-        compile_seconds=plan["compile_seconds"],
+        bytes_over_slots=exchanges.bytes / (per_layer * slot_bytes(config, plan.mesh)),
+        all_gathers=plan.collectives.get("all-gather", Traffic(0, 0)).count,
+        compute_seconds=bounds.compute_seconds,
+        hbm_seconds=bounds.hbm_seconds,
+        network_seconds=bounds.network_seconds,
+        mfu=model_flops(config) / (slice_.chips * slice_.chip.flops * seconds),
+        compile_seconds=plan.compile_seconds,
     )
 
 
@@ -230,12 +221,7 @@ def _routed_layers(config: Config) -> dict[str, int]:
     return {stack: sum(layer.num_experts > 0 for layer in config.layers(stack)) for stack in config.model.stacks}
 
 
-def exchanged_bytes(plan: dict[str, Any]) -> int:
-    """Bytes of a step's all-to-alls on one device."""
-    return plan["collectives"].get("all-to-all", {"bytes": 0})["bytes"]
-
-
-def slot_bytes(config: Config, plan: dict[str, Any]) -> float:
+def slot_bytes(config: Config, mesh: Mapping[str, int]) -> float:
     """Bytes that have to cross once for all MoE layers of a step, from or to one device.
 
     Each of its tokens has `K * capacity_factor` slots of d_model numbers; in dropless layers, one for every expert.
@@ -243,12 +229,6 @@ def slot_bytes(config: Config, plan: dict[str, Any]) -> float:
     moe = config.moe
     slots = moe.num_experts if moe.dropless else moe.num_selected_experts * moe.train_capacity_factor
     tokens = sum(count * config.stack_lengths[stack] for stack, count in _routed_layers(config).items())
-    shards = plan["mesh"]["data"] * plan["mesh"]["expert"]
+    shards = mesh["data"] * mesh["expert"]
     width = jnp.dtype(config.model.dtype).itemsize
     return slots * tokens * config.data.batch_size / shards * config.model.d_model * width
-
-
-def utilization(config: Config, slice_: Slice, plan: dict[str, Any]) -> float:
-    """The model FLOPs utilisation of a step that takes as long as the largest bound of its roofline."""
-    seconds = max(plan["roofline"][f"{bound}_seconds"] for bound in ("compute", "hbm", "network"))
-    return model_flops(config) / (slice_.chips * slice_.chip.flops * seconds)

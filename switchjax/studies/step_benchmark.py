@@ -86,9 +86,9 @@ def add_flags(parser: ArgumentParser) -> None:
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     """Times the cases of the config that the flags name, or small models beside transformers' own."""
     if flags.huggingface:
-        from switchjax.studies.huggingface_training import measure_beside_transformers
+        from switchjax.studies.beside_transformers import measure_training
 
-        yield from measure_beside_transformers(flags.repeats)
+        yield from measure_training(flags.repeats)
         return
     dense = load(flags.config, flags.overrides) if flags.config else DENSE
     emulate_devices(MeshConfig(emulated_devices=DEVICES))
