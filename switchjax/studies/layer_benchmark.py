@@ -38,15 +38,8 @@ class LayerCase:
         return f"{self.num_experts}, {self.num_tokens}, {self.num_selected}"
 
 
-CASES = (
-    LayerCase(8, 2048, 1),
-    LayerCase(8, 2048, 2),
-    LayerCase(16, 2048, 2),
-    LayerCase(64, 4096, 1),
-    LayerCase(64, 4096, 2),
-    LayerCase(128, 4096, 1),
-    LayerCase(512, 4096, 1),
-)
+_SIZES = ((8, 2048, 1), (8, 2048, 2), (16, 2048, 2), (64, 4096, 1), (64, 4096, 2), (128, 4096, 1), (512, 4096, 1))
+CASES = tuple(LayerCase(*sizes) for sizes in _SIZES)
 """From few to many experts."""
 ASSIGNED = LayerCase(64, 4096, 1)
 """The case of the balanced assignment."""

@@ -97,33 +97,23 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
         _log.info("compiling %s", case.name)
         programs[case.name] = train_program(case.config, jax.devices()[: case.devices])
     seconds = interleaved_seconds(programs, flags.repeats)
-    yield from make_rows(compared, seconds, peak_flops(jax.devices()[0].device_kind))
+    peak = peak_flops(jax.devices()[0].device_kind)
+    yield from (make_row(case, seconds, peak) for case in compared)
 
 
-def make_rows(compared: Sequence[StepCase], seconds: Mapping[str, list[float]], peak: float | None) -> list[StepRow]:
-    """Makes the rows of cases from the seconds of their steps, by name.
-
-    Args:
-        compared: the cases.
-        seconds: of each round.
-        peak: FLOP/s of one device, if known.
-    """
-    rows = []
-    for case in compared:
-        config, median = case.config, statistics.median(seconds[case.name])
-        rows.append(
-            StepRow(
-                name=case.name,
-                parameters=account(config).total,
-                milliseconds=1000 * median,
-                tokens_per_second=config.data.batch_size * sum(config.stack_lengths.values()) / median,
-                mfu=model_flops(config) / median / (peak * case.devices) if peak else None,
-                beside=case.beside,
-                ratio=Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else None,
-                aim=case.aim,
-            )
-        )
-    return rows
+def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | None) -> StepRow:
+    """Makes the row of a case from the seconds of every case's steps, by name, and the FLOP/s of a device if known."""
+    config, median = case.config, statistics.median(seconds[case.name])
+    return StepRow(
+        name=case.name,
+        parameters=account(config).total,
+        milliseconds=1000 * median,
+        tokens_per_second=config.data.batch_size * sum(config.stack_lengths.values()) / median,
+        mfu=model_flops(config) / median / (peak * case.devices) if peak else None,
+        beside=case.beside,
+        ratio=Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else None,
+        aim=case.aim,
+    )
 
 
 def cases(dense: Config) -> tuple[StepCase, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from switchjax.accounting.accounting import account
 from switchjax.config import MeshConfig
-from switchjax.studies.step_benchmark import DENSE, DEVICES, cases, make_rows, random_rows, train_program
+from switchjax.studies.step_benchmark import DENSE, DEVICES, cases, make_row, random_rows, train_program
 from tests.studies.written import check_written
 from tests.tiny import changed
 
@@ -57,7 +57,7 @@ def test_one_device_and_8_take_the_same_steps() -> None:
 def test_rows_compare_what_they_say() -> None:
     compared = cases(SMALL)
     seconds = {case.name: [float(2**i)] * 3 for i, case in enumerate(compared)}
-    rows = make_rows(compared, seconds, None)
+    rows = [make_row(case, seconds, None) for case in compared]
     assert [row.name for row in rows] == [case.name for case in compared]
     assert [(row.milliseconds, row.tokens_per_second) for row in rows[:2]] == [(1000, 384), (2000, 192)]
     assert [row.ratio and row.ratio.median for row in rows] == [None, 0.5, 0.25, None, 0.5]
@@ -68,7 +68,8 @@ def test_rows_compare_what_they_say() -> None:
 
 def test_utilization_is_of_all_devices() -> None:
     compared = cases(SMALL)
-    rows = make_rows(compared, {case.name: [2.0] for case in compared}, peak=1e9)
+    seconds = {case.name: [2.0] for case in compared}
+    rows = [make_row(case, seconds, peak=1e9) for case in compared]
     flops = 3 * account(compared[-1].config).forward_flops * 16
     assert rows[-1].mfu == pytest.approx(flops / 2 / (8 * 1e9))
     assert rows[-2].mfu == pytest.approx(8 * rows[-1].mfu)
