@@ -15,9 +15,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--baseline", type=Path, required=True, help="the complete run that it is measured against")
     flags = parser.parse_args(arguments)
 
-    from switchjax.studies.comparison import compare
+    from switchjax.studies.run_comparison import compare_runs
 
-    print(compare(flags.workdir, flags.baseline))
+    print(compare_runs(flags.workdir, flags.baseline))
 
 
 if __name__ == "__main__":

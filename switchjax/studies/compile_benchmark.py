@@ -1,25 +1,29 @@
-"""How long it takes until a run takes its first step: compiling deep models, and starting with and without a cache."""
+"""Times what comes before a run's first step: compiling few layers and many, and starting with and without a cache."""
 
 import dataclasses
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
-from switchjax.config import Config
-from switchjax.data.data import Data
+from switchjax.config import Config, EvaluateConfig
 from switchjax.data.prepare import prepare_data
-from switchjax.models.model import Model
-from switchjax.parallel.mesh import make_mesh
-from switchjax.studies.markdown import AIM_HEAD, show_row
+from switchjax.parallel.mesh import emulate_devices, make_mesh
+from switchjax.studies.disturbed_run import last_step
+from switchjax.studies.flags import LoadConfig, add_repeats
+from switchjax.studies.report import Figure
 from switchjax.studies.timing import Ratio, interleaved_seconds
-from switchjax.training.loop import Evaluator, train
+from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 
@@ -27,9 +31,42 @@ SHALLOW, DEEP = 2, 12
 """Layers of each stack."""
 
 
+@dataclass(frozen=True)
+class CompileFigures:
+    """Medians of compiling a train step; a first step is timed once."""
+
+    shallow_seconds: Annotated[float, Figure(f"train step of {SHALLOW} + {SHALLOW} layers", "{:.1f} s".format)]
+    deep_seconds: Annotated[float, Figure(f"train step of {DEEP} + {DEEP} layers", "{:.1f} s".format)]
+    deep_over_shallow: Annotated[
+        Ratio, Figure(f"{DEEP} + {DEEP} layers over {SHALLOW} + {SHALLOW} layers", aim="at most 1.3")
+    ]
+    uncached_start_seconds: Annotated[float, Figure("first step, no cache", "{:.1f} s".format, aim="30 s")]
+    empty_cache_start_seconds: Annotated[float, Figure("first step, an empty cache", "{:.1f} s".format)]
+    full_cache_start_seconds: Annotated[float, Figure("first step, a full cache", "{:.1f} s".format)]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_repeats(parser, 7)
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[CompileFigures]:
+    """Starts the quickstart's run, then compiles small Switch Transformers of `SHALLOW` and `DEEP` stacks in turn."""
+    config, first = load("configs/switch.py:runlocal"), load("configs/quickstart.py:switch")
+    emulate_devices(config.mesh)
+    starts = _time_starts(first)  # before all else, as a user's process has compiled nothing yet
+    programs = {
+        "shallow": lambda: compile_step(with_layers(config, SHALLOW)),
+        "deep": lambda: compile_step(with_layers(config, DEEP)),
+    }
+    with compiled_programs_in(None):
+        seconds = interleaved_seconds(programs, flags.repeats, warm_up=False)
+    shallow, deep = seconds["shallow"], seconds["deep"]
+    yield CompileFigures(statistics.median(shallow), statistics.median(deep), Ratio.of(deep, shallow), *starts)
+
+
 @contextmanager
 def compiled_programs_in(folder: Path | None) -> Iterator[None]:
-    """JAX has forgotten what it compiled so far, and keeps what it compiles in `folder`, or for None nowhere."""
+    """Within, JAX forgets what it compiled before, and keeps what it compiles in `folder`; for None, nowhere."""
     before = jax.config.values["jax_compilation_cache_dir"]
 
     def keep_in(directory: str | None) -> None:
@@ -45,7 +82,7 @@ def compiled_programs_in(folder: Path | None) -> Iterator[None]:
 
 
 def with_layers(config: Config, layers: int) -> Config:
-    """`config` with as many layers in the encoder, and as many in the decoder."""
+    """`config` with `layers` layers in the encoder and as many in the decoder."""
     model = dataclasses.replace(config.model, num_encoder_layers=layers, num_decoder_layers=layers)
     return dataclasses.replace(config, model=model)
 
@@ -58,56 +95,32 @@ def compile_step(config: Config) -> None:
 
 
 def seconds_to_first_step(config: Config) -> float:
-    """From prepared data to the end of the first step of a new run."""
-    ended: list[float] = []
-
-    def note_the_time(config: Config, data: Data, mesh: Mesh) -> Evaluator:
-        def evaluator(model: Model, check: Callable[[], None]) -> dict[str, float]:
-            ended.append(time.perf_counter())
-            return {"neg_log_perplexity": 0.0}
-
-        return evaluator
-
-    first = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        train(first, Path(folder), note_the_time)
-    return ended[0] - started
+    """Seconds from prepared data until a new run records its first step."""
+    train = dataclasses.replace(config.train, steps=1, log_every=1)
+    first = dataclasses.replace(config, train=train, evaluate=EvaluateConfig(batches=1))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as watching:
+        workdir, over, started = Path(name), threading.Event(), time.perf_counter()
+        recorded = watching.submit(_wait_for_record, workdir, over)
+        try:
+            train_to_end(first, workdir)
+        finally:
+            over.set()
+        return recorded.result() - started
 
 
-def benchmark_compile(config: Config, first: Config, repeats: int, report: Callable[[str], None]) -> str:
-    """Compiles the step of `SHALLOW` and of `DEEP` stacks in turn, takes first steps, and returns the table.
-
-    Args:
-        config: whose layers are many or few.
-        first: of the run that is started: without a cache of compiled programs, with an empty one, and with a full one.
-        repeats: rounds of compilation, whose medians count; a start is timed once.
-        report: is told what goes on.
-
-    Raises:
-        UserError: if the data or the devices do not fit.
-    """
-    starts = _time_starts(first, report)  # before all else, as a user's process has compiled nothing yet
-    deep, shallow = (f"{layers} + {layers} layers" for layers in (DEEP, SHALLOW))
-    report(f"compiling {shallow} and {deep}, {repeats} rounds")
-    with compiled_programs_in(None):
-        programs = {
-            shallow: lambda: compile_step(with_layers(config, SHALLOW)),
-            deep: lambda: compile_step(with_layers(config, DEEP)),
-        }
-        seconds = interleaved_seconds(programs, repeats, warm_up=False)
-    rows = [(f"train step of {name}", f"{statistics.median(seconds[name]):.1f} s", "") for name in programs]
-    rows.append((f"{deep} over {shallow}", str(Ratio.of(seconds[deep], seconds[shallow])), "at most 1.3"))
-    return "\n".join([*AIM_HEAD, *map(show_row, [*rows, *starts])])
+def _wait_for_record(workdir: Path, over: threading.Event) -> float:
+    """The time at which a run has recorded a step, or is over."""
+    while not last_step(workdir) and not over.wait(0.01):
+        pass
+    return time.perf_counter()
 
 
-def _time_starts(first: Config, report: Callable[[str], None]) -> list[tuple[str, str, str]]:
-    """The table's rows of first steps."""
+def _time_starts(first: Config) -> list[float]:
+    """Seconds to a first step with no cache, with an empty one and with a full one."""
     prepare_data(first.data)
-    rows = []
+    seconds = []
     with tempfile.TemporaryDirectory() as name:
-        for cache, aim in (("no cache", "30 s"), ("an empty cache", ""), ("a full cache", "")):
-            report(f"a first step with {cache}")
-            with compiled_programs_in(None if cache == "no cache" else Path(name)):
-                rows.append((f"first step, {cache}", f"{seconds_to_first_step(first):.1f} s", aim))
-    return rows
+        for cache in (None, Path(name), Path(name)):
+            with compiled_programs_in(cache):
+                seconds.append(seconds_to_first_step(first))
+    return seconds

@@ -1,16 +1,19 @@
-"""How many tokens a second a model writes, with its cache and by reading everything again for each token."""
+"""Times decoding with a cache of keys and values: beside decoding without, and beside its matrix products alone."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from switchjax.accounting.matmuls import matmuls
-from switchjax.config import Config, DecodingConfig, MeshConfig
+from switchjax.config import Config, DecodingConfig, MeshConfig, load_workdir_config
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless, load_pretrained
@@ -20,18 +23,70 @@ from switchjax.models.encoder_decoder import EncoderDecoder
 from switchjax.models.families import TextModel, build
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
-from switchjax.studies.markdown import show_row
+from switchjax.studies.flags import LoadConfig, add_repeats
 from switchjax.studies.matmuls_alone import matmuls_alone
+from switchjax.studies.report import Row, number, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 ROWS = (1, 8, 16)
 """Texts that are written at a time."""
 PROMPT_TOKENS = 32
-"""Of a decoder's prompt, or of what an encoder reads."""
+"""Length of a decoder's prompt, or of what an encoder reads."""
+_CONFIGS = ["configs/families.py:glam-dense", "configs/families.py:glam", "configs/quickstart.py:switch"]
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """Median speeds of greedy decoding of one model."""
+
+    model: Annotated[str, text("model")]
+    rows: Annotated[int, number("rows")]
+    cached_tokens_per_second: Annotated[float, number("{new_tokens} tokens with the cache, tokens/s", "{:.0f}".format)]
+    uncached_tokens_per_second: Annotated[float, number("without, tokens/s", "{:.0f}".format)]
+    speedup: Annotated[Ratio, number("ratio")]
+    time_over_products: Annotated[Ratio, number("time over that of its products alone")]
+    new_tokens: int
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_repeats(parser, 3)
+    parser.add_argument("--config", nargs="+", default=_CONFIGS, metavar="CONFIG", help="configs of untrained models")
+    parser.add_argument("--workdir", type=Path, help="a run, whose latest checkpoint takes their place")
+    beside = "Hugging Face models in their place, beside transformers' generate"
+    parser.add_argument("--huggingface", nargs="+", type=Path, metavar="FOLDER", help=beside)
+    parser.add_argument("--new_tokens", type=int, default=256, help="tokens that each row is continued by")
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
+    """Times each model that the flags name, with each of `ROWS`."""
+    if flags.huggingface:
+        from switchjax.studies.beside_transformers import measure_decoding
+
+        yield from measure_decoding(flags.huggingface, flags.new_tokens, flags.repeats)
+        return
+    models: dict[str, Callable[[], TextModel]]
+    if flags.workdir:
+        load_workdir_config(flags.workdir)  # refuses a missing run at once
+        models = {str(flags.workdir): partial(trained, flags.workdir)}
+    else:
+        models = {name: partial(fresh, load(name)) for name in flags.config}
+    for name, make in models.items():
+        model = make()
+        for rows in ROWS:
+            seconds = time_decoding(model, rows, flags.new_tokens, flags.repeats)
+            yield DecodeRow(
+                model=name,
+                rows=rows,
+                cached_tokens_per_second=rows * flags.new_tokens / statistics.median(seconds["cached"]),
+                uncached_tokens_per_second=rows * flags.new_tokens / statistics.median(seconds["uncached"]),
+                speedup=Ratio.of(seconds["uncached"], seconds["cached"]),
+                time_over_products=Ratio.of(seconds["cached"], seconds["matmuls"]),
+                new_tokens=flags.new_tokens,
+            )
 
 
 def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of greedy decoding in each round: `cached`, `uncached`, and of a step's `matmuls` alone, as often.
+    """Seconds of greedy decoding in each round: `cached`, `uncached`, and `matmuls`, the products of its steps alone.
 
     No row stops before it has all its tokens.
     """
@@ -47,7 +102,7 @@ def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) ->
 
 
 def _one_token(model: TextModel, batch: Batch, new_tokens: int) -> tuple[Array, Cache]:
-    """A step of decoding, after the prompt, without the products that read it."""
+    """One step of decoding after the prompt, without the products that read the prompt."""
     cache = jax.eval_shape(lambda: model.start(batch, batch["decoder_inputs"].shape[1] + new_tokens))
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
     ones = jnp.ones((batch["decoder_inputs"].shape[0], 1), jnp.int32)
@@ -89,38 +144,8 @@ def decode_uncached(model: TextModel, batch: Batch, new_tokens: int, num_ids: in
     return jax.lax.fori_loop(first, first + new_tokens, write_next, inputs)[:, first:]
 
 
-def benchmark_decoding(
-    models: Sequence[tuple[str, Callable[[], TextModel]]],
-    new_tokens: int,
-    repeats: int,
-    report: Callable[[str], None],
-) -> str:
-    """Times each model and number of rows, and returns the table.
-
-    Args:
-        models: names, and what loads or makes each.
-        new_tokens: of each row.
-        repeats: rounds, whose medians count.
-        report: is told of each row of the table as it is finished.
-    """
-    lines = [
-        f"| model | rows | {new_tokens} tokens with the cache, tokens/s | without, tokens/s | ratio "
-        "| time over that of its products alone |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, make in models:
-        model = make()
-        for rows in ROWS:
-            seconds = time_decoding(model, rows, new_tokens, repeats)
-            speeds = (f"{rows * new_tokens / statistics.median(seconds[way]):.0f}" for way in ("cached", "uncached"))
-            faster = Ratio.of(seconds["uncached"], seconds["cached"])
-            lines.append(show_row([name, rows, *speeds, faster, Ratio.of(seconds["cached"], seconds["matmuls"])]))
-            report(lines[-1])
-    return "\n".join(lines)
-
-
 def fresh(config: Config) -> TextModel:
-    """A model of `config` that drops no token, with the weights it would start from."""
+    """A model of `config` that drops no token, with initial weights."""
     model = jax.jit(lambda: build(dropless(config), jax.random.key(config.train.seed)))()
     assert isinstance(model, TextModel), "dropless refuses the others"
     return model

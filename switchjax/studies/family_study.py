@@ -1,76 +1,102 @@
-"""Tiny models of each family beside their dense twins, and the table that comes of it."""
+"""Trains a tiny model of each family beside its dense twin."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from switchjax.accounting.accounting import account
 from switchjax.config import Config
 from switchjax.inference.evaluation import evaluate_workdir
 from switchjax.parallel.mesh import make_mesh
-from switchjax.studies.complete_run import complete_run
-from switchjax.studies.markdown import show_row
+from switchjax.studies.flags import LoadConfig
+from switchjax.studies.report import Row, number, percent, text
+from switchjax.studies.train_to_end import train_to_end
 
 PAIRS = ("glam", "mixtral", "pr-moe", "base", "lstm-moe", "v-moe")
 """Arguments of configs/families.py; the twin of each is named after it, with `-dense`."""
 CAPACITIES = (1.05, 0.75, 0.5, 0.25)
-"""At which V-MoE is evaluated."""
+"""Capacity factors at which V-MoE is evaluated."""
+_decimals, _percent = "{:.3f}".format, partial(percent, digits=2)
 
 
-def study_families(load: Callable[[str], Config], workdir: Path, report: Callable[[str], None]) -> str:
-    """Trains both models of each pair under `workdir` and returns their table, and V-MoE's by capacity.
+@dataclass(frozen=True)
+class FamilyRow:
+    """A model with experts beside its dense twin."""
 
-    Runs that are complete already are not repeated; one that was cut off resumes.
+    family: Annotated[str, text("family")]
+    parameters: Annotated[int, number("parameters", "{:,}".format)]
+    active_parameters: Annotated[int, number("active", "{:,}".format)]
+    twin_parameters: Annotated[int, number("of the dense twin", "{:,}".format)]
+    loss: Annotated[float, number("held-out loss", _decimals)]
+    twin_loss: Annotated[float, number("of the dense twin", _decimals)]
+    gain: Annotated[float, number("gain", "{:+.3f}".format)]
+    """How far the loss is below the twin's."""
+    accuracy: Annotated[float, number("accuracy", percent)]
+    twin_accuracy: Annotated[float, number("of the dense twin", percent)]
+    fraction_tokens_dropped: Annotated[float, number("dropped in evaluation", percent)]
 
-    Args:
-        load: the config of an argument of configs/families.py.
-        workdir: of the study.
-        report: is told of each pair that is finished, by its row of the table.
+
+@dataclass(frozen=True)
+class CapacityRow:
+    """V-MoE with fewer and fewer slots, by which tokens get them."""
+
+    eval_capacity_factor: Annotated[float, number("V-MoE's eval_capacity_factor")]
+    batch_prioritized_accuracy: Annotated[float, number("accuracy, batch-prioritised", _percent)]
+    first_come_accuracy: Annotated[float, number("accuracy, first come", _percent)]
+    fraction_tokens_dropped: Annotated[float, number("dropped", percent)]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/families.py", help="file of the pairs")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
+    """Trains both models of each pair, then evaluates V-MoE at each capacity.
+
+    Complete runs are only read, and one that was cut off resumes.
 
     Raises:
         UserError: as `train`.
     """
-    lines = [
-        "| family | parameters | active | of the dense twin | held-out loss | of the dense twin | gain | accuracy "
-        "| of the dense twin | dropped in evaluation |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
     for name in PAIRS:
-        sparse, dense = load(name), load(f"{name}-dense")
-        results = [complete_run(config, workdir / run) for config, run in ((sparse, name), (dense, f"{name}-dense"))]
-        lines.append(_row(name, sparse, dense, *results))
-        report(lines[-1])
-    return "\n".join([*lines, "", *_by_capacity(load("v-moe"), workdir / "v-moe")])
-
-
-def _row(name: str, sparse: Config, dense: Config, ours: Mapping[str, Any], twins: Mapping[str, Any]) -> str:
-    count, twin_count = account(sparse), account(dense)
-    here, there = ours["evaluation"], twins["evaluation"]
-    loss, twin_loss = -here["neg_log_perplexity"], -there["neg_log_perplexity"]
-    cells = [name, f"{count.total:,}", f"{count.active:,}", f"{twin_count.total:,}"]
-    cells += [f"{loss:.3f}", f"{twin_loss:.3f}", f"{twin_loss - loss:+.3f}"]
-    cells += [f"{100 * here['accuracy']:.1f} %", f"{100 * there['accuracy']:.1f} %"]
-    cells += [f"{100 * here['fraction_tokens_dropped']:.1f} %"]
-    return show_row(cells)
-
-
-def _by_capacity(config: Config, workdir: Path) -> list[str]:
-    """V-MoE's accuracy with fewer and fewer slots, by who gets them."""
-    lines = [
-        "| V-MoE's eval_capacity_factor | accuracy, batch-prioritised | accuracy, first come | dropped |",
-        "|---:|---:|---:|---:|",
-    ]
+        yield _train_pair(name, flags, load)
+    config = load(f"{flags.config}:v-moe")
     for capacity in CAPACITIES:
-        results = [_evaluated(config, workdir, capacity, order) for order in ("batch_prioritized", "first_come")]
-        accuracies = [f"{100 * result['accuracy']:.2f} %" for result in results]
-        lines.append(show_row([capacity, *accuracies, f"{100 * results[0]['fraction_tokens_dropped']:.1f} %"]))
-    return lines
+        prioritized, first_come = (
+            _evaluate(config, flags.workdir / "v-moe", capacity, order) for order in ("batch_prioritized", "first_come")
+        )
+        yield CapacityRow(
+            capacity, prioritized["accuracy"], first_come["accuracy"], prioritized["fraction_tokens_dropped"]
+        )
 
 
-def _evaluated(config: Config, workdir: Path, capacity: float, order: str) -> dict[str, float]:
-    """Results on the whole validation split; computed once, as they are long to come by."""
+def _train_pair(name: str, flags: Namespace, load: LoadConfig) -> FamilyRow:
+    sparse, dense = (load(f"{flags.config}:{run}") for run in (name, f"{name}-dense"))
+    ours = train_to_end(sparse, flags.workdir / name)["evaluation"]
+    twins = train_to_end(dense, flags.workdir / f"{name}-dense")["evaluation"]
+    count = account(sparse)
+    return FamilyRow(
+        family=name,
+        parameters=count.total,
+        active_parameters=count.active,
+        twin_parameters=account(dense).total,
+        loss=-ours["neg_log_perplexity"],
+        twin_loss=-twins["neg_log_perplexity"],
+        gain=ours["neg_log_perplexity"] - twins["neg_log_perplexity"],
+        accuracy=ours["accuracy"],
+        twin_accuracy=twins["accuracy"],
+        fraction_tokens_dropped=ours["fraction_tokens_dropped"],
+    )
+
+
+def _evaluate(config: Config, workdir: Path, capacity: float, order: Any) -> dict[str, float]:
+    """Metrics on the whole validation split; kept in a file, as they take long."""
     path = workdir / f"capacity-{capacity}-{order}.json"
     if not path.exists():
         moe = dataclasses.replace(config.moe, eval_capacity_factor=capacity, fill_order=order)

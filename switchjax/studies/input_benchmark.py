@@ -1,42 +1,103 @@
-"""What a run spends beside its steps: whether the text pipeline keeps up with them, and what the loop itself takes."""
+"""Times what a run spends beside its steps: reading text, and the loop with its logs and checkpoints."""
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from switchjax.config import Config, EvaluateConfig, TrainConfig
-from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.data.rows import Batch
 from switchjax.models.model import Batch as Placed
-from switchjax.parallel.mesh import make_mesh, one_at_a_time
-from switchjax.studies.markdown import AIM_HEAD, show_row
+from switchjax.parallel.mesh import emulate_devices, make_mesh, one_at_a_time
+from switchjax.studies.flags import LoadConfig, add_repeats
+from switchjax.studies.report import Figure, percent
 from switchjax.studies.timing import Ratio, interleaved_seconds
+from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.clock import Clock
-from switchjax.training.loop import Evaluator, place_batch, train
+from switchjax.training.loop import place_batch
 from switchjax.training.metrics import read_metrics
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
 
 BATCHES = 64
-"""Read in a round: many more than lie ready before they are asked for."""
+"""Batches that are read in a round: many more than the pipeline prepares ahead."""
 STEPS = 4
-"""Taken in a round."""
+"""Steps of a round."""
 RUN = TrainConfig(steps=220, log_every=20, checkpoint_every=100)
-"""Of the run whose loop is looked at: a lap of records to warm up, then two checkpoints in 200 steps."""
+"""The run whose loop is timed: one lap of records to warm up, then two checkpoints in 200 steps."""
+
+
+@dataclass(frozen=True)
+class InputFigures:
+    """Medians of rounds; the loop's part is of one run."""
+
+    pipeline_tokens_per_second: Annotated[float, Figure("text pipeline, tokens/s", "{:,.0f}".format)]
+    step_tokens_per_second: Annotated[float, Figure("train step, tokens/s", "{:,.0f}".format)]
+    pipeline_over_step: Annotated[Ratio, Figure("pipeline over step", aim="at least 10")]
+    data_wait_fraction: Annotated[
+        float, Figure("waiting for data in training, of its time", partial(percent, digits=2), aim="below 1 %")
+    ]
+    ready_seconds: Annotated[float, Figure("data that is on disk already, ready after", "{:.2f} s".format)]
+    loop_fraction: Annotated[
+        float,
+        Figure(
+            f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop",
+            partial(percent, digits=2),
+            aim="below 2 %",
+        ),
+    ]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_repeats(parser, 7)
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[InputFigures]:
+    """Times reading and stepping of the quickstart in turn, both together as in training, then a run."""
+    config, repeats = load("configs/quickstart.py:switch"), flags.repeats
+    emulate_devices(config.mesh)
+    prepare_data(config.data)  # fetches and tokenises, unless that has been done
+    started = time.perf_counter()
+    data = prepare_data(config.data)
+    prepared = time.perf_counter() - started
+    mesh = make_mesh(config.mesh)
+    plan = plan_state(config, mesh)
+    with jax.set_mesh(mesh):
+        compiled = lower_train_step(config, plan, mesh).compile()
+        consumer = Consumer(data.train_batches(), lambda batch: place_batch(batch, mesh), compiled, plan.create())
+        fixed = next(consumer.batches)
+        read: list[int] = []
+        programs = {
+            "read": lambda: read.append(sum(consumer.read(BATCHES))),
+            "step": lambda: [consumer.step(fixed) for _ in range(STEPS)],
+        }
+        seconds = interleaved_seconds(programs, repeats)
+        waits = [consumer.train(STEPS) for _ in range(repeats)]
+    yielded = [tokens / s for tokens, s in zip(read[-repeats:], seconds["read"], strict=True)]
+    eaten = [STEPS * count_tokens(fixed) / s for s in seconds["step"]]
+    yield InputFigures(
+        pipeline_tokens_per_second=statistics.median(yielded),
+        step_tokens_per_second=statistics.median(eaten),
+        pipeline_over_step=Ratio.of(yielded, eaten),
+        data_wait_fraction=statistics.median(waits),
+        ready_seconds=prepared,
+        loop_fraction=loop_fraction(config),
+    )
 
 
 @dataclass
 class Consumer:
-    """A train step and what feeds it, each to be timed alone and both together."""
+    """A train step and the text pipeline that feeds it, to be timed alone and together."""
 
     batches: grain.DatasetIterator[Batch]
     place: Callable[[Batch], Placed]
@@ -44,16 +105,16 @@ class Consumer:
     state: TrainState
 
     def read(self, count: int) -> list[int]:
-        """The tokens of as many batches, which go no further."""
+        """Reads batches, steps on none, and returns their numbers of tokens."""
         return [count_tokens(next(self.batches)) for _ in range(count)]
 
     def step(self, batch: Batch) -> int:
-        """One train step; the tokens that it says it has seen."""
+        """Takes one train step; returns the tokens that it says it has seen."""
         self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
         return int(metrics["tokens"])
 
     def train(self, count: int) -> float:
-        """As many steps as a run takes them; the fraction of their time in which they waited for data."""
+        """Takes `count` steps as a run does; returns the fraction of their time in which they waited for data."""
         clock = Clock()
         for _ in range(count):
             with clock.measure("data_wait"):
@@ -64,76 +125,23 @@ class Consumer:
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch of text without padding, as the metrics of a run count them."""
+    """Counts the tokens of a batch without padding, as the metrics of a run do."""
     return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
 
 
 def loop_fraction(config: Config) -> float:
-    """What logging, metrics, checkpoints and the loop itself take of the time of the run `RUN`."""
-
-    def make_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
-        return lambda model, check: {"neg_log_perplexity": 0.0}
-
-    config = replace(config, train=RUN, evaluate=EvaluateConfig(every=0))
+    """The fraction of the time of the run `RUN` that logging, metrics, checkpoints and the loop itself take."""
+    config = replace(config, train=RUN, evaluate=EvaluateConfig(every=0, batches=1))
     with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), make_evaluator)
+        train_to_end(config, Path(folder))
         return fraction_beside_steps(read_metrics(Path(folder), "train")[1:])
 
 
 def fraction_beside_steps(laps: Sequence[Mapping[str, float]]) -> float:
-    """What is neither steps nor waiting for data, of the time of all `laps`; records of as many steps each.
+    """The fraction of the time of `laps` that is neither steps nor waiting for data; each lap has as many steps.
 
     Steps take as long in every lap, so a lap takes as long as the inverse of their fraction of it.
     """
     lengths = [1 / lap["step_fraction"] for lap in laps]
     beside = [1 - lap["step_fraction"] - lap["data_wait_fraction"] for lap in laps]
     return sum(part * length for part, length in zip(beside, lengths, strict=True)) / sum(lengths)
-
-
-def benchmark_input(config: Config, repeats: int, report: Callable[[str], None]) -> str:
-    """Times reading and stepping in turn, both together as in training, then a run, and returns the table.
-
-    Args:
-        config: of text; its mesh is over all devices.
-        repeats: rounds, whose medians count.
-        report: is told what goes on.
-
-    Raises:
-        UserError: if the data or the devices do not fit the config.
-    """
-    prepare_data(config.data)  # fetches and tokenises, unless that has been done
-    started = time.perf_counter()
-    data = prepare_data(config.data)
-    prepared = time.perf_counter() - started
-    mesh = make_mesh(config.mesh)
-    plan = plan_state(config, mesh)
-    report("compiling the train step")
-    with jax.set_mesh(mesh):
-        compiled = lower_train_step(config, plan, mesh).compile()
-        consumer = Consumer(data.train_batches(), lambda batch: place_batch(batch, mesh), compiled, plan.create())
-        fixed = next(consumer.batches)
-        read: list[int] = []
-        programs = {
-            "read": lambda: read.append(sum(consumer.read(BATCHES))),
-            "step": lambda: [consumer.step(fixed) for _ in range(STEPS)],
-        }
-        report(f"{repeats} rounds")
-        seconds = interleaved_seconds(programs, repeats)
-        waits = [consumer.train(STEPS) for _ in range(repeats)]
-    report(f"a run of {RUN.steps} steps")
-    loop = loop_fraction(config)
-    yielded = [tokens / s for tokens, s in zip(read[-repeats:], seconds["read"], strict=True)]
-    eaten = [STEPS * count_tokens(fixed) / s for s in seconds["step"]]
-    rows = [
-        ("text pipeline, tokens/s", f"{statistics.median(yielded):,.0f}", ""),
-        ("train step, tokens/s", f"{statistics.median(eaten):,.0f}", ""),
-        ("pipeline over step", str(Ratio.of(yielded, eaten)), "at least 10"),
-        ("waiting for data in training, of its time", f"{100 * statistics.median(waits):.2f} %", "below 1 %"),
-        ("data that is on disk already, ready after", f"{prepared:.2f} s", ""),
-        (
-            f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop",
-            f"{100 * loop:.2f} %",
-            "below 2 %",
-        ),
-    ]
-    return "\n".join([*AIM_HEAD, *map(show_row, rows)])

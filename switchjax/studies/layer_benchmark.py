@@ -1,11 +1,13 @@
-"""How long an MoE layer takes beside the dense feed-forward network of the same FLOPs."""
+"""Times an MoE layer beside the dense feed-forward network of the same FLOPs."""
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from switchjax.config import ModelConfig, MoEConfig
 from switchjax.config.checks import require
+from switchjax.config.model import Dtype
 from switchjax.models.layers import FeedForward
 from switchjax.moe.assignment import balanced_assignment, sinkhorn
 from switchjax.moe.capacity import capacity_of
@@ -22,8 +25,9 @@ from switchjax.moe.layer import MoELayer
 from switchjax.moe.routers.base import BaseOptions
 from switchjax.moe.routers.sinkhorn import SinkhornOptions
 from switchjax.moe.routing import RoutingReport
-from switchjax.studies.markdown import show_row
-from switchjax.studies.timing import Ratio, interleaved_seconds, median_times
+from switchjax.studies.flags import LoadConfig, add_repeats
+from switchjax.studies.report import Row, number, text
+from switchjax.studies.timing import Ratio, interleaved_seconds
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,34 @@ class LayerCase:
         return f"{self.num_experts}, {self.num_tokens}, {self.num_selected}"
 
 
-CASES = (
-    LayerCase(8, 2048, 1),
-    LayerCase(8, 2048, 2),
-    LayerCase(16, 2048, 2),
-    LayerCase(64, 4096, 1),
-    LayerCase(64, 4096, 2),
-    LayerCase(128, 4096, 1),
-    LayerCase(512, 4096, 1),
-)
+_SIZES = ((8, 2048, 1), (8, 2048, 2), (16, 2048, 2), (64, 4096, 1), (64, 4096, 2), (128, 4096, 1), (512, 4096, 1))
+CASES = tuple(LayerCase(*sizes) for sizes in _SIZES)
 """From few to many experts."""
 ASSIGNED = LayerCase(64, 4096, 1)
-"""The tokens that are assigned in balance."""
+"""The case of the balanced assignment."""
 CAPACITY_FACTOR = 1.25
+FORMS = ("gather", "einsum", "ragged")
+"""Values of `moe.dispatch`."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Width and dtype of a layer; d_ff is 4 d_model."""
+
+    d_model: int
+    dtype: Dtype = "float32"
+
+    @property
+    def model(self) -> ModelConfig:
+        """As a config."""
+        return ModelConfig(d_model=self.d_model, d_ff=4 * self.d_model, dtype=self.dtype, param_dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.d_model}, {self.dtype}"
 
 
 def cases_of(experts: Sequence[int]) -> list[LayerCase]:
-    """The cases of so many experts.
+    """The cases whose number of experts is listed.
 
     Raises:
         UserError: for a number that no case has.
@@ -66,36 +81,59 @@ def cases_of(experts: Sequence[int]) -> list[LayerCase]:
 
 
 @dataclass(frozen=True)
-class BesideDense:
-    """Times of the layer and the dense network.
+class LayerRow:
+    """The median times of a layer.
 
-    Attributes:
-        dense: median milliseconds of the dense network.
-        ratio: the layer's time over that for as many rows as the experts compute: `capacity_factor * K` times the
-            dense network's, without slots K times; 1 is what the products of these rows alone cost.
+    Its ratios are to the dense network's time for as many rows as the experts compute: 1 is what the products of these
+    rows alone cost.
     """
 
-    dense: float
-    ratio: Ratio
+    sizes: Annotated[LayerSizes, text("d_model, dtype")]
+    case: Annotated[LayerCase, text("E, S, K")]
+    dispatch: Annotated[str, text("dispatch")]
+    dense_forward_ms: Annotated[float, number("forward: dense, ms", "{:.1f}".format)]
+    forward_ratio: Annotated[Ratio, number("the layer over that for its experts' rows")]
+    dense_both_ms: Annotated[float, number("forward + backward: dense, ms", "{:.1f}".format)]
+    both_ratio: Annotated[Ratio, number("the layer over that for its experts' rows")]
+    routing_ms: Annotated[float, number("routing and moves, ms", "{:.1f}".format)]
+    """Forwards and backwards through the layer whose experts do nothing."""
+    temporaries_ratio: Annotated[float, number("their temporaries over the experts' rows", "{:.1f}".format)]
+    """Bytes that routing and moves hold at most beside arguments and results, over the bytes of the experts' rows."""
+    expert_rows: int
+    """Rows that the experts compute: all slots, or without slots each token's choices."""
+    tokens: int
+    capacity_factor: float
 
 
 @dataclass(frozen=True)
-class LayerTimes:
-    """What one layer costs.
+class AssignmentRow:
+    """The median time of a balanced assignment."""
 
-    Attributes:
-        forward: forwards.
-        both: in both directions.
-        routing: median milliseconds of the layer whose experts do nothing, in both directions.
-        temporaries: bytes which that holds at most beside its arguments and results.
-        dispatched: bytes of the tokens in all slots.
-    """
+    algorithm: Annotated[str, text("balanced assignment")]
+    tokens: Annotated[int, number("tokens", "{:,}".format)]
+    experts: Annotated[int, number("experts")]
+    milliseconds: Annotated[float, number("ms", "{:.1f}".format)]
 
-    forward: BesideDense
-    both: BesideDense
-    routing: float
-    temporaries: int
-    dispatched: int
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_repeats(parser, 7)
+    widths, dtypes = [256, 512, 1024], ["float32", "bfloat16"]
+    parser.add_argument("--d_model", type=int, nargs="+", default=widths, metavar="D", help="widths; d_ff is 4 D")
+    parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="float32, bfloat16: of all arrays")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="of 8, 16, 64, 128, 512")
+    parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of it")
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of all groups together")
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
+    """Times the layers that the flags name, then balanced assignment."""
+    cases = cases_of(flags.experts)
+    for case in cases:
+        fits = flags.tokens >= 1 and flags.tokens % case.num_tokens == 0
+        require(fits, f"--tokens={flags.tokens} is no multiple of the {case.num_tokens} tokens of a group")
+    for d_model, dtype, case in itertools.product(flags.d_model, flags.dtype, cases):
+        yield from time_layer(case, flags.tokens, LayerSizes(d_model, dtype), flags.dispatch, flags.repeats)
+    yield from time_assignment(ASSIGNED, -(-flags.tokens // ASSIGNED.num_tokens), flags.repeats)
 
 
 class _Identity(nnx.Module):
@@ -111,20 +149,18 @@ class _Identity(nnx.Module):
 
 
 def time_layer(
-    case: LayerCase, num_tokens: int, model: ModelConfig, dispatches: Sequence[str], repeats: int
-) -> dict[str, LayerTimes]:
-    """Times groups of tokens through the layer in each form of dispatch, through its routing alone, and through the
-    dense network, all in turn.
+    case: LayerCase, num_tokens: int, sizes: LayerSizes, dispatches: Sequence[str], repeats: int
+) -> list[LayerRow]:
+    """Times the layer in each form of dispatch, its routing alone, and the dense network, all in turn.
 
     Args:
-        case: of the layers.
+        case: of the layer.
         num_tokens: of all groups together, a multiple of a group's.
-        model: d_model, d_ff, and the dtype of weights and tokens.
-        dispatches: values of `moe.dispatch`.
-        repeats: rounds.
+        sizes: of the layer.
+        dispatches: of `FORMS`.
+        repeats: rounds, whose medians count.
     """
-    model = replace(model, param_dtype=model.dtype)
-    key = jax.random.key(0)
+    model, key = sizes.model, jax.random.key(0)
     make_expert = partial(FeedForward, model, 0.0)
     layers: dict[str, nnx.Module] = {"dense": make_expert(key)}
     for dispatch in dispatches:
@@ -140,35 +176,41 @@ def time_layer(
         for compiled in (one_way, two_ways)
     )
 
-    def beside_dense(dispatch: str, times: dict[str, list[float]]) -> BesideDense:
-        dense, rows_a_token = times["dense"], _count_rows(case, groups, dispatch) / num_tokens
-        return BesideDense(
-            1000 * statistics.median(dense), Ratio.of(times[dispatch], [rows_a_token * s for s in dense])
+    def make_row(dispatch: str) -> LayerRow:
+        rows = count_rows(case, groups, dispatch)
+        rows_bytes = rows * model.d_model * x.dtype.itemsize
+
+        def over_dense(times: Mapping[str, Sequence[float]]) -> Ratio:
+            return Ratio.of(times[dispatch], [rows / num_tokens * seconds for seconds in times["dense"]])
+
+        return LayerRow(
+            sizes=sizes,
+            case=case,
+            dispatch=dispatch,
+            dense_forward_ms=1000 * statistics.median(forward["dense"]),
+            forward_ratio=over_dense(forward),
+            dense_both_ms=1000 * statistics.median(both["dense"]),
+            both_ratio=over_dense(both),
+            routing_ms=1000 * statistics.median(both[f"{dispatch} routing"]),
+            temporaries_ratio=_temporaries(two_ways[f"{dispatch} routing"]) / rows_bytes,
+            expert_rows=rows,
+            tokens=num_tokens,
+            capacity_factor=CAPACITY_FACTOR,
         )
 
-    return {
-        dispatch: LayerTimes(
-            forward=beside_dense(dispatch, forward),
-            both=beside_dense(dispatch, both),
-            routing=1000 * statistics.median(both[f"{dispatch} routing"]),
-            temporaries=_temporaries(two_ways[f"{dispatch} routing"]),
-            dispatched=_count_rows(case, groups, dispatch) * model.d_model * x.dtype.itemsize,
-        )
-        for dispatch in dispatches
-    }
+    return [make_row(dispatch) for dispatch in dispatches]
 
 
 def plan_layer(
-    case: LayerCase, num_tokens: int, model: ModelConfig, dispatch: str, device: jax.Device
+    case: LayerCase, num_tokens: int, sizes: LayerSizes, dispatch: str, device: jax.Device
 ) -> tuple[float, float]:
-    """The layer in both directions, compiled for a device that may be described only.
+    """Compiles the layer, forwards and backwards, for a device that need not be attached.
 
     Returns:
         Its FLOPs over those of the products of the experts' rows, and its temporaries, with experts that do nothing,
         over the bytes of those rows.
     """
-    model = replace(model, param_dtype=model.dtype)
-    groups, key = num_tokens // case.num_tokens, jax.random.key(0)
+    model, groups, key = sizes.model, num_tokens // case.num_tokens, jax.random.key(0)
     place = SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((groups, case.num_tokens, model.d_model), model.dtype, sharding=place)
     compiled = []
@@ -178,13 +220,13 @@ def plan_layer(
         gradient = jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True), out_shardings=place)
         compiled.append(gradient.lower(shapes, x).compile())
     whole, routing = compiled
-    rows = _count_rows(case, groups, dispatch)
+    rows = count_rows(case, groups, dispatch)
     products = 3 * 2 * 2 * rows * model.d_model * model.d_ff
     cost = whole.cost_analysis() or {}
     return cost["flops"] / products, _temporaries(routing) / (rows * model.d_model * x.dtype.itemsize)
 
 
-def _moe_config(case: LayerCase, dispatch: str) -> MoEConfig:
+def _moe_config(case: LayerCase, dispatch: Any) -> MoEConfig:
     return MoEConfig(
         router="top_k",
         num_experts=case.num_experts,
@@ -199,14 +241,14 @@ def _moe_config(case: LayerCase, dispatch: str) -> MoEConfig:
 
 
 def _compile(function: Any, layers: Mapping[str, nnx.Module], x: Array) -> dict[str, jax.stages.Compiled]:
-    """`function(layer, x)` of each layer, compiled side by side."""
+    """Compiles `function(layer, x)` for all layers in parallel."""
     lowered = [function.lower(layer, x) for layer in layers.values()]
     with ThreadPoolExecutor() as pool:
         return dict(zip(layers, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
 
 
-def _count_rows(case: LayerCase, groups: int, dispatch: str) -> int:
-    """Rows that the experts compute: all slots, or without slots each token's choices."""
+def count_rows(case: LayerCase, groups: int, dispatch: str) -> int:
+    """Counts the rows that the experts compute: all slots, or without slots each token's choices."""
     config = _moe_config(case, dispatch)
     if config.dropless:
         return groups * case.num_tokens * case.num_selected
@@ -219,7 +261,7 @@ def _temporaries(program: jax.stages.Compiled) -> int:
 
 
 def _apply(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RoutingReport]:
-    """The output and, of an MoE layer, its report."""
+    """Returns the output, and the report of an MoE layer."""
     if isinstance(layer, MoELayer):
         return layer(x, jnp.ones(x.shape[:2], bool), None)
     return layer(x, None), RoutingReport({"load_balance_loss": jnp.zeros(())})
@@ -230,57 +272,17 @@ def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], Routi
     return jnp.sum(jnp.square(y.astype(jnp.float32))) + report.losses["load_balance_loss"], report
 
 
-def time_assignment(case: LayerCase, groups: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of the balanced assignments of as many groups of tokens, with normal scores."""
+def time_assignment(case: LayerCase, groups: int, repeats: int) -> list[AssignmentRow]:
+    """Times the balanced assignment of `groups` groups of tokens with normal scores, by each algorithm in turn."""
     scores = jax.random.normal(jax.random.key(0), (groups, case.num_tokens, case.num_experts))
     mask = jnp.ones(scores.shape[:2], bool)
-    auction = jax.jit(
-        partial(
-            balanced_assignment,
-            capacity=-(-case.num_tokens // case.num_experts),
-            max_rounds=BaseOptions().auction_rounds,
-        )
-    )
+    capacity, rounds = -(-case.num_tokens // case.num_experts), BaseOptions().auction_rounds
+    auction = jax.jit(partial(balanced_assignment, capacity=capacity, max_rounds=rounds))
     plan = jax.jit(partial(sinkhorn, iterations=SinkhornOptions().sinkhorn_iterations))
-    return median_times({"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats)
-
-
-def benchmark_layer(
-    models: Sequence[ModelConfig],
-    cases: Sequence[LayerCase],
-    num_tokens: int,
-    dispatches: Sequence[str],
-    repeats: int,
-    report: Callable[[str], None],
-) -> str:
-    """Times each case in each model and form of dispatch, then balanced assignment, and returns the table.
-
-    Args:
-        models: d_model, d_ff and dtype of each.
-        cases: as `CASES`.
-        num_tokens: of all groups together.
-        dispatches: values of `moe.dispatch`.
-        repeats: rounds, whose medians count.
-        report: is told of each row that is finished.
-    """
-    lines = [
-        "| d_model, dtype | E, S, K | dispatch | forward: dense, ms | the layer over that for its experts' rows "
-        "| forward + backward: dense, ms | the layer over that for its experts' rows | routing and moves, ms "
-        "| their temporaries over the experts' rows |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    seconds = interleaved_seconds(
+        {"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats
+    )
+    return [
+        AssignmentRow(name, groups * case.num_tokens, case.num_experts, 1000 * statistics.median(times))
+        for name, times in seconds.items()
     ]
-    for model in models:
-        for case in cases:
-            for dispatch, times in time_layer(case, num_tokens, model, dispatches, repeats).items():
-                cells = [f"{model.d_model}, {model.dtype}", str(case), dispatch]
-                for beside_dense in (times.forward, times.both):
-                    cells += [f"{beside_dense.dense:.1f}", str(beside_dense.ratio)]
-                cells += [f"{times.routing:.1f}", f"{times.temporaries / times.dispatched:.1f}"]
-                lines.append(show_row(cells))
-                report(lines[-1])
-    groups = -(-num_tokens // ASSIGNED.num_tokens)
-    assignment = time_assignment(ASSIGNED, groups, repeats)
-    shown = "; ".join(f"{name} {ms:.1f} ms" for name, ms in assignment.items())
-    beside = f"d_ff is 4 d_model, the capacity factor {CAPACITY_FACTOR}, {num_tokens:,} tokens in groups of S."
-    assigned = f"Balanced assignment of {groups * ASSIGNED.num_tokens:,} tokens to {ASSIGNED.num_experts} experts"
-    return "\n".join([*lines, "", f"{beside} {assigned}: {shown}."])

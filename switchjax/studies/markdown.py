@@ -1,21 +1,27 @@
-"""Tables in Markdown: their rows, and their places in documents, which the commands that make them fill."""
+"""Tables in Markdown, and their places in documents, which the commands that make them fill."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from switchjax.config import UserError
 
-AIM_HEAD = ["| | | aim |", "|---|---:|---:|"]
-"""Of a table of single figures."""
+LEFT, RIGHT = "---", "---:"
+"""Alignments of a column."""
 
 
-def show_row(cells: Iterable[object]) -> str:
-    """A row of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
+def make_row(cells: Sequence[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def make_table(head: Sequence[str], alignments: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with these labels above its columns; an empty label leaves its cell blank."""
+    labels = "".join(f" {label} |" if label else " |" for label in head)
+    return "\n".join([f"|{labels}", f"|{'|'.join(alignments)}|", *map(make_row, rows)])
 
 
 def find_place(path: Path, command: str) -> tuple[str, str]:
-    """What stands before and after the table of `command` in a document, the marks around it included.
+    """Returns what stands before and after the tables of `command` in a document, the marks around them included.
 
     Raises:
         UserError: if the document cannot be read, or does not have the marks.
@@ -32,31 +38,14 @@ def find_place(path: Path, command: str) -> tuple[str, str]:
     return before + start, end + after
 
 
-def write_table(path: Path, command: str, table: str) -> None:
-    """Puts `table` in the place of `command` in a document.
+def write_tables(path: Path, command: str, tables: str) -> None:
+    """Puts `tables` in the place of `command` in a document.
 
     Raises:
         UserError: if the document cannot be read or written, or does not have the marks.
     """
     before, after = find_place(path, command)
     try:
-        path.write_text(f"{before}{table}\n{after}")
+        path.write_text(f"{before}{tables}\n{after}")
     except OSError as error:
         raise UserError(f"--write: cannot write {path} ({error.strerror})") from None
-
-
-def read_tables(text: str) -> list[list[list[str]]]:
-    """The cells of each table of a Markdown text, row by row, those of its head first."""
-    tables: list[list[list[str]]] = []
-    inside = False
-    for line in text.splitlines():
-        if not line.startswith("|"):
-            inside = False
-            continue
-        if not inside:
-            tables.append([])
-        inside = True
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not all(set(cell) <= set("-:") and cell for cell in cells):
-            tables[-1].append(cells)
-    return tables

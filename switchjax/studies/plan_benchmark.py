@@ -1,44 +1,52 @@
-"""The published models on the smallest slices that train them, and how long their train steps take to compile."""
+"""Compiles published models for the smallest slices that train them, and times how long that takes.
+
+Needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
+"""
 
 import itertools
 import json
+import logging
 import statistics
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 
 from switchjax.accounting.accounting import account
-from switchjax.accounting.hardware import GIB, Chip, Slice, find_chip, parse_slice
+from switchjax.accounting.hardware import GIB, find_chip, parse_slice
 from switchjax.accounting.utilization import model_flops
-from switchjax.config import Config, ModelConfig, UserError
+from switchjax.config import Config, UserError
+from switchjax.planning.hlo_collectives import Traffic
 from switchjax.planning.plan import StepPlan, plan_step, smallest_fit
 from switchjax.planning.report import show_count, show_seconds
 from switchjax.planning.topology import describe_devices
-from switchjax.studies.layer_benchmark import cases_of, plan_layer
-from switchjax.studies.markdown import show_row
+from switchjax.studies.flags import LoadConfig
+from switchjax.studies.layer_benchmark import FORMS, LayerCase, LayerSizes, cases_of, plan_layer
+from switchjax.studies.report import Row, number, percent, text
 
-Load = Callable[[str, Sequence[str]], Config]
-"""The config of a file in configs/ and its argument (`switch.py:c`), with overrides as on the command line."""
-Report = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config to compile, as `plan.py` would be told to."""
+    """A config to compile, by the arguments of `plan.py`."""
 
     config: str
     overrides: tuple[str, ...] = ()
     """`section.key=value`."""
     topology: str = "v5p"
-    """A chip, whose smallest slice that fits is sought, or a slice."""
+    """A slice, or a chip whose smallest slice that fits is found."""
 
     @property
     def arguments(self) -> list[str]:
+        """The overrides as on the command line."""
         return [f"--config.{override}" for override in self.overrides]
 
 
@@ -53,7 +61,7 @@ FITS = (
     Case("glam.py:64b-64e", (*_LARGE, "train.accumulation_steps=8")),
     Case("vmoe.py:h-14-every2", ("model.remat=exchange",)),
 )
-"""From the papers. Overrides: what activations too large for memory and groups too large for a shard need."""
+"""Published models. The overrides are for activations too large for memory and groups too large for a shard."""
 
 # 788 tokens are 4 images, as many as a chip of 1024 has.
 _V_MOE = Case("vmoe.py:l-16-every2", ("model.remat=exchange", "moe.group_size=788"), "v5p:2x2x4")
@@ -61,143 +69,166 @@ RATIOS = (
     ("24 layers to 4", 1.3, replace(_V_MOE, overrides=(*_V_MOE.overrides, "model.num_encoder_layers=4")), _V_MOE),
     ("1024 chips to 16", 1.5, _V_MOE, replace(_V_MOE, topology="v5p:8x8x16")),
 )
-"""What is compared, the ratio of compile times that it should stay below, the smaller and the larger case."""
+"""What is compared, the aim for the ratio of compile times, the smaller case and the larger."""
 _ROUNDS = 3
-"""How often a step is compiled for its time, in turn with all that are compared."""
+"""Compilations of each step whose time is compared, in turn."""
 _CHIP = "v5e:1x1"
 _LAYERS = cases_of([8, 64])
-_LAYER_MODEL = ModelConfig(d_model=512, d_ff=2048, dtype="bfloat16")
+_LAYER_SIZES = LayerSizes(512, "bfloat16")
 TOKENS = 16384
-"""Of the layers that are compiled alone."""
+"""Tokens of the layers that are compiled alone."""
 
 
-def tabulate_plans(load: Load, workdir: Path, report: Report) -> str:
-    """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone, and returns the three tables.
+def _show_memory(memory: dict[str, int]) -> str:
+    return f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f}"
 
-    Each plan is saved under `workdir` as soon as it is made, and made again only where its case or the versions of
-    the compiler have changed.
 
-    Args:
-        load: as `Load`.
-        workdir: of the plans.
-        report: is told of each slice that is tried and each row that is finished.
+@dataclass(frozen=True)
+class PlanRow:
+    """What the TPU compiler makes of a train step."""
+
+    config: Annotated[str, text("config", lambda words: " ".join(f"`{word}`" for word in words.split()))]
+    """Its name and overrides."""
+    parameters: Annotated[int, number("parameters", show_count)]
+    topology: Annotated[str, text("slice")]
+    chips: Annotated[int, number("chips", "{:,}".format)]
+    mesh: Annotated[dict[str, int], text("mesh d/e/m", lambda mesh: "/".join(map(str, mesh.values())))]
+    memory_bytes: Annotated[dict[str, int], number("a chip's memory, GiB", _show_memory)]
+    """What the step takes (`total`) of a chip's `capacity`."""
+    all_to_alls: Annotated[int, number("all-to-alls", "{:,}".format)]
+    all_to_alls_per_layer: Annotated[float, number("a MoE layer", "{:.3g}".format)]
+    """In a micro-batch."""
+    bytes_over_slots: Annotated[float, number("their bytes over the slots'", "{:.2f}".format)]
+    all_gathers: Annotated[int, number("all-gathers", "{:,}".format)]
+    compute_seconds: Annotated[float, number("compute", show_seconds)]
+    hbm_seconds: Annotated[float, number("HBM", show_seconds)]
+    network_seconds: Annotated[float, number("network", show_seconds)]
+    mfu: Annotated[float, number("MFU at most", partial(percent, digits=0))]
+    """The model FLOPs utilisation of a step that takes as long as the largest bound of its roofline."""
+    compile_seconds: Annotated[float, number("compiled in", "{:.0f} s".format)]
+
+
+@dataclass(frozen=True)
+class CompileRatioRow:
+    """Median compile times of a smaller and a larger step."""
+
+    compared: Annotated[str, text("compile time")]
+    small_topology: Annotated[str, text("slice")]
+    small_seconds: Annotated[float, number("", "{:.0f} s".format)]
+    large_topology: Annotated[str, text("slice")]
+    large_seconds: Annotated[float, number("", "{:.0f} s".format)]
+    ratio: Annotated[float, number("ratio", "{:.2f}".format)]
+    aim: Annotated[float, number("aim")]
+
+
+@dataclass(frozen=True)
+class PlannedLayerRow:
+    """One MoE layer as the TPU compiler has it."""
+
+    case: Annotated[LayerCase, text(f"one MoE layer on {_CHIP}, forward + backward: E, S, K")]
+    dispatch: Annotated[str, text("dispatch")]
+    flops_ratio: Annotated[float, number("FLOPs over the experts' products", "{:.2f}".format)]
+    temporaries_ratio: Annotated[float, number("temporaries over the experts' rows", "{:.1f}".format)]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of their configs")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="one JSON file a plan")
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
+    """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone.
+
+    Each row is saved in the workdir, and made again only if its case or the version of the compiler has changed.
 
     Raises:
-        UserError: if no slice holds a step, the compiler is not there, or `workdir` cannot be written.
+        UserError: if no slice holds a step, the compiler is missing, or the workdir cannot be written.
     """
+    jax.config.update("jax_platforms", "cpu")  # leaves the machine's accelerators alone
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        flags.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir: cannot make {workdir} ({error.strerror})") from None
-    lines = [
-        "| config | parameters | slice | chips | mesh d/e/m | a chip's memory, GiB | all-to-alls | a MoE layer "
-        "| their bytes over the slots' | all-gathers | compute | HBM | network | MFU at most | compiled in |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+        raise UserError(f"--workdir: cannot make {flags.workdir} ({error.strerror})") from None
     for case in FITS:
-        lines.append(_fit_row(case, load(case.config, case.arguments), _planned(case, load, workdir, report)))
-        report(lines[-1])
-    lines += ["", "| compile time | slice | | slice | | ratio | aim |", "|---|---|---:|---|---:|---:|---:|"]
+        yield planned(case, flags, load)
     compared = dict.fromkeys(case for _, _, *cases in RATIOS for case in cases)
-    rounds = [{case: _planned(case, load, workdir, report, number) for case in compared} for number in range(_ROUNDS)]
+    rounds = [{case: planned(case, flags, load, number) for case in compared} for number in range(_ROUNDS)]
     for name, aim, *cases in RATIOS:
-        lines.append(_ratio_row(name, aim, *([plans[case] for plans in rounds] for case in cases)))
-        report(lines[-1])
-    layer = f"one MoE layer on {_CHIP}, forward + backward: E, S, K"
-    lines += ["", f"| {layer} | dispatch | FLOPs over the experts' products | temporaries over the experts' rows |"]
-    lines.append("|---|---|---:|---:|")
+        topologies = [rounds[0][case].topology for case in cases]
+        seconds = [statistics.median(rows[case].compile_seconds for rows in rounds) for case in cases]
+        yield CompileRatioRow(name, topologies[0], seconds[0], topologies[1], seconds[1], seconds[1] / seconds[0], aim)
     device = describe_devices(parse_slice(_CHIP))[0]
-    for sizes, dispatch in itertools.product(_LAYERS, ("gather", "einsum", "ragged")):
-        found = plan_layer(sizes, TOKENS, _LAYER_MODEL, dispatch, device)
-        lines.append(show_row([sizes, dispatch, f"{found[0]:.2f}", f"{found[1]:.1f}"]))
-        report(lines[-1])
-    return "\n".join(lines)
+    for sizes, dispatch in itertools.product(_LAYERS, FORMS):
+        yield PlannedLayerRow(sizes, dispatch, *plan_layer(sizes, TOKENS, _LAYER_SIZES, dispatch, device))
 
 
-def _planned(case: Case, load: Load, workdir: Path, report: Report, number: int = 0) -> dict[str, Any]:
-    """The `StepPlan` of a case, as a dictionary, compiled once a round, as that is long to come by."""
-    path = workdir / f"{_file_name(case)}{f'-{number}' if number else ''}.json"
-    described = json.loads(json.dumps({**asdict(case), "versions": _versions()}))
-    if path.exists():
-        saved = json.loads(path.read_text())
-        if saved["case"] == described:
-            return saved["plan"]
-    report(f"compiling {' '.join([case.config, *case.overrides])} for {case.topology}")
-    found = asdict(_plan(load(case.config, case.arguments), case.topology, report))
-    # In one move: a plan that was cut off while it is written would be read by the next run.
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"case": described, "plan": found}, indent=2) + "\n")
-    unfinished.replace(path)
-    return found
-
-
-def _versions() -> list[str]:
-    """Of what compiles."""
+def compiler_versions() -> list[str]:
+    """The versions that decide what is compiled."""
     return [f"{name} {version(name)}" for name in ("jax", "libtpu") if find_spec(name)]
 
 
-def _file_name(case: Case) -> str:
-    parts = (case.config.replace(".py", ""), case.topology, *case.overrides)
-    return "-".join(parts).replace(":", "_").replace("=", "_")
+def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> PlanRow:
+    """Compiles a case, or reads the row that it has been given before; each `number` is compiled for itself."""
+    name = "-".join((case.config.replace(".py", ""), case.topology, *case.overrides))
+    path = flags.workdir / f"{name.replace(':', '_').replace('=', '_')}{f'-{number}' if number else ''}.json"
+    described = json.loads(json.dumps({**asdict(case), "versions": compiler_versions()}))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if saved["case"] == described and "row" in saved:
+            return PlanRow(**saved["row"])
+    _log.info("compiling %s for %s", " ".join([case.config, *case.overrides]), case.topology)
+    config = load(str(flags.configs / case.config), case.arguments)
+    if ":" in case.topology:
+        plan = plan_step(config, parse_slice(case.topology))
+    else:
+        plan = smallest_fit(config, find_chip(case.topology), _log.info)
+    row = make_row(case, config, plan)
+    # In one move: the next run would read a file whose writing was interrupted.
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"case": described, "row": asdict(row)}, indent=2) + "\n")
+    unfinished.replace(path)
+    return row
 
 
-def _plan(config: Config, topology: str, report: Report) -> StepPlan:
-    if ":" in topology:
-        return plan_step(config, parse_slice(topology))
-    return smallest_fit(config, find_chip(topology), report)
-
-
-def _fit_row(case: Case, config: Config, plan: dict[str, Any]) -> str:
-    slice_ = parse_slice(plan["topology"])
-    memory, bounds = plan["memory_per_device"], plan["roofline"]
-    counts = {kind: found["count"] for kind, found in plan["collectives"].items()}
-    exchanges = counts.get("all-to-all", 0)
-    layers = _routed_layers(config)
-    each = exchanges / (config.train.accumulation_steps * sum(layers.values()))
-    cells = [" ".join([f"`{case.config}`", *(f"`{override}`" for override in case.overrides)])]
-    cells += [show_count(account(config).total), f"{plan['topology']}", f"{slice_.chips:,}"]
-    cells += ["/".join(str(size) for size in plan["mesh"].values())]
-    cells += [f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f}"]
-    cells += [f"{exchanges:,}", f"{each:.3g}"]
-    cells += [f"{exchanged_bytes(plan) / (each * slot_bytes(config, plan)):.2f}"]
-    cells += [f"{counts.get('all-gather', 0):,}"]
-    cells += [show_seconds(bounds[f"{bound}_seconds"]) for bound in ("compute", "hbm", "network")]
-    cells += [f"{100 * utilization(config, slice_, plan):.0f} %", f"{plan['compile_seconds']:.0f} s"]
-    return show_row(cells)
+def make_row(case: Case, config: Config, plan: StepPlan) -> PlanRow:
+    """Makes the row of a compiled case."""
+    slice_, memory, bounds = parse_slice(plan.topology), plan.memory_per_device, plan.roofline
+    exchanges = plan.collectives.get("all-to-all", Traffic(0, 0))
+    per_layer = exchanges.count / (config.train.accumulation_steps * sum(_routed_layers(config).values()))
+    seconds = max(bounds.compute_seconds, bounds.hbm_seconds, bounds.network_seconds)
+    return PlanRow(
+        config=" ".join([case.config, *case.overrides]),
+        parameters=account(config).total,
+        topology=plan.topology,
+        chips=slice_.chips,
+        mesh=plan.mesh,
+        memory_bytes={"total": memory.total, "capacity": memory.capacity},
+        all_to_alls=exchanges.count,
+        all_to_alls_per_layer=per_layer,
+        bytes_over_slots=exchanges.bytes / (per_layer * slot_bytes(config, plan.mesh)),
+        all_gathers=plan.collectives.get("all-gather", Traffic(0, 0)).count,
+        compute_seconds=bounds.compute_seconds,
+        hbm_seconds=bounds.hbm_seconds,
+        network_seconds=bounds.network_seconds,
+        mfu=model_flops(config) / (slice_.chips * slice_.chip.flops * seconds),
+        compile_seconds=plan.compile_seconds,
+    )
 
 
 def _routed_layers(config: Config) -> dict[str, int]:
-    """MoE layers of each stack."""
+    """Numbers of MoE layers, by stack."""
     return {stack: sum(layer.num_experts > 0 for layer in config.layers(stack)) for stack in config.model.stacks}
 
 
-def exchanged_bytes(plan: dict[str, Any]) -> int:
-    """Of all-to-alls on one device in a step."""
-    return plan["collectives"].get("all-to-all", {"bytes": 0})["bytes"]
+def slot_bytes(config: Config, mesh: Mapping[str, int]) -> float:
+    """Bytes that have to cross once for all MoE layers of a step, from or to one device.
 
-
-def slot_bytes(config: Config, plan: dict[str, Any]) -> float:
-    """What has to cross once for all MoE layers of a step, from and to one device: each of its tokens has
-    `K * capacity_factor` slots of d_model numbers, without drops one for every expert."""
+    Each of its tokens has `K * capacity_factor` slots of d_model numbers; in dropless layers, one for every expert.
+    """
     moe = config.moe
     slots = moe.num_experts if moe.dropless else moe.num_selected_experts * moe.train_capacity_factor
     tokens = sum(count * config.stack_lengths[stack] for stack, count in _routed_layers(config).items())
-    shards = plan["mesh"]["data"] * plan["mesh"]["expert"]
+    shards = mesh["data"] * mesh["expert"]
     width = jnp.dtype(config.model.dtype).itemsize
     return slots * tokens * config.data.batch_size / shards * config.model.d_model * width
-
-
-def utilization(config: Config, slice_: Slice, plan: dict[str, Any]) -> float:
-    """Model FLOPs utilisation (MFU) of a step that takes as long as the largest bound of its roofline: at most that."""
-    chip: Chip = slice_.chip
-    seconds = max(plan["roofline"][f"{bound}_seconds"] for bound in ("compute", "hbm", "network"))
-    return model_flops(config) / (slice_.chips * chip.flops * seconds)
-
-
-def _ratio_row(name: str, aim: float, *sides: Sequence[dict[str, Any]]) -> str:
-    """Of the smaller and the larger case, the plans of all rounds."""
-    cells, seconds = [name], []
-    for plans in sides:
-        seconds.append(statistics.median(plan["compile_seconds"] for plan in plans))
-        cells += [plans[0]["topology"], f"{seconds[-1]:.0f} s"]
-    return show_row([*cells, f"{seconds[1] / seconds[0]:.2f}", aim])

@@ -1,29 +1,60 @@
-"""Where the figures of a table come from."""
+"""Says where the figures of a study come from."""
 
 import os
 import platform
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+_OUTPUTS = ("write", "json", "picture")
+"""Flags that say where to write, and change no figure."""
 
-def origin(command: str) -> dict[str, str]:
-    """Where and when figures come from: command, date, versions, machine and how busy that has been."""
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and when figures were measured."""
+
+    command: str
+    date: str
+    versions: str
+    machine: str
+    """Accelerators, usable cores, and the load of the last five minutes."""
+
+    def __str__(self) -> str:
+        return f"`{self.command}`, {self.date}; {self.versions}; {self.machine}."
+
+
+def find_provenance(command: str) -> Provenance:
+    """The provenance of figures that `command` has measured by now."""
     versions = (f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
     cores = f"{_usable_cores()} cores of {_processor()}"
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "machine": ", ".join([*_accelerators(), cores, f"load {os.getloadavg()[1]:.1f}"]),
-    }
+    return Provenance(
+        command=command,
+        date=datetime.now(UTC).date().isoformat(),
+        versions=", ".join([f"Python {platform.python_version()}", *versions]),
+        machine=", ".join([*_accelerators(), cores, f"load {os.getloadavg()[1]:.1f}"]),
+    )
 
 
-def show_origin(found: dict[str, str]) -> str:
-    """`origin` as the line below a table."""
-    return f"`{found['command']}`, {found['date']}; {found['versions']}; {found['machine']}."
+def command_line(program: str, flags: Namespace, parser: ArgumentParser) -> str:
+    """The command whose figures these are: `program` with every flag that may change them and is not at its default.
+
+    Args:
+        program: as it is called, before its flags.
+        flags: as parsed; `overrides` of a config, if there are any, are words as they were given.
+        parser: knows the defaults. Where it has one for `workdir`, that only says where the runs of a study lie.
+    """
+    skipped = {*_OUTPUTS, "overrides"} | ({"workdir"} if parser.get_default("workdir") else set())
+    words = [program]
+    for name, value in vars(flags).items():
+        if name not in skipped and value != parser.get_default(name):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
+    return " ".join([*words, *getattr(flags, "overrides", [])])
 
 
 def _accelerators() -> list[str]:

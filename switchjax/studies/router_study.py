@@ -1,13 +1,17 @@
-"""Every router on the same small model and text, and the table that comes of it."""
+"""Trains the same small model on the same text with every router."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from switchjax.config import Config, UserError
-from switchjax.studies.complete_run import complete_run
-from switchjax.studies.markdown import show_row
+from switchjax.config import UserError
+from switchjax.parallel.mesh import emulate_devices
+from switchjax.studies.flags import LoadConfig
+from switchjax.studies.report import number, percent, text
+from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.metrics import read_metrics
 
 _TOP_2 = {"num_selected_experts": 2, "fill_order": "token_by_token"}
@@ -47,54 +51,74 @@ STUDIED: dict[str, dict[str, Any]] = {
     "sinkhorn": {"router": "sinkhorn", "loss_weights": {"load_balance_loss": 0.0}},
     "reinforced": {"router": "reinforced"},
 }  # fmt: skip
-"""Name in the table -> what it changes in the section `moe`; dense changes the pattern instead."""
+"""Name -> changes of the section `moe`; dense changes the pattern instead."""
 
 
-def study_routers(base: Config, workdir: Path, report: Callable[[str], None]) -> str:
-    """Trains one run a router under `workdir` and returns their table.
+_decimals = "{:.3f}".format
 
-    Runs that are complete already are not repeated; one that was cut off resumes.
 
-    Args:
-        base: the config that each of them changes.
-        workdir: of the study.
-        report: is told of each run that is finished, by its row of the table.
+@dataclass(frozen=True)
+class RouterRow:
+    """How a run went. Routed figures are None without experts."""
+
+    router: Annotated[str, text("router")]
+    first_loss: Annotated[float, number("loss, first steps", _decimals)]
+    """Mean of the first tenth of the records, as `last_loss` of the last."""
+    last_loss: Annotated[float, number("loss, last steps", _decimals)]
+    held_out_loss: Annotated[float, number("held-out loss", _decimals)]
+    dropped_in_training: Annotated[float | None, number("dropped in training", percent, "-")]
+    dropped_in_evaluation: Annotated[float | None, number("in evaluation", percent, "-")]
+    expert_load_top: Annotated[float | None, number("top share", _decimals, "-")]
+    expert_load_bottom: Annotated[float | None, number("bottom share", _decimals, "-")]
+    tokens_per_second: Annotated[float, number("tokens/s", "{:,.0f}".format)]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/quickstart.py:study", help="what each of them changes")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[RouterRow]:
+    """Trains one run a router; complete runs are only read, and one that was cut off resumes.
 
     Raises:
         UserError: as `train`, or if a loss did not fall.
     """
-    lines = [
-        "| router | loss, first steps | loss, last steps | held-out loss | dropped in training | in evaluation "
-        "| top share | bottom share | tokens/s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    base = load(flags.config)
+    emulate_devices(base.mesh)
     for name, changes in STUDIED.items():
         config = dataclasses.replace(
             base,
             moe=dataclasses.replace(base.moe, **changes),
             model=dataclasses.replace(base.model, pattern=("dense",)) if name == "dense" else base.model,
         )
-        folder = workdir / name.replace(", ", "_").replace(" ", "_")
-        lines.append(_row(name, folder, complete_run(config, folder)))
-        report(lines[-1])
-    return "\n".join(lines)
+        folder = flags.workdir / name.replace(", ", "_").replace(" ", "_")
+        yield make_row(name, folder, train_to_end(config, folder))
 
 
-def _row(name: str, workdir: Path, summary: Mapping[str, Any]) -> str:
-    records = read_metrics(workdir, "train")
+def make_row(name: str, workdir: Path, summary: Mapping[str, Any]) -> RouterRow:
+    """Makes the row of a complete run.
+
+    Raises:
+        UserError: if its loss did not fall.
+    """
+    records, evaluation = read_metrics(workdir, "train"), summary["evaluation"]
     tenth = max(1, len(records) // 10)
     first, last = records[:tenth], records[-tenth:]
     if not _mean(last, "loss") < _mean(first, "loss"):
         raise UserError(f"the loss of {name} did not fall: see {workdir / 'metrics.jsonl'}")
-    cells = [name, f"{_mean(first, 'loss'):.3f}", f"{_mean(last, 'loss'):.3f}"]
-    cells.append(f"{-summary['evaluation']['neg_log_perplexity']:.3f}")
-    if "expert_load" in records[0]:
-        cells += [f"{100 * _mean(records, 'fraction_tokens_dropped'):.1f} %"]
-        cells += [f"{100 * summary['evaluation']['fraction_tokens_dropped']:.1f} %"]
-        cells += [f"{_mean(last, 'expert_load_top'):.3f}", f"{_mean(last, 'expert_load_bottom'):.3f}"]
-    else:
-        cells += ["-"] * 4
-    return show_row([*cells, f"{summary['tokens_per_second']:,.0f}"])
+    routed = "expert_load" in records[0]
+    return RouterRow(
+        router=name,
+        first_loss=_mean(first, "loss"),
+        last_loss=_mean(last, "loss"),
+        held_out_loss=-evaluation["neg_log_perplexity"],
+        dropped_in_training=_mean(records, "fraction_tokens_dropped") if routed else None,
+        dropped_in_evaluation=evaluation["fraction_tokens_dropped"] if routed else None,
+        expert_load_top=_mean(last, "expert_load_top") if routed else None,
+        expert_load_bottom=_mean(last, "expert_load_bottom") if routed else None,
+        tokens_per_second=summary["tokens_per_second"],
+    )
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -1,8 +1,11 @@
-"""What experts and sharding cost a train step, beside a dense T5 and one device."""
+"""Times a train step with experts beside a dense T5's, and on eight devices beside one."""
 
+import logging
 import statistics
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -12,15 +15,17 @@ from switchjax.accounting.hardware import peak_flops
 from switchjax.accounting.utilization import model_flops
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from switchjax.models.families import FAMILIES
-from switchjax.parallel.mesh import check_fit, make_mesh
-from switchjax.studies.markdown import show_row
+from switchjax.parallel.mesh import check_fit, emulate_devices, make_mesh
+from switchjax.studies.flags import LoadConfig, add_repeats
+from switchjax.studies.report import Row, number, text
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
 from switchjax.training.loop import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 
 DEVICES = 8
-"""What the sharded step runs on."""
+"""Devices of the sharded step."""
+_log = logging.getLogger(__name__)
 _MESH = MeshConfig(data=2, expert=4)
 
 DENSE = Config(
@@ -38,28 +43,88 @@ DENSE = Config(
     moe=MoEConfig(train_capacity_factor=1.25, group_size=2048),
     data=DataConfig(batch_size=16, encoder_length=512, decoder_length=128),
 )
-"""A T5 of the proportions of T5-Base, small enough for two cores; a Switch Transformer has an MoE layer in the place of
+"""A T5 of the proportions of T5-Base, small enough for two cores. A Switch Transformer has an MoE layer in the place of
 every other feed-forward network, and as many FLOPs a token."""
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One row of the table: its speed over that of the case `beside`."""
+    """A train step; its speed is set beside that of the case `beside`."""
 
     name: str
     config: Config
-    beside: str = ""
-    aim: float = 0.0
+    beside: str | None = None
+    aim: float | None = None
     devices: int = 1
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """The median speed of a train step."""
+
+    name: Annotated[str, text("train step")]
+    parameters: Annotated[int, number("parameters", "{:,}".format)]
+    milliseconds: Annotated[float, number("ms", "{:.0f}".format)]
+    tokens_per_second: Annotated[float, number("tokens/s", "{:,.0f}".format)]
+    mfu: Annotated[float | None, number("MFU", "{:.3f}".format)]
+    """Model FLOPs utilisation; None where the peak of the devices is not known."""
+    beside: Annotated[str | None, text("its tokens/s over those of")]
+    ratio: Annotated[Ratio | None, number("")]
+    aim: Annotated[float | None, number("aim")]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_repeats(parser, 7)
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
+    models.add_argument(
+        "--config", metavar="CONFIG", help="models in the place of small ones; --config.SECTION.KEY=VALUE too"
+    )
+    parser.set_defaults(overrides=[])
+
+
+def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
+    """Times the cases of the config that the flags name, or small models beside transformers' own."""
+    if flags.huggingface:
+        from switchjax.studies.beside_transformers import measure_training
+
+        yield from measure_training(flags.repeats)
+        return
+    dense = load(flags.config, flags.overrides) if flags.config else DENSE
+    emulate_devices(MeshConfig(emulated_devices=DEVICES))
+    compared, programs = cases(dense), {}
+    for case in compared:
+        _log.info("compiling %s", case.name)
+        programs[case.name] = train_program(case.config, jax.devices()[: case.devices])
+    seconds = interleaved_seconds(programs, flags.repeats)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    yield from (make_row(case, seconds, peak) for case in compared)
+
+
+def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | None) -> StepRow:
+    """Makes the row of a case from the seconds of every case's steps, by name, and the FLOP/s of a device if known."""
+    config, median = case.config, statistics.median(seconds[case.name])
+    return StepRow(
+        name=case.name,
+        parameters=account(config).total,
+        milliseconds=1000 * median,
+        tokens_per_second=config.data.batch_size * sum(config.stack_lengths.values()) / median,
+        mfu=model_flops(config) / median / (peak * case.devices) if peak else None,
+        beside=case.beside,
+        ratio=Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else None,
+        aim=case.aim,
+    )
+
+
 def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, models with more and more experts as its `moe` has them, and one of them on one device and on
-    all, where there are so many."""
+    """The dense model, two models with experts as its `moe` says, and one of these on one device and on `DEVICES`.
+
+    With fewer devices, the last two are left out.
+    """
     dense = replace(dense, model=replace(dense.model, pattern=("dense", "dense")), mesh=MeshConfig())
     routed = replace(dense.moe, experts_per_layer=())
     selected = f", K = {routed.num_selected_experts}" if routed.num_selected_experts > 1 else ""
-    few, many = (0.0, 0.0) if selected else (0.92, 0.85)  # a second expert is more work, not overhead
+    few, many = (None, None) if selected else (0.92, 0.85)  # a second expert is more work, not overhead
 
     def name(num_experts: int) -> str:
         return f"{routed.router}{selected}, {num_experts} experts"
@@ -85,7 +150,7 @@ def cases(dense: Config) -> tuple[StepCase, ...]:
 
 
 def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
-    """Takes a train step on full rows of random tokens each time that it is called."""
+    """Returns a program that takes one more train step on full rows of random tokens."""
     mesh = make_mesh(config.mesh, devices)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)
@@ -103,7 +168,7 @@ def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
 
 
 def random_rows(config: Config) -> dict[str, np.ndarray]:
-    """A global batch of random tokens without padding, each row one segment."""
+    """Makes a global batch of random tokens without padding; each row is one segment."""
     shapes = FAMILIES[config.model.family].batch_shapes(config)
     rng = np.random.default_rng(config.data.seed)
     return {
@@ -112,36 +177,3 @@ def random_rows(config: Config) -> dict[str, np.ndarray]:
         else rng.integers(3, config.model.vocab_size, array.shape).astype(array.dtype)
         for name, array in shapes.items()
     }
-
-
-def benchmark_step(dense: Config, repeats: int, report: Callable[[str], None]) -> str:
-    """Times a train step of each of `cases`, all in turn, and returns the table.
-
-    Args:
-        dense: as `DENSE`.
-        repeats: rounds, whose medians count.
-        report: is told of each step that is compiled.
-    """
-    table = cases(dense)
-    programs: dict[str, Program] = {}
-    for case in table:
-        report(f"compiling {case.name}")
-        programs[case.name] = train_program(case.config, jax.devices()[: case.devices])
-    report(f"{repeats} rounds")
-    seconds = interleaved_seconds(programs, repeats)
-    tokens = dense.data.batch_size * sum(dense.stack_lengths.values())
-    peak = peak_flops(jax.devices()[0].device_kind)
-    utilization = {"MFU": "---:"} if peak else {}
-    head = {"train step": "---", "parameters": "---:", "ms": "---:", "tokens/s": "---:"} | utilization
-    head |= {"its tokens/s over those of": "---", "": "---:", "aim": "---:"}
-    lines = [show_row(head), f"|{'|'.join(head.values())}|"]
-    for case in table:
-        median = statistics.median(seconds[case.name])
-        cells = [case.name, f"{account(case.config).total:,}", f"{1000 * median:.0f}", f"{tokens / median:,.0f}"]
-        if peak:
-            rate = model_flops(case.config) / median
-            cells.append(f"{rate / (peak * case.devices):.3f}")
-        ratio = Ratio.of(seconds[case.beside], seconds[case.name]) if case.beside else ""
-        cells += [case.beside, str(ratio), f"{case.aim}" if case.aim else ""]
-        lines.append(show_row(cells))
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Times of programs that are run in turn, so that a machine's moods meet them all alike."""
+"""Times programs that run in turn, so that all meet the same changes of a machine's speed."""
 
 import statistics
 import time
@@ -12,8 +12,10 @@ Program = Callable[[], Any]
 
 
 def interleaved_seconds(programs: Mapping[str, Program], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds that each program took in each of `repeats` rounds, its results waited for; after one unmeasured round
-    where `warm_up`."""
+    """Seconds that each program took in each of `repeats` rounds, with its results waited for.
+
+    With `warm_up`, one round that is not measured comes first.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(-1 if warm_up else 0, repeats):
         for name, program in programs.items():
@@ -24,15 +26,9 @@ def interleaved_seconds(programs: Mapping[str, Program], repeats: int, warm_up: 
     return times
 
 
-def median_times(programs: Mapping[str, Program], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each program."""
-    times = interleaved_seconds(programs, repeats)
-    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
-
-
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio that was measured in several rounds: their median and quartiles."""
+    """Median and quartiles of a ratio that was measured in several rounds; formats as `1.04 (1.03 to 1.06)`."""
 
     median: float
     low: float
@@ -40,7 +36,7 @@ class Ratio:
 
     @classmethod
     def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
-        """Of two programs' measurements, round by round."""
+        """The ratio of two programs' measurements, taken round by round."""
         ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return cls(median, low, high)

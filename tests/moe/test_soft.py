@@ -52,7 +52,7 @@ def soft_oracle(weights: Mapping[str, np.ndarray], x: np.ndarray, mask: np.ndarr
         logits = np.zeros((len(tokens), len(slots)))
         for t, (s, (e, p)) in product(range(len(tokens)), enumerate(slots)):
             direction = phi[:, e, p] / np.linalg.norm(phi[:, e, p])
-            logits[t, s] = weights["scale"] * direction @ tokens[t] / np.linalg.norm(tokens[t])
+            logits[t, s] = weights["phi_scale"] * direction @ tokens[t] / np.linalg.norm(tokens[t])
         exp = np.exp(logits)
         dispatch, combine = exp / exp.sum(axis=0), exp / exp.sum(axis=1, keepdims=True)
         outputs = np.zeros_like(tokens)
@@ -72,7 +72,7 @@ def test_the_layer_and_its_gradients_are_those_of_the_loop() -> None:
 
     rng, step = np.random.default_rng(1), 1e-6
     gradients = {**named_leaves(gradient), "x": dx}
-    assert gradients.keys() == {"phi", "scale", "experts/w_in", "experts/w_out", "x"}
+    assert gradients.keys() == {"phi", "phi_scale", "experts/w_in", "experts/w_out", "x"}
     for name, values in gradients.items():
         direction = rng.normal(size=at[name].shape)
         ahead, behind = (

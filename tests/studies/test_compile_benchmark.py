@@ -7,14 +7,9 @@ import pytest
 
 from switchjax.config import Config
 from switchjax.studies import compile_benchmark
-from switchjax.studies.compile_benchmark import (
-    benchmark_compile,
-    compile_step,
-    compiled_programs_in,
-    seconds_to_first_step,
-    with_layers,
-)
-from switchjax.studies.markdown import read_tables
+from switchjax.studies.compile_benchmark import CompileFigures, compiled_programs_in, with_layers
+from switchjax.studies.timing import Ratio
+from tests.studies.written import check_written, measure
 
 
 def test_programs_are_kept_where_it_is_said_and_nowhere_else(tmp_path: Path) -> None:
@@ -46,26 +41,19 @@ def test_only_the_number_of_layers_differs(tiny: Config) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_and_a_first_step_taken(tiny: Config) -> None:
-    compile_step(tiny)
-    assert 0 < seconds_to_first_step(tiny) < 300
+def test_stacks_are_compiled_and_runs_started(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_benchmark, "DEEP", 4)
+    (found,) = measure(compile_benchmark, ["--repeats=1"], {"switch.py:runlocal": tiny, "quickstart.py:switch": tiny})
+    assert min(found.shallow_seconds, found.deep_seconds) > 0
+    assert found.deep_over_shallow.median == found.deep_seconds / found.shallow_seconds
+    # With a full cache, the step is not compiled again.
+    assert 0 < found.full_cache_start_seconds < found.uncached_start_seconds
 
 
-def test_the_table_compares_deep_and_shallow_models(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[int] = []
-    monkeypatch.setattr(
-        compile_benchmark, "compile_step", lambda config: compiled.append(config.model.num_encoder_layers)
-    )
-    starts = iter([3.0, 4.0, 1.0])
-    caches: list[str | None] = []
-
-    def start(config: Config) -> float:
-        caches.append(jax.config.jax_compilation_cache_dir)
-        return next(starts)
-
-    monkeypatch.setattr(compile_benchmark, "seconds_to_first_step", start)
-    table = read_tables(benchmark_compile(tiny, tiny, 2, report=lambda line: None))[0]
-    assert compiled == [2, 12, 2, 12]
-    assert [row[1] for row in table[-3:]] == ["3.0 s", "4.0 s", "1.0 s"]
-    assert caches[0] is None
-    assert caches[1] == caches[2] is not None
+def test_figures_become_the_documents_table() -> None:
+    figures = CompileFigures(1.0, 1.25, Ratio(1.25, 1.2, 1.3), 30.0, 31.0, 2.0)
+    (lines,) = check_written([figures], "docs/performance.md")
+    assert lines[2:4] == [
+        "| 12 + 12 layers over 2 + 2 layers | 1.25 (1.20 to 1.30) | at most 1.3 |",
+        "| first step, no cache | 30.0 s | 30 s |",
+    ]

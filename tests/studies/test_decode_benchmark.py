@@ -1,4 +1,4 @@
-"""Both ways of decoding write the same, and the benchmark's table has a row for each number of texts."""
+"""Both ways of decoding write the same, and there is a row for each number of texts."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,11 @@ from switchjax.config import Config, DecodingConfig
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless
 from switchjax.studies import decode_benchmark
-from switchjax.studies.decode_benchmark import benchmark_decoding, decode_uncached, make_prompts
+from switchjax.studies.decode_benchmark import DecodeRow, decode_uncached, make_prompts
+from switchjax.studies.timing import Ratio
 from tests.models import examples
 from tests.models.families import FAMILIES, make_model
+from tests.studies.written import check_written, measure
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,13 @@ def test_what_is_timed_is_the_same_text(config: Config, monkeypatch: pytest.Monk
     prompts = make_prompts(config.model.family == "encoder_decoder", 2, 48)
     cached = generate(model, prompts, DecodingConfig(max_new_tokens=4), 48, eos=-1)
     np.testing.assert_array_equal(cached, decode_uncached(model, prompts, 4, 48))
-    reported: list[str] = []
-    table = benchmark_decoding([("tiny", lambda: model)], 4, repeats=1, report=reported.append)
-    assert table.splitlines()[2:] == reported
-    assert reported[0].startswith("| tiny | 2 | ")
+
+    (row,) = measure(decode_benchmark, ["--config", "tiny", "--new_tokens=4", "--repeats=1"], {"tiny": config})
+    assert (row.model, row.rows, row.new_tokens) == ("tiny", 2, 4)
+    assert row.speedup.median == pytest.approx(row.cached_tokens_per_second / row.uncached_tokens_per_second)
+
+
+def test_rows_become_the_documents_table() -> None:
+    row = DecodeRow("tiny", 8, 1234.5, 12.3, Ratio(100.0, 99.0, 101.0), Ratio(1.5, 1.4, 1.6), 256)
+    ((line,),) = check_written([row], "docs/decoding.md")
+    assert line == "| tiny | 8 | 1234 | 12 | 100.00 (99.00 to 101.00) | 1.50 (1.40 to 1.60) |"

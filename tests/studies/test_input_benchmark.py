@@ -1,4 +1,4 @@
-"""Tokens are counted alike on both sides of the ratio, and every figure has its row."""
+"""Tokens are counted alike on both sides of the ratio, and every figure is measured."""
 
 import jax
 import pytest
@@ -7,11 +7,12 @@ from switchjax.config import Config, TrainConfig
 from switchjax.data.text import TextData
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies import input_benchmark
-from switchjax.studies.input_benchmark import Consumer, benchmark_input, count_tokens, fraction_beside_steps
-from switchjax.studies.markdown import read_tables
+from switchjax.studies.input_benchmark import Consumer, InputFigures, count_tokens, fraction_beside_steps
+from switchjax.studies.timing import Ratio
 from switchjax.training.loop import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
+from tests.studies.written import check_written, measure
 
 
 @pytest.mark.slow
@@ -39,13 +40,19 @@ def test_laps_count_by_how_long_they_take() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_has_every_figure(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_is_measured(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_benchmark, "BATCHES", 3)
     monkeypatch.setattr(input_benchmark, "STEPS", 1)
     monkeypatch.setattr(input_benchmark, "RUN", TrainConfig(steps=6, log_every=2, checkpoint_every=2))
-    _, read, eaten, ratio, wait, ready, loop = read_tables(benchmark_input(tiny, 2, report=lambda line: None))[0]
-    assert float(read[1].replace(",", "")) > 0 < float(eaten[1].replace(",", ""))
-    assert float(ratio[1].split(" ")[0]) > 0
-    assert 0 <= float(wait[1].removesuffix(" %")) <= 100
-    assert ready[1].endswith(" s")
-    assert 0 < float(loop[1].removesuffix(" %")) < 100
+    (found,) = measure(input_benchmark, ["--repeats=2"], {"quickstart.py:switch": tiny})
+    assert min(found.pipeline_tokens_per_second, found.step_tokens_per_second, found.ready_seconds) > 0
+    assert 0 < found.pipeline_over_step.low <= found.pipeline_over_step.high
+    assert 0 <= found.data_wait_fraction < 1
+    assert 0 < found.loop_fraction < 1
+
+
+def test_figures_become_the_documents_table() -> None:
+    figures = InputFigures(437608.4, 15449.0, Ratio(28.3, 27.6, 29.6), 0.0011, 0.07, 0.011)
+    (lines,) = check_written([figures], "docs/performance.md")
+    assert lines[2] == "| pipeline over step | 28.30 (27.60 to 29.60) | at least 10 |"
+    assert lines[-1] == "| logging every 20 steps, a checkpoint every 100, the loop | 1.10 % | below 2 % |"

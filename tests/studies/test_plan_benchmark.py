@@ -1,154 +1,108 @@
-"""The tables of plans, with a compiler that answers at once."""
+"""Rows say what plans do, each is compiled once, and the real TPU compiler makes one."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from switchjax import command
-from switchjax.accounting.hardware import Chip, Slice
+from switchjax.accounting.accounting import account
 from switchjax.config import Config, UserError
-from switchjax.planning.hlo_collectives import Traffic
-from switchjax.planning.plan import StepPlan
 from switchjax.studies import plan_benchmark
-from switchjax.studies.plan_benchmark import FITS, RATIOS, Case, slot_bytes, tabulate_plans, utilization
-from tests.planning.test_plan import EIGHT, PLAN
+from switchjax.studies.layer_benchmark import LayerCase
+from switchjax.studies.plan_benchmark import (
+    FITS,
+    RATIOS,
+    Case,
+    CompileRatioRow,
+    PlannedLayerRow,
+    make_row,
+    planned,
+    slot_bytes,
+)
+from tests.planning.test_plan import PLAN
+from tests.studies.written import ROOT, check_written
 from tests.tiny import changed
 
-FIT = Case("switch.py:base-8", ("model.remat=full",), "v5e")
-RATIO = ("more layers", 1.3, Case("switch.py:base-8", (), "v5e:1x1"), Case("switch.py:base-8", (), "v5e:2x4"))
+CASE = Case("switch.py:base-8", ("model.remat=full",), "v5e")
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Slices that were compiled for, as they are; a slice takes as many seconds as it has chips."""
-    slices: list[str] = []
-
-    def plan_step(config: Config, slice_: Slice) -> StepPlan:
-        slices.append(slice_.name)
-        return dataclasses.replace(PLAN, topology=slice_.name, compile_seconds=float(slice_.chips))
-
-    def smallest_fit(config: Config, chip: Chip, report: object) -> StepPlan:
-        return plan_step(config, EIGHT)
-
-    monkeypatch.setattr(plan_benchmark, "plan_step", plan_step)
-    monkeypatch.setattr(plan_benchmark, "smallest_fit", smallest_fit)
-    monkeypatch.setattr(plan_benchmark, "FITS", (FIT,))
-    monkeypatch.setattr(plan_benchmark, "RATIOS", (RATIO,))
-    monkeypatch.setattr(plan_benchmark, "describe_devices", lambda slice_: [slice_])
-    monkeypatch.setattr(plan_benchmark, "plan_layer", lambda case, *_: (case.num_experts / 4, case.num_selected / 4))
-    return slices
-
-
-def test_a_row_says_what_a_plan_does_and_finished_plans_stay(
-    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, ...]] = []
-
-    def load(name: str, overrides: Sequence[str]) -> Config:
-        asked.append((name, *overrides))
-        return tiny
-
-    lines: list[str] = []
-    table, _, layers = tabulate_plans(load, tmp_path / "plans", lines.append).partition("\n\n| one MoE layer")
-    table = table.splitlines()
-    assert asked[0] == ("switch.py:base-8", "--config.model.remat=full")
-    assert compiled == ["v5e:2x4", *["v5e:1x1", "v5e:2x4"] * 3]
-    fit, ratio = table[2], table[-1]
-    assert fit in lines
-    assert ratio in lines
-    assert fit.count("|") == table[0].count("|")
-    assert ratio.count("|") == table[-2].count("|") == table[-3].count("|")
-    cells = [cell.strip() for cell in fit.split("|")]
-    assert cells[1] == "`switch.py:base-8` `model.remat=full`"
-    assert cells[3:6] == ["v5e:2x4", "8", "2/4/1"]
+def test_a_row_says_what_a_plan_does_and_becomes_the_documents_table(tiny: Config) -> None:
+    row = make_row(CASE, tiny, PLAN)
+    assert (row.topology, row.chips, row.all_gathers) == ("v5e:2x4", 8, 0)
     # 48 in the two MoE layers of the tiny model.
-    ratio_of_bytes = PLAN.collectives["all-to-all"].bytes / (24 * slot_bytes(tiny, PLAN.to_dict()))
-    assert cells[6:11] == ["14.0 of 16.0", "48", "24", f"{ratio_of_bytes:.2f}", "0"]
-    assert ratio == "| more layers | v5e:1x1 | 1 s | v5e:2x4 | 8 s | 8.00 | 1.3 |"
-
-    assert layers.splitlines()[2:4] == ["| 8, 2048, 1 | gather | 2.00 | 0.2 |", "| 8, 2048, 1 | einsum | 2.00 | 0.2 |"]
-    assert tabulate_plans(load, tmp_path / "plans", lines.append).splitlines()[: len(table)] == table
-    assert len(compiled) == 7
-    monkeypatch.setattr(plan_benchmark, "FITS", (dataclasses.replace(FIT, overrides=("model.remat=dots",)),))
-    tabulate_plans(load, tmp_path / "plans", lines.append)
-    assert len(compiled) == 8
-
-
-def test_all_ratios_are_of_the_same_rounds(
-    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, _, small, middle = RATIO
-    large = dataclasses.replace(middle, topology="v5e:4x4")
-    monkeypatch.setattr(plan_benchmark, "RATIOS", (RATIO, ("more chips", 1.5, middle, large)))
-    table = tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
-    assert compiled == ["v5e:2x4", *[case.topology for case in (small, middle, large)] * 3]
-    assert "| more chips | v5e:2x4 | 8 s | v5e:4x4 | 16 s | 2.00 | 1.5 |" in table
+    assert (row.all_to_alls, row.all_to_alls_per_layer) == (48, 24)
+    assert row.bytes_over_slots == (1 << 30) / (24 * slot_bytes(tiny, PLAN.mesh))
+    # Three forward passes at the largest bound of the roofline, 2.5 s.
+    flops = 3 * account(tiny).forward_flops * tiny.data.batch_size
+    assert row.mfu == pytest.approx(flops / (8 * 197e12 * 2.5))
+    ratio = CompileRatioRow("more layers", "v5e:1x1", 1.0, "v5e:2x4", 8.0, 8.0, 1.3)
+    layer = PlannedLayerRow(LayerCase(8, 2048, 1), "gather", 1.013, 0.12)
+    (fit,), (compared,), (alone,) = check_written([row, ratio, layer], "README.md")
+    assert fit.startswith("| `switch.py:base-8` `model.remat=full` | ")
+    assert " | v5e:2x4 | 8 | 2/4/1 | 14.0 of 16.0 | 48 | 24 | " in fit
+    assert fit.endswith(" | 0 | 5 ms | 1.2 ms | 2.50 s | 0 % | 12 s |")
+    assert compared == "| more layers | v5e:1x1 | 1 s | v5e:2x4 | 8 s | 8.00 | 1.3 |"
+    assert alone == "| 8, 2048, 1 | gather | 1.01 | 0.1 |"
 
 
-def test_a_plan_of_another_compiler_is_made_anew(
-    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
-    once = list(compiled)
-    monkeypatch.setattr(plan_benchmark, "version", lambda name: "later")
-    tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
-    assert compiled == once * 2
-
-
-def test_a_workdir_that_is_a_file_is_refused(tiny: Config, tmp_path: Path) -> None:
-    (tmp_path / "plan").write_text("")
-    with pytest.raises(UserError, match="--workdir: cannot make"):
-        tabulate_plans(lambda *_: tiny, tmp_path / "plan", lambda _: None)
-
-
-def test_all_to_alls_a_layer_are_those_of_a_micro_batch(tiny: Config, tmp_path: Path, compiled: list[str]) -> None:
-    config = changed(tiny, train={"accumulation_steps": 3})
-    table = tabulate_plans(lambda *_: config, tmp_path, lambda _: None)
-    assert "| 48 | 8 |" in table
+def test_all_to_alls_a_layer_are_those_of_a_micro_batch(tiny: Config) -> None:
+    assert make_row(CASE, changed(tiny, train={"accumulation_steps": 3}), PLAN).all_to_alls_per_layer == 8
 
 
 def test_slots_of_a_token_cross_once(tiny: Config) -> None:
-    plan = {"mesh": {"data": 2, "expert": 4, "model": 3}}
+    mesh = {"data": 2, "expert": 4, "model": 3}
     config = changed(
         tiny,
         model={"d_model": 16, "dtype": "bfloat16"},
         moe={"num_selected_experts": 2, "router": "top_k", "train_capacity_factor": 1.5},
     )
     tokens = config.data.batch_size * (96 + 32) / 8  # of both stacks, which have a MoE layer each, on a device
-    assert slot_bytes(config, plan) == 2 * 1.5 * tokens * 16 * 2
+    assert slot_bytes(config, mesh) == 2 * 1.5 * tokens * 16 * 2
     dropless = changed(config, moe={"dropless": True})
-    assert slot_bytes(dropless, plan) == config.moe.num_experts * tokens * 16 * 2
-
-
-def test_utilization_is_three_forward_passes_at_the_largest_bound(tiny: Config) -> None:
-    plan = PLAN.to_dict()
-    flops = 3 * plan_benchmark.account(tiny).forward_flops * tiny.data.batch_size
-    assert utilization(tiny, EIGHT, plan) == pytest.approx(flops / (8 * 197e12 * 2.5))
+    assert slot_bytes(dropless, mesh) == config.moe.num_experts * tokens * 16 * 2
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_every_case_is_a_config_that_can_be_loaded() -> None:
-    root = Path(plan_benchmark.__file__).parents[2]
     for case in [*FITS, *(case for _, _, *cases in RATIOS for case in cases)]:
-        command.load_config(str(root / "configs" / case.config), case.arguments)
+        command.load_config(str(ROOT / "configs" / case.config), case.arguments)
 
 
-def test_a_case_that_no_slice_holds_ends_the_command(
-    tiny: Config, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def smallest_fit(config: Config, chip: Chip, report: object) -> StepPlan:
-        raise UserError("no slice of v5e fits")
+def test_a_workdir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text("")
+    flags = Namespace(configs=Path("configs"), workdir=tmp_path / "plan")
+    with pytest.raises(UserError, match="--workdir: cannot make"):
+        next(plan_benchmark.measure(flags, command.load_config))
 
-    monkeypatch.setattr(plan_benchmark, "smallest_fit", smallest_fit)
-    with pytest.raises(UserError, match="no slice"):
-        tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_a_row_is_made_once_for_a_case_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("switch.py:runlocal", topology="v5q")  # no such chip: whatever would be compiled is refused
+    flags = Namespace(configs=ROOT / "configs", workdir=tmp_path)
+    with pytest.raises(UserError, match="no chip 'v5q'"):
+        planned(case, flags, command.load_config)
     assert not list(tmp_path.iterdir())
+    row = make_row(case, command.load_config(str(ROOT / "configs" / case.config)), PLAN)
+    saved = {"case": {**dataclasses.asdict(case), "versions": plan_benchmark.compiler_versions()}}
+    path = tmp_path / "switch_runlocal-v5q-2.json"
+    path.write_text(json.dumps({**saved, "row": dataclasses.asdict(row)}))
+    assert planned(case, flags, command.load_config, 2) == row
+    for other in (dataclasses.replace(case, overrides=("model.remat=full",)), case):
+        with pytest.raises(UserError, match="no chip 'v5q'"):
+            planned(other, flags, command.load_config, 2)
+        monkeypatch.setattr(plan_benchmark, "version", lambda name: "later")
 
 
-def test_traffic_is_saved_whole(tiny: Config, tmp_path: Path, compiled: list[str]) -> None:
-    tabulate_plans(lambda *_: tiny, tmp_path, lambda _: None)
-    saved = json.loads((tmp_path / "switch_base-8-v5e-model.remat_full.json").read_text())
-    assert Traffic(**saved["plan"]["collectives"]["all-to-all"]) == PLAN.collectives["all-to-all"]
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_the_tpu_compiler_makes_a_row_that_stays(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    case, flags = Case("switch.py:runlocal", topology="v5e:2x4"), Namespace(configs=ROOT / "configs", workdir=tmp_path)
+    row = planned(case, flags, command.load_config)
+    assert (row.topology, row.chips, row.mesh) == ("v5e:2x4", 8, {"data": 2, "expert": 4, "model": 1})
+    assert (row.all_to_alls_per_layer, row.all_gathers) == (4, 0)
+    assert 0 < row.memory_bytes["total"] < row.memory_bytes["capacity"]
+    assert planned(case, flags, command.load_config) == row  # read: compiling takes another time

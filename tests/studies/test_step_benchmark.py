@@ -7,17 +7,9 @@ import numpy as np
 import pytest
 
 from switchjax.accounting.accounting import account
-from switchjax.config import Config, MeshConfig
-from switchjax.studies import step_benchmark
-from switchjax.studies.markdown import read_tables
-from switchjax.studies.step_benchmark import (
-    DENSE,
-    DEVICES,
-    benchmark_step,
-    cases,
-    random_rows,
-    train_program,
-)
+from switchjax.config import MeshConfig
+from switchjax.studies.step_benchmark import DENSE, DEVICES, cases, make_row, random_rows, train_program
+from tests.studies.written import check_written
 from tests.tiny import changed
 
 SMALL = changed(
@@ -62,14 +54,22 @@ def test_one_device_and_8_take_the_same_steps() -> None:
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
 
 
-def test_the_table_compares_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Config] = []
-    monkeypatch.setattr(step_benchmark, "train_program", lambda config, devices: compiled.append(config) or jax.devices)
-    seconds = {case.name: [float(2**i)] * 3 for i, case in enumerate(cases(SMALL))}
-    monkeypatch.setattr(step_benchmark, "interleaved_seconds", lambda programs, repeats: seconds)
-    table = read_tables(benchmark_step(SMALL, 3, report=lambda line: None))[0]
-    assert compiled == [case.config for case in cases(SMALL)]
-    assert [row[2:4] for row in table[1:3]] == [["1000", "384"], ["2000", "192"]]
-    ratios = [row[5].split(" ")[0] for row in table[1:]]
-    assert ratios == ["", "0.50", "0.25", "", "0.50"]
-    assert table[-1][0] == f"the same on {DEVICES} devices"
+def test_rows_compare_what_they_say() -> None:
+    compared = cases(SMALL)
+    seconds = {case.name: [float(2**i)] * 3 for i, case in enumerate(compared)}
+    rows = [make_row(case, seconds, None) for case in compared]
+    assert [row.name for row in rows] == [case.name for case in compared]
+    assert [(row.milliseconds, row.tokens_per_second) for row in rows[:2]] == [(1000, 384), (2000, 192)]
+    assert [row.ratio and row.ratio.median for row in rows] == [None, 0.5, 0.25, None, 0.5]
+    assert rows[-1].name == f"the same on {DEVICES} devices"
+    (lines,) = check_written(rows, "docs/performance.md")
+    assert lines[1].endswith("| 2000 | 192 | dense | 0.50 (0.50 to 0.50) | 0.92 |")
+
+
+def test_utilization_is_of_all_devices() -> None:
+    compared = cases(SMALL)
+    seconds = {case.name: [2.0] for case in compared}
+    rows = [make_row(case, seconds, peak=1e9) for case in compared]
+    flops = 3 * account(compared[-1].config).forward_flops * 16
+    assert rows[-1].mfu == pytest.approx(flops / 2 / (8 * 1e9))
+    assert rows[-2].mfu == pytest.approx(8 * rows[-1].mfu)

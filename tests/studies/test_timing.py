@@ -1,12 +1,12 @@
 """Programs take turns, and ratios are of measurements of the same round."""
 
-from switchjax.studies.timing import Ratio, interleaved_seconds, median_times
+from switchjax.studies.timing import Ratio, interleaved_seconds
 
 
 def test_programs_are_run_in_turn_after_a_warm_up() -> None:
     calls: list[str] = []
     programs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    median_times(programs, repeats=2)
+    interleaved_seconds(programs, repeats=2)
     assert calls == ["a", "b"] * 3
     calls.clear()
     seconds = interleaved_seconds(programs, repeats=2, warm_up=False)

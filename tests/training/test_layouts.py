@@ -17,7 +17,7 @@ from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
 from switchjax.parallel.sharding import named_leaves, partition_spec
 from switchjax.planning.hlo import parse_compiled
 from switchjax.planning.hlo_collectives import Traffic
-from switchjax.studies.layouts import BACKWARD, FORWARD, UPDATE, Route, communication
+from switchjax.planning.layouts import BACKWARD, FORWARD, UPDATE, Route, communication
 from switchjax.training.state import StatePlan, TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
 from tests.models.families import FAMILIES, make_batch, make_model

@@ -263,8 +263,11 @@ def test_options_have_defaults_and_are_taken_from_the_section(name: str) -> None
     assert router_options(router_config(name)) == ROUTERS[name].options()
     for field in dataclasses.fields(ROUTERS[name].options):
         default = field.default
-        other = {bool: not default, str: "balanced"}.get(type(default), default / 2 if default != 1 else 2)
-        other = type(default)(other)
+        assert isinstance(default, bool | int | float | str)
+        if isinstance(default, bool | str):
+            other = "balanced" if isinstance(default, str) else not default
+        else:
+            other = 2 if default == 1 else type(default)(default / 2)
         options = router_options(router_config(name, options={field.name: other}))
         assert options == dataclasses.replace(ROUTERS[name].options(), **{field.name: other})
         assert options != ROUTERS[name].options()
@@ -324,6 +327,6 @@ def test_a_router_that_returns_a_loss_without_a_default_weight_is_refused_by_nam
     layer = make_layer(router=name, num_experts=4)
     x, mask = make_inputs(rows=2)
     missing = ", ".join(sorted(BALANCE.keys() - declared.keys()))
-    message = rf"^router forgetful returns {missing} without a default weight: name it in Router\.losses$"
+    message = rf"(?m)^router forgetful returns {missing} without a default weight: name it in Router\.losses$"
     with pytest.raises(UserError, match=message):
         run(layer, x, mask, jax.random.key(0) if training else None)

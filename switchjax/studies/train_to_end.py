@@ -1,4 +1,4 @@
-"""Studies: many runs under one folder, each trained to its end whatever happens in between."""
+"""Trains a run to its end, whatever was done of it before: the one place where studies train."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.training.loop import train
 
 
-def complete_run(config: Config, workdir: Path) -> dict[str, Any]:
-    """What `summary.json` says of the run of `config`, which is trained, or trained on, where it is not complete.
+def train_to_end(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains what is missing of a run and returns its `summary.json`; a complete run is only read.
 
     Raises:
         UserError: as `train`, or if the run was told to stop.

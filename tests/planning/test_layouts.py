@@ -1,9 +1,8 @@
-"""Layouts: what a program written by hand communicates. What real ones do: tests/training."""
+"""What a program written by hand communicates. What real ones do: tests/training/test_layouts.py."""
 
 from switchjax.planning import hlo
 from switchjax.planning.hlo_collectives import Traffic
-from switchjax.studies.layouts import LAYOUTS, Counted, Route, communication, tabulate_layouts
-from tests.test_configs import MODULES
+from switchjax.planning.layouts import Route, communication
 
 STEP = """
 ENTRY %main (a: f32[16,64]) -> f32[16,64] {
@@ -27,11 +26,3 @@ def test_collectives_are_told_apart_by_phase_kind_and_axes() -> None:
         Route("update", "all-reduce", ("expert", "model")): Traffic(1, 4),
     }
     assert len(communication(hlo.parse(STEP), mesh, least=8)) == 2
-
-    rows = tabulate_layouts({"both": Counted(mesh, found)}).splitlines()[2:]
-    cells = "1 all-to-all over expert, 4.0 KiB | 2 all-reduce over model, 8.0 KiB | 1 all-reduce over expert x model"
-    assert rows == [f"| both | 1 x 2 x 2 | {cells}, 4 bytes |"]
-
-
-def test_the_command_measures_the_layouts_of_the_config() -> None:
-    assert tuple(MODULES["layouts"].SIZES) == LAYOUTS

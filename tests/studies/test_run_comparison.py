@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from switchjax.config import Config, DataConfig, ModelConfig, MoEConfig, UserError
-from switchjax.studies.comparison import compare
+from switchjax.studies.run_comparison import compare_runs
 
 MODEL = {"vocab_size": 32, "d_model": 8, "d_ff": 16, "num_heads": 2, "d_head": 4}
 LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 2}
@@ -39,7 +39,7 @@ def rows(table: str) -> dict[str, list[str]]:
 def test_the_table_holds_sizes_losses_and_the_step_of_passing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "switch", ("dense", "moe"), {50: 6.0, 100: 4.9, 150: 4.5})
     base = write_run(tmp_path / "dense", ("dense", "dense"), {50: 6.1, 100: 5.5, 150: 5.0})
-    table = rows(compare(run, base))
+    table = rows(compare_runs(run, base))
     # 2 MoE layers of 4 experts of 2 x 8 x 16, and 2 routers of 8 x 4; the rest is common.
     total, active = (
         int(table[name][0].replace(",", "")) for name in ("parameters, total", "parameters, active for a token")
@@ -56,18 +56,18 @@ def test_the_table_holds_sizes_losses_and_the_step_of_passing(tmp_path: Path) ->
 def test_a_run_that_never_passes_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "switch", ("moe",), {50: 6.0})
     base = write_run(tmp_path / "dense", ("dense",), {50: 5.0})
-    assert rows(compare(run, base))["step at which it passed dense's final loss"] == ["not yet", "-"]
+    assert rows(compare_runs(run, base))["step at which it passed dense's final loss"] == ["not yet", "-"]
 
 
 def test_runs_on_different_text_are_not_compared(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ("moe",), {50: 6.0}, tokens=100)
     base = write_run(tmp_path / "b", ("dense",), {50: 6.0}, tokens=99)
     with pytest.raises(UserError, match="not evaluated on the same"):
-        compare(run, base)
+        compare_runs(run, base)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ("moe",), {50: 6.0})
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match="holds no complete run"):
-        compare(run, run)
+        compare_runs(run, run)
