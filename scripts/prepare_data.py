@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from switchjax import command
 from switchjax.config import DataConfig
+from switchjax.data.describe import describe
 from switchjax.data.prepare import prepare_data
-from switchjax.data.report import report
 from switchjax.data.sources import SOURCES, ImageSource
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=1,
         )
     )
-    print(report(data))
+    print(describe(data))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from switchjax.config import Config, EvaluateConfig, TrainConfig
 from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.models.model import Batch as Placed
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
 from switchjax.studies.markdown import AIM_HEAD, show_row
@@ -38,8 +38,8 @@ RUN = TrainConfig(steps=220, log_every=20, checkpoint_every=100)
 class Consumer:
     """A train step and what feeds it, each to be timed alone and both together."""
 
-    batches: grain.DatasetIterator[Batch]
-    place: Callable[[Batch], Placed]
+    batches: grain.DatasetIterator[HostBatch]
+    place: Callable[[HostBatch], Placed]
     compiled: Callable[[TrainState, Placed], tuple[TrainState, Metrics]]
     state: TrainState
 
@@ -47,7 +47,7 @@ class Consumer:
         """The tokens of as many batches, which go no further."""
         return [count_tokens(next(self.batches)) for _ in range(count)]
 
-    def step(self, batch: Batch) -> int:
+    def step(self, batch: HostBatch) -> int:
         """One train step; the tokens that it says it has seen."""
         self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
         return int(metrics["tokens"])
@@ -63,7 +63,7 @@ class Consumer:
         return clock.lap()["data_wait_fraction"]
 
 
-def count_tokens(batch: Batch) -> int:
+def count_tokens(batch: HostBatch) -> int:
     """Tokens of a batch of text without padding, as the metrics of a run count them."""
     return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
 
