@@ -130,7 +130,7 @@ def test_what_would_change_what_their_model_computes_is_refused(name: str) -> No
             continue  # it has them
         if not config.model.has_experts and key == "expert_activation":
             continue  # of none
-        with pytest.raises(UserError, match=rf"has no model\.{key}={value!r}"):
+        with pytest.raises(UserError, match=rf"does not support model\.{key}={value!r}"):
             write_config(with_model(config, **{key: value}))
 
 
