@@ -12,10 +12,6 @@ _log = logging.getLogger(__name__)
 _Content = TypeVar("_Content")
 
 
-class UnusableCache(Exception):
-    """A folder of the cache is damaged."""
-
-
 def cached(directory: Path, name: Path, load: Callable[[Path], _Content], write: Callable[[Path], None]) -> _Content:
     """Returns what `load` reads from the folder `directory / name`; `write` makes it if it is missing or damaged.
 
@@ -24,7 +20,7 @@ def cached(directory: Path, name: Path, load: Callable[[Path], _Content], write:
     Args:
         directory: where prepared data lives.
         name: relative path of the folder.
-        load: reads the folder; raises `FileNotFoundError` or `UnusableCache`.
+        load: reads the folder; raises an error of one of the types caught below if a file is missing or damaged.
         write: makes the folder at the path that it is given.
     """
     path = directory / name
@@ -32,8 +28,8 @@ def cached(directory: Path, name: Path, load: Callable[[Path], _Content], write:
         return load(path)
     except FileNotFoundError:
         pass
-    except UnusableCache as error:
-        _log.warning("rebuilding %s: %s", name, error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("rebuilding %s, which is damaged: %r", name, error)
     with scratch_folder(directory) as folder:
         write(folder / "complete")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,8 @@ class TextDataset(Dataset):
     def texts(self, split: str) -> Iterator[list[str]]:
         """Yields the texts of `split` in blocks; raises as `blocks` does."""
         for block in self.blocks(split):
-            yield [_as_text(example[self.text_feature]) for example in block]
+            values = (example[self.text_feature] for example in block)
+            yield [text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text for text in values]
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,6 @@ class ImageDataset(Dataset):
         for block in self.blocks(split):
             images = np.stack([example["image"] for example in block])
             yield LabelledImages(images, np.array([example["label"] for example in block], np.int32))
-
-
-def _as_text(value: bytes | str) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
 
 def open_datasets(names: tuple[str, ...], directory: Path) -> dict[str, Dataset]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from switchjax.config import DataConfig, UserError
-from switchjax.data.cache import UnusableCache, cached
+from switchjax.data.cache import cached
 from switchjax.data.data import Data, fingerprint
 from switchjax.data.datasets import ImageDataset, open_datasets
 from switchjax.data.directory import locked_data_directory
@@ -148,16 +148,11 @@ def _decode(dataset: ImageDataset, split: str, directory: Path) -> DecodedImages
 
 
 def _load(folder: Path, shape: tuple[int, ...]) -> DecodedImages:
-    try:
-        checksum = int(json.loads((folder / "facts.json").read_text())["checksum"])
-        labels = np.fromfile(folder / "labels.bin", "<i4")
-        size = (folder / "images.bin").stat().st_size
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableCache(f"it cannot be read ({error})") from None
+    checksum = int(json.loads((folder / "facts.json").read_text())["checksum"])
+    labels = np.fromfile(folder / "labels.bin", "<i4")
+    size = (folder / "images.bin").stat().st_size
     if size != len(labels) * np.prod(shape):
-        raise UnusableCache("its files have contradictory sizes")
+        raise ValueError("its files have contradictory sizes")
     # np.memmap refuses an empty file.
     pixels = np.memmap(folder / "images.bin", np.uint8, "r") if size else np.zeros(0, np.uint8)
     return DecodedImages(pixels.reshape(-1, *shape), labels, checksum)

@@ -127,13 +127,7 @@ def _composition(
 
 
 def _shuffled(pieces: list[np.ndarray], row_lengths: list[np.ndarray], rng: np.random.Generator) -> RowPlan:
-    """Puts the rows of all compositions into random order.
-
-    Args:
-        pieces: [rows, chunks per row] of each composition.
-        row_lengths: chunks per row, for each row of each composition.
-        rng: orders the rows.
-    """
+    """Puts all rows into random order, given each composition's `pieces` [rows, chunks per row]."""
     chunks = np.concatenate([np.zeros(0, int), *(piece.ravel() for piece in pieces)])
     lengths = np.concatenate([np.zeros(0, int), *row_lengths])
     starts = np.cumsum(lengths) - lengths

@@ -75,7 +75,11 @@ class TextData(Data):
             UserError: if the objective, the row lengths and the vocabulary do not fit together, or a corpus has no text
                 to train on.
         """
-        super().__init__(config, tuple(documents), _fingerprint(vocabulary, documents))
+        checksums = [
+            [corpus, split, text.checksum] for corpus, splits in documents.items() for split, text in splits.items()
+        ]
+        facts = [vocabulary.fingerprint, vocabulary.num_sentinels, *checksums]
+        super().__init__(config, tuple(documents), fingerprint(facts))
         self.vocabulary = vocabulary
         self._documents = documents
         self._objective = OBJECTIVES[config.objective].from_config(config, vocabulary)
@@ -130,8 +134,7 @@ class TextData(Data):
         lengths = self._chunks(corpus, split).lengths
         if not self._config.pack:
             return one_chunk_per_row(len(lengths))
-        rng = np.random.default_rng(derived_seed(seed, "pack", corpus))
-        return pack(lengths, self._objective, rng)
+        return pack(lengths, self._objective, np.random.default_rng(derived_seed(seed, "pack", corpus)))
 
     def _row_source(self, corpus: str, split: str, seed: int) -> RowSource:
         tokens = self._documents[corpus][split].tokens
@@ -149,13 +152,6 @@ class TextData(Data):
 
     def _empty_row(self) -> Row:
         return fill_row([], self._objective.row_lengths)
-
-
-def _fingerprint(vocabulary: Vocabulary, documents: Mapping[str, Mapping[str, TokenizedDocuments]]) -> str:
-    checksums = [
-        [corpus, split, text.checksum] for corpus, splits in documents.items() for split, text in splits.items()
-    ]
-    return fingerprint([vocabulary.fingerprint, vocabulary.num_sentinels, *checksums])
 
 
 def _vocabulary(config: DataConfig, corpora: Mapping[str, TextDataset], directory: Path) -> Vocabulary:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Integer
 
-from switchjax.data.cache import UnusableCache, cached
+from switchjax.data.cache import cached
 from switchjax.data.datasets import TextDataset
 from switchjax.data.vocabulary import Vocabulary
 
@@ -47,18 +47,13 @@ def tokenize(dataset: TextDataset, split: str, vocabulary: Vocabulary, directory
 
 
 def _load(cache: Path) -> TokenizedDocuments:
-    try:
-        facts = json.loads((cache / "facts.json").read_text())
-        offsets = np.fromfile(cache / "offsets.bin", "<i8")
-        size = (cache / "tokens.bin").stat().st_size
-        dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
-        num_bytes, checksum = int(facts["num_bytes"]), int(facts["checksum"])
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableCache(f"{cache} cannot be read ({error})") from None
+    facts = json.loads((cache / "facts.json").read_text())
+    offsets = np.fromfile(cache / "offsets.bin", "<i8")
+    size = (cache / "tokens.bin").stat().st_size
+    dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
+    num_bytes, checksum = int(facts["num_bytes"]), int(facts["checksum"])
     if len(offsets) < 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] * dtype.itemsize != size:
-        raise UnusableCache(f"the files in {cache} have contradictory sizes")
+        raise ValueError("its files have contradictory sizes")
     # np.memmap refuses an empty file.
     tokens = np.memmap(cache / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
     return TokenizedDocuments(tokens, offsets, num_bytes, checksum)

@@ -39,15 +39,7 @@ def complete_tokens(
     decoding: DecodingConfig,
     key: PRNGKeyArray | None = None,
 ) -> list[str]:
-    """Returns the text that a decoder writes after each prompt of token ids; compiles once for each `length`.
-
-    Args:
-        pretrained: a decoder.
-        prompts: the ids of each prompt, at most `length`.
-        length: tokens in a row of prompts.
-        decoding: how to choose tokens, and how many.
-        key: for sampling.
-    """
+    """Like `complete`, for prompts of at most `length` token ids; compiles once for each `length`."""
     vocabulary = pretrained.vocabulary
     inputs, segments = pad_rows([[PAD, *ids] for ids in prompts], length + 1, _round_up(len(prompts)))
     batch = {"decoder_inputs": inputs, "decoder_segments": segments}

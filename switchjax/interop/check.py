@@ -20,8 +20,7 @@ from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
 
 TOLERANCE = 1e-4
-"""Largest difference of two logits, relative to the largest logit if that exceeds 1. float32 sums in another order
-differ by less."""
+"""Largest difference of two logits, over the largest logit if that exceeds 1; reordered float32 sums differ by less."""
 
 Arrays = dict[str, Shaped[np.ndarray, "B ..."]]
 _ROWS, _LENGTH = 4, 48
@@ -74,11 +73,7 @@ def compare(folder: Path) -> list[Comparison]:
 
 
 def import_transformers() -> ModuleType:
-    """Imports transformers, which together with torch is optional.
-
-    Raises:
-        UserError: if one of them is not installed.
-    """
+    """Imports transformers; raises a `UserError` if it or torch is not installed, which are optional."""
     try:
         import torch  # noqa: F401
         import transformers

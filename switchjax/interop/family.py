@@ -91,22 +91,14 @@ def attention_rules(ours: str, theirs: str, names: tuple[str, str, str, str]) ->
 
 
 def our_activation(name: str, known: Mapping[str, str], key: str) -> str:
-    """Our name of an activation.
-
-    Raises:
-        UserError: if it is unknown; the message names the key of config.json.
-    """
+    """Our name of an activation; raises a `UserError` that names the key of config.json if it is unknown."""
     if name not in known:
         raise UserError(f"config.json: {key}={name!r} is not supported, only {', '.join(map(repr, known))}")
     return known[name]
 
 
 def their_activation(name: str, known: Mapping[str, str]) -> str:
-    """transformers' (first) name of our activation.
-
-    Raises:
-        UserError: if transformers' model lacks it.
-    """
+    """transformers' (first) name of our activation; raises a `UserError` if its model lacks the activation."""
     for theirs, ours in known.items():
         if ours == name:
             return theirs
