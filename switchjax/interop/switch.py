@@ -89,11 +89,7 @@ def _expert_capacity(config: Config) -> int:
     if moe.expert_capacity and moe.group_size == 0 and not moe.dropless:
         return moe.expert_capacity
     capacity = capacity_of(moe, moe.num_experts, length, training=False)
-    _log.warning(
-        "expert_capacity=%d is fixed in Hugging Face's model: the slots for an encoder row of %d tokens",
-        capacity,
-        length,
-    )
+    _log.warning("expert_capacity=%d, the slots of an encoder row of %d tokens, is fixed there", capacity, length)
     return capacity
 
 
