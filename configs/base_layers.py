@@ -1,12 +1,12 @@
-"""BASE layers (Lewis et al. 2021): a decoder with layers of experts inserted, each of which gets as many tokens.
+"""BASE layers (Lewis et al. 2021): a decoder with extra layers of experts, each of which gets equally many tokens.
 
 python scripts/train.py --config=configs/base_layers.py:128 --workdir=runs/base_layers_128
 
-Sizes: 8, 32, 128 (experts, one a worker, in a layer in the middle), 128-x3 (three layers); runlocal for a small
+Sizes: 8, 32, 128 (experts, one per worker, in one layer in the middle), 128-x3 (three layers); runlocal for a small
 machine.
 
-Around them are the 24 layers of GPT-3 1.3B, a choice of ours. In training tokens go by balanced assignment, in
-evaluation each to its best expert.
+The other 24 layers are those of GPT-3 1.3B, which is our choice. A balanced assignment decides each token's expert in
+training; in evaluation each token goes to its best expert.
 """
 
 from ml_collections import ConfigDict
@@ -68,6 +68,6 @@ def get_config(arg: str = "128") -> ConfigDict:
 
 
 def _pattern(layers: int, inserted: int) -> tuple[str, ...]:
-    """Dense layers with BASE layers between equal parts of them."""
+    """Divides the dense layers into equal parts, with a BASE layer between each two."""
     part = ("dense",) * (layers // (inserted + 1))
     return (*part, "base") * inserted + part

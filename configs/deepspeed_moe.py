@@ -6,8 +6,9 @@ Sizes: 350m, 1.3b, 6.7b (dense), 350m-moe-128, 1.3b-moe-128, 350m-pr-moe (10 lay
 1.3b-pr-moe (10 of 64, 2 of 128), 350m-mos (8 of 32, 2 of 64), 1.3b-mos (8 of 64, 2 of 128); runlocal for a small
 machine.
 
-A residual MoE layer adds a dense FFN to the routed expert (`moe.shared_mixing=learned` weighs them, as the released
-code can). A student has 21 layers, the last of them dense; it is to be distilled from its teacher of 24.
+A residual MoE layer adds the output of a dense FFN to that of the routed expert; `moe.shared_mixing=learned` weights
+the two, as the released code can. A student (MoS) has 21 layers, the last of them dense, and is distilled from a
+teacher with 24.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ SIZES = {
     "350m-mos": (_350M, 21, (32,) * 8 + (64,) * 2, 256, 2e-4),
     "1.3b-mos": (_1_3B, 21, (64,) * 8 + (128,) * 2, 512, 1.2e-4),
 }
-"""Name -> the model, layers, experts of each MoE layer, rows a batch, learning rate."""
+"""Name -> the model, layers, experts of each MoE layer, rows per batch, learning rate."""
 
 _LENGTH = 2048
 _TOKENS = 300e9
@@ -89,5 +90,5 @@ def get_config(arg: str = "350m-pr-moe") -> ConfigDict:
 
 
 def _pattern(layers: int) -> tuple[str, ...]:
-    """Experts in every second layer; layer by layer where the last has none."""
+    """Experts in every second layer; with an odd number of layers, the last one is dense."""
     return ("dense", "moe") * (layers // 2) + ("dense",) * (layers % 2)

@@ -1,11 +1,11 @@
-"""Expert choice (Zhou et al. 2022): each expert takes the tokens that it scores highest, two a token in the mean.
+"""Expert choice (Zhou et al. 2022): each expert takes the tokens that it scores highest; a token has two on average.
 
 python scripts/train.py --config=configs/expert_choice.py:0.1b-64e --workdir=runs/expert_choice_0.1b_64e
 
 Sizes: 0.1b, 8b (dense), 0.1b-16e, 0.1b-32e, 0.1b-64e, 0.1b-128e, 8b-64e; runlocal for a small machine.
 
-GLaM's decoder. That an expert takes a later token in the place of an earlier one lets it see the future, in the paper
-as here, where `moe.allow_noncausal_routing` says so.
+The decoder is GLaM's. A later token can take an earlier token's place with an expert, so predictions depend on the
+future, in the paper and here; `moe.allow_noncausal_routing` allows it.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ SIZES = {
     **{f"0.1b-{experts}e": (_0_1B, experts) for experts in (16, 32, 64, 128)},
     "8b-64e": (_8B, 64),
 }
-"""Name -> the model, experts of every other layer."""
+"""Name -> the model, experts in every other layer."""
 
 
 def get_config(arg: str = "0.1b-64e") -> ConfigDict:

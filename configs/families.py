@@ -1,12 +1,12 @@
-"""A tiny model of each family beside its dense twin of the same FLOPs, on real data: the study in docs/families.md.
+"""A tiny MoE model of each family and its dense twin of the same FLOPs, on real data: the study in docs/families.md.
 
 python scripts/train.py --config=configs/families.py:glam --workdir=runs/families/glam
 python scripts/benchmark.py families --write docs/families.md
 
-Sizes: glam, mixtral, pr-moe, base, lstm-moe, v-moe, each with its twin glam-dense and so on; runlocal.
+Sizes: glam, mixtral, pr-moe, base, lstm-moe, v-moe; their twins glam-dense, mixtral-dense, ...; runlocal.
 
-A twin has the MoE model's layers with one feed-forward network for the experts, d_ff such that a token costs the same
-multiplications in both (routers aside).
+A twin has the same layers with one feed-forward network in place of the experts. Its d_ff is chosen so that a token
+costs the same number of multiplications in both (routers aside).
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ _GPT = {
     "biases": True,
     "activation": "gelu",
 }
-# GPT's learned positions take longer to learn than these models are trained.
+# These models are trained too briefly to learn GPT's positions.
 _ROTARY_GPT = {**_GPT, "positions": "rotary"}
 _TOP_2 = {"router": "top_k", "num_selected_experts": 2}
 _IMAGES: dict[str, Any] = {
@@ -81,25 +81,26 @@ _IMAGES: dict[str, Any] = {
     "train": {"steps": 1400, "log_every": 20, "checkpoint_every": 700},
 }
 
-# Of each family: what all its models share, the MoE model, and the twin's d_ff.
+# Family -> the shared sections, the shared changes of the model, the MoE model's changes, the dense twin's changes.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    # A gate's matrix in dense layers, none in the two experts: 3 + 2 * 2 matrices in two layers, 2 * 3 * 7 / 6.
+    # A dense layer (a GLU) has 3 matrices, the two experts 2 each: 3 + 2 * 2 = 7 in two layers. The twin has 2 * 3 = 6,
+    # so its d_ff is 96 * 7 / 6.
     "glam": (_TEXT, {"activation": "geglu", "expert_activation": "gelu"}, {"moe": _TOP_2}, {"d_ff": 112}),
-    # Two experts in every layer.
+    # A token has two experts in every layer.
     "mixtral": (
         _TEXT,
         {"activation": "swiglu", "positions": "rotary", "num_kv_heads": 1, "d_ff": 48, "tie_embeddings": False},
         {"model": {"pattern": ("moe",)}, "moe": {**_TOP_2, "dropless": True}},
         {"d_ff": 96},
     ),
-    # One expert beside a dense network in every other layer, twice as many experts in the second half.
+    # One expert and a dense network in every other layer; the second MoE layer has twice as many experts.
     "pr-moe": (
         _TEXT,
         _ROTARY_GPT,
         {"moe": {"num_shared_experts": 1, "experts_per_layer": (8, 16), "fill_order": "random"}},
         {"d_ff": 144},
     ),
-    # An expert in the middle of 4 layers.
+    # One expert between the second and the third of 4 dense layers.
     "base": (
         _TEXT,
         _ROTARY_GPT,
@@ -115,8 +116,8 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
         },
         {"d_ff": 120},
     ),
-    # Four experts between two layers of cells, as costly as one of these. The router starts at zero, where Adafactor,
-    # which moves a parameter in proportion to its size, leaves it for good: hence AdamW.
+    # Four experts between two LSTM layers, as costly as one of them. AdamW, because the router starts at zero and
+    # Adafactor, whose steps are proportional to a parameter's size, would never move it.
     "lstm-moe": (
         _TEXT | {"optimizer": {**_TEXT["optimizer"], "name": "adamw", "learning_rate": 0.02, "warmup_steps": 100}},
         {
@@ -140,7 +141,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[
         },
         {"pattern": ("lstm", "dense_only", "lstm"), "d_ff": 384},
     ),
-    # Two experts in every odd block.
+    # A token has two experts in every second block.
     "v-moe": (
         _IMAGES,
         {},
@@ -178,6 +179,6 @@ def get_config(arg: str = "glam") -> ConfigDict:
     )
     if arg == "runlocal":
         data = dataclasses.replace(config.data, corpora=("kjv",))
-        moe = dataclasses.replace(config.moe, group_size=128)  # a row: they divide over up to 16 devices
+        moe = dataclasses.replace(config.moe, group_size=128)  # one row per group: 16 groups divide over 16 devices
         config = dataclasses.replace(config, moe=moe, data=data, train=TrainConfig(steps=2, log_every=1))
     return config.to_config_dict()

@@ -1,13 +1,13 @@
-"""GLaM (Du et al. 2021): decoders with 64 experts in every other layer, of which each token has two.
+"""GLaM (Du et al. 2021): decoders with experts in every other layer; each token has two of them.
 
 python scripts/train.py --config=configs/glam.py:0.1b-64e --workdir=runs/glam_0.1b_64e
 
 Sizes: 0.1b, 1.7b, 8b, 137b (dense), 0.1b-64e, 1.7b-32e, 1.7b-64e, 1.7b-128e, 1.7b-256e, 8b-64e, 64b-64e; runlocal for
 a small machine.
 
-A dense layer is a GLU of three matrices, an expert has two. The relative position bias, a layer's own in the paper, is
-shared by the layers. The paper's top-2 gives all first choices their slots before any second, by which a token's
-experts depend on later tokens; here earlier tokens come first.
+A dense layer is a GLU with three matrices; an expert has two matrices. All layers share the relative position bias; in
+the paper each layer has its own. The paper's top-2 fills slots with all first choices before any second choice, so a
+token's experts depend on later tokens; here earlier tokens come first.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ SIZES = {
     "8b-64e": (_8B, 64),
     "64b-64e": (_64B, 64),
 }
-"""Name -> the model, experts of every other layer."""
+"""Name -> the model, experts in every other layer."""
 
 
 def get_config(arg: str = "0.1b-64e") -> ConfigDict:

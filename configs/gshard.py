@@ -5,10 +5,10 @@ python scripts/train.py --config=configs/gshard.py:37b --workdir=runs/gshard_37b
 Sizes: 12.5b, 50b, 200b (12 layers with 128, 512, 2048 experts), 37b, 150b, 600b (36 layers), 1t (60 layers with 2048);
 runlocal for a small machine.
 
-Layers are the encoder's and the decoder's together, half each, as the paper's table counts them. It has a source
-vocabulary of 64,000 and a target vocabulary of 32,000; here both share the larger. It does not say what surrounds the
-experts: norms, positions and the tied output layer are T5's. Its decoder gives all first choices their slots before
-any second, by which a token's experts depend on later tokens; here earlier tokens come first.
+As in the paper's table, the layers of encoder and decoder are counted together; each has half of them. The paper has a
+source vocabulary of 64,000 and a target vocabulary of 32,000; here both share the larger one. The paper does not
+describe the rest of the model: norms, positions and the tied output layer are T5's. Its decoder fills slots with all
+first choices before any second choice, so a token's experts depend on later tokens; here earlier tokens come first.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ SIZES = {
     "600b": (36, 2048),
     "1t": (60, 2048),
 }
-"""Name -> layers of both stacks, experts a layer."""
+"""Name -> layers of both stacks, experts per layer."""
 
 
 def get_config(arg: str = "37b") -> ConfigDict:
@@ -42,7 +42,7 @@ def get_config(arg: str = "37b") -> ConfigDict:
             num_encoder_layers=layers // 2,
             num_decoder_layers=layers // 2,
             dropout=0.1,
-            # The 60 layers alone were tried in bfloat16, and were hard to keep stable.
+            # In the paper only the 60-layer model was tried in bfloat16; its training was unstable.
             dtype="bfloat16" if arg == "1t" else "float32",
         ),
         moe=MoEConfig(

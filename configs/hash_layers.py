@@ -1,11 +1,11 @@
-"""Hash layers (Roller et al. 2021): a token's expert follows from its id by a fixed table, and nothing is learned.
+"""Hash layers (Roller et al. 2021): a fixed table gives each token id its expert; the routing is not learned.
 
 python scripts/train.py --config=configs/hash_layers.py:1x64 --workdir=runs/hash_layers_1x64
 
-Sizes: 1x16, 1x64, 1x128 (one layer of so many experts, the 7th of 8), 3x64, 5x16 (three and five layers); runlocal for
-a small machine.
+Sizes: 1x16, 1x64, 1x128 (one layer with so many experts, the 7th of 8), 3x64, 5x16 (three and five layers); runlocal
+for a small machine.
 
-The table balances the experts by the corpora's token counts; `moe.options.hash_table` has the others.
+The table balances the experts by the corpora's token counts; `moe.options.hash_table` selects other tables.
 """
 
 from ml_collections import ConfigDict

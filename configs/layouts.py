@@ -1,11 +1,11 @@
-"""A small Switch Transformer on 8 devices in each layout of the paper's section 5, and fully sharded: docs/layouts.md.
+"""A small Switch Transformer on 8 devices in each layout of the paper's section 5 and in FSDP: docs/layouts.md.
 
 python scripts/train.py --config=configs/layouts.py:fsdp --workdir=runs/layouts/fsdp
 python scripts/benchmark.py layouts --write docs/layouts.md --picture docs/layouts.svg
 
 Sizes: data, model, model-data, expert-data, expert-model-data, fsdp; runlocal.
 
-A layout is the section `mesh` and nothing else.
+Layouts differ only in the section `mesh`.
 """
 
 import dataclasses

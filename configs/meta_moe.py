@@ -1,13 +1,13 @@
-"""Meta's language models (Artetxe et al. 2021): GPT-3's sizes, and 512 experts in every other layer of them.
+"""Meta's language models (Artetxe et al. 2021): GPT-3's sizes, dense and with 512 experts in every other layer.
 
 python scripts/train.py --config=configs/meta_moe.py:125m --workdir=runs/meta_125m
 
-Sizes: 125m, 355m, 1.3b, 2.7b, 6.7b, 13b (dense), 15b, 52b, 207b, 1.1t (MoE, of the shapes of 125m, 355m, 1.3b, 6.7b);
+Sizes: 125m, 355m, 1.3b, 2.7b, 6.7b, 13b (dense), 15b, 52b, 207b, 1.1t (MoE, with the shapes of 125m, 355m, 1.3b, 6.7b);
 runlocal for a small machine.
 
-Its top-2 gives all first choices their slots before any second, by which a token's experts depend on later tokens; here
-earlier tokens come first. Its balance loss is summed over layers where ours is averaged, so the weight carries their
-number.
+The paper's top-2 fills slots with all first choices before any second choice, so a token's experts depend on later
+tokens; here earlier tokens come first. Its balance loss is a sum over layers and ours a mean, so our weight is the
+paper's times the number of layers.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ _DENSE = {
 _MOE = {"15b": "125m", "52b": "355m", "207b": "1.3b", "1.1t": "6.7b"}
 
 SIZES = {**{name: (False, *size) for name, size in _DENSE.items()}, **{n: (True, *_DENSE[s]) for n, s in _MOE.items()}}
-"""Name -> whether it has experts, layers, d_model, heads, learning rate, rows a batch (the last two as in GPT-3)."""
+"""Name -> whether it has experts, layers, d_model, heads, learning rate, rows per batch (the last two as in GPT-3)."""
 
 _LENGTH = 2048
 _TOKENS = 300e9

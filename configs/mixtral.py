@@ -1,12 +1,12 @@
-"""Mixtral (Jiang et al. 2024): Mistral's decoder with 8 SwiGLU experts in every layer, of which each token has two.
+"""Mixtral (Jiang et al. 2024): Mistral's decoder with 8 SwiGLU experts in every layer; each token has two of them.
 
 python scripts/train.py --config=configs/mixtral.py:8x7b --workdir=runs/mixtral_8x7b
 
 Sizes: 8x7b, 8x22b; runlocal for a small machine.
 
-No token is dropped: every expert has room for every token of its group, so groups are short (`moe.dispatch=ragged`
-needs no room to spare, where experts are on one device, on TPUs). The gates are the softmax of the two chosen logits.
-How it was trained is not published: optimiser, batch and length are ours.
+No token is dropped: every expert has room for every token of its group, so groups are short. (On TPUs with all experts
+on one device, `moe.dispatch=ragged` avoids the unused room.) The gates are the softmax of the two selected logits. The
+training is not published: optimiser, batch and length are ours.
 """
 
 from ml_collections import ConfigDict

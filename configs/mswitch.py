@@ -4,8 +4,8 @@ python scripts/train.py --config=configs/mswitch.py:base --workdir=runs/mswitch_
 
 Sizes: base; runlocal for a small machine.
 
-The paper says no more than that it is FLOP-matched to mT5-Base: everything around the experts is that model's (T5 1.1
-with a vocabulary of 250,112), and there are 128 of them in every other layer, as in the paper's English models.
+The paper only says that the model is FLOP-matched to mT5-Base. Hence everything except the experts is mT5-Base's (T5
+1.1 with a vocabulary of 250,112), and every other layer has 128 experts, as in the paper's English models.
 """
 
 from ml_collections import ConfigDict

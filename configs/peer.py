@@ -1,11 +1,11 @@
-"""PEER (He 2024, "Mixture of a million experts"): experts of one neuron, in the middle block's feed-forward layer.
+"""PEER (He 2024, "Mixture of a million experts"): one-neuron experts in the middle block's feed-forward layer.
 
 python scripts/train.py --config=configs/peer.py:1024x1024 --workdir=runs/peer
 
-Sizes: 128x128, 256x256, 512x512, 1024x1024 (experts: sub-keys of either half); runlocal for a small machine.
+Sizes: 128x128, 256x256, 512x512, 1024x1024 (experts, as sub-keys of each half); runlocal for a small machine.
 
-8 heads find 16 experts each. The paper's comparison is at equal FLOPs, over models of many shapes that it does not
-list: 12 layers of GPT's smallest size are ours.
+Each of 8 heads finds 16 experts. The paper compares models of equal FLOPs and many shapes but does not list the shapes;
+we chose the 12 layers of GPT-3's smallest size.
 """
 
 from ml_collections import ConfigDict

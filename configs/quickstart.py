@@ -1,12 +1,12 @@
-"""The quickstart: a Switch Transformer and the dense T5 of the same FLOPs a token, on real English text, on two cores.
+"""The quickstart: a Switch Transformer and a dense T5 of equal FLOPs per token, on real English text, on two cores.
 
 python scripts/train.py --config=configs/quickstart.py:switch --workdir=runs/quickstart/switch
 python scripts/train.py --config=configs/quickstart.py:dense --workdir=runs/quickstart/dense
 
 Sizes: switch, dense; study and faults for `benchmark.py routers` and `faults`; runlocal for a small machine.
 
-Both run on 8 emulated devices (data 2 x expert 4). They differ in every other feed-forward layer only. After 1400
-steps they are level: seeds 0, 1 and 2 gave held-out losses of 4.345, 4.305 and 4.298 (switch) and of 4.333, 4.287 and
+Both run on 8 emulated devices (data 2 x expert 4). They differ only in every other feed-forward layer. After 1400 steps
+they are about equal: with seeds 0, 1 and 2, held-out losses are 4.345, 4.305 and 4.298 (switch) and 4.333, 4.287 and
 4.300 (dense).
 """
 
@@ -30,7 +30,7 @@ SIZES = {"switch": ("dense", "moe"), "dense": ("dense", "dense")}
 
 
 def get_config(arg: str = "switch") -> ConfigDict:
-    """One of the two models; of the first, the forms for `benchmark.py routers` and `faults`, or the smallest."""
+    """The config of one of the two models, or of a smaller form of the first (study, faults, runlocal)."""
     check_choice("configs/quickstart.py", arg, [*SIZES, "study", "faults", "runlocal"])
     config = Config(
         model=ModelConfig(
@@ -64,7 +64,7 @@ def get_config(arg: str = "switch") -> ConfigDict:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, corpora=("kjv",)), train=TrainConfig(steps=2, log_every=1)
         )
-    if arg == "faults":  # tiny, on two devices; every step is logged, and checkpoints are many
+    if arg == "faults":  # tiny, on two devices; logs every step and writes many checkpoints
         sizes = {"d_model": 16, "d_ff": 32, "num_heads": 2, "d_head": 8, "num_encoder_layers": 2}
         config = dataclasses.replace(
             config,

@@ -2,12 +2,13 @@
 
 python scripts/train.py --config=configs/shazeer_lstm.py:moe-32 --workdir=runs/shazeer_moe_32
 
-Sizes: moe-4, moe-32, moe-256 (experts, of which a token has four), moe-256-h, moe-1024-h, moe-4096-h (in 16 groups, two
-experts in each of two), moe-34m, moe-143m (operations a time step); runlocal for a small machine.
+Sizes: moe-4, moe-32, moe-256 (experts; a token has four), moe-256-h, moe-1024-h, moe-4096-h (16 groups of experts; a
+token has two experts in each of two groups), moe-34m, moe-143m (operations per time step); runlocal for a small
+machine.
 
-The vocabulary is the 1 billion word benchmark's. The paper's experts take all tokens that are sent to them; here they
-have room for twice their share. Dropout, which it searched for each size, is 0.1; the full softmax stands in for its
-importance sampling.
+The vocabulary is that of the 1 billion word benchmark. The paper's experts accept all tokens that the router sends
+them; here each has room for twice its share. Dropout is 0.1 instead of the paper's best value for each size. The loss
+is the full softmax instead of importance sampling.
 """
 
 from ml_collections import ConfigDict

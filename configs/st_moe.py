@@ -1,11 +1,12 @@
-"""ST-MoE (Zoph et al. 2022): stable and transferable sparse models; experts in every 4th layer, with a dense FFN after.
+"""ST-MoE (Zoph et al. 2022): stable and transferable sparse models; every 4th layer has experts and then a dense FFN.
 
 python scripts/train.py --config=configs/st_moe.py:l --workdir=runs/st_moe_l
 
 Sizes: l (4.1B), 32b (269B, the FLOPs of a dense 32B); runlocal for a small machine.
 
-Top-2 with the second expert only above a gate of 0.2, router z-loss 1e-3. The paper's decoder gives all first choices
-their slots before any second, by which a token's experts depend on later tokens; here earlier tokens come first.
+Top-2 routing uses the second expert only if its gate exceeds 0.2; the router z-loss has weight 1e-3. The paper's
+decoder fills slots with all first choices before any second choice, so a token's experts depend on later tokens; here
+earlier tokens come first.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Switch Transformer (Fedus, Zoph and Shazeer 2021), sizes as released.
+"""Switch Transformer (Fedus, Zoph and Shazeer 2021) in the released sizes.
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/switch_base_8
 
@@ -14,13 +14,13 @@ from switchjax.config.runlocal import runlocal
 _BASE = {"d_model": 768, "d_ff": 3072, "num_heads": 12, "num_encoder_layers": 12, "num_decoder_layers": 12}
 _LARGE = {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "num_encoder_layers": 24, "num_decoder_layers": 24}
 _XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_encoder_layers": 24, "num_decoder_layers": 24}
-# 30 heads were released; the paper's FLOPs are of 32. Every layer is an MoE layer.
+# The released model has 30 heads; the paper's FLOPs are those of 32. Every layer is an MoE layer.
 _C = {"d_model": 2080, "d_ff": 6144, "num_heads": 30, "num_encoder_layers": 15, "num_decoder_layers": 15}
 
 SIZES = {
     **{f"base-{experts}": (_BASE, {"num_experts": experts}) for experts in (8, 16, 32, 64, 128, 256)},
     "large-128": (_LARGE, {"num_experts": 128}),
-    # 128 experts as released; the paper prints 64.
+    # The released model has 128 experts; the paper says 64.
     "xxl-128": (
         _XXL | {"activation": "geglu", "tie_embeddings": False},
         {"num_experts": 128, "eval_capacity_factor": 4.0},

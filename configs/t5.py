@@ -1,9 +1,9 @@
-"""T5 (Raffel et al. 2020): the dense models that the Switch Transformer is measured against.
+"""T5 (Raffel et al. 2020): the dense baselines of the Switch Transformer.
 
 python scripts/train.py --config=configs/t5.py:base --workdir=runs/t5_base
 
-Sizes: base, large; xxl in the 1.1 form (geglu, untied) that the Switch paper takes; v1_1-base, v1_1-large, v1_1-xl,
-v1_1-xxl; runlocal for a small machine.
+Sizes: base, large; xxl in the form of version 1.1 (geglu, untied) that the Switch paper uses; v1_1-base, v1_1-large,
+v1_1-xl, v1_1-xxl; runlocal for a small machine.
 """
 
 from ml_collections import ConfigDict

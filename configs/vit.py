@@ -1,11 +1,11 @@
-"""Vision Transformer (Dosovitskiy et al. 2020), as V-MoE (Riquelme et al. 2021) sizes and trains it on JFT-300M.
+"""Vision Transformer (Dosovitskiy et al. 2020), with V-MoE's sizes and training on JFT-300M (Riquelme et al. 2021).
 
 python scripts/train.py --config=configs/vit.py:s-32 --workdir=runs/vit_s_32
 
-Sizes: s-32, b-32, b-16, l-32, l-16, h-14 (patches of so many pixels a side); runlocal for a small machine.
+Sizes: s-32, b-32, b-16, l-32, l-16, h-14 (the number is the side of a patch in pixels); runlocal for a small machine.
 
-JFT is not public: the classes are its 18,291, the images those of `data.corpora`. The paper's sigmoid loss is a softmax
-here. S has 8 layers, unlike the later ViT-S.
+JFT-300M is not public: the model has its 18,291 classes, but the images are those of `data.corpora`. The loss is a
+softmax cross-entropy instead of the paper's sigmoid loss. S has 8 layers, unlike the later ViT-S.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""V-MoE (Riquelme et al. 2021): Vision Transformers with 32 experts in every second block or in the last few of them.
+"""V-MoE (Riquelme et al. 2021): Vision Transformers with 32 experts in all second blocks, or in the last few of these.
 
 python scripts/train.py --config=configs/vmoe.py:s-32-every2 --workdir=runs/vmoe_s_32
 
 Sizes: s-32-every2, s-32-last2, b-32-every2, b-32-last2, b-16-every2, b-16-last2, l-32-every2, l-32-last2, l-16-every2,
 l-16-last2, h-14-every2, h-14-last5, 15b; runlocal for a small machine.
 
-Batch-prioritised routing lets evaluation do with less:
+With batch-prioritised routing, evaluation needs less capacity:
 --config.moe.fill_order=batch_prioritized --config.moe.eval_capacity_factor=0.5
-JFT-300M is not public: the classes are its 18,291, the images those of `data.corpora`. The paper's sigmoid loss is a
-softmax here.
+JFT-300M is not public: the model has its 18,291 classes, but the images are those of `data.corpora`. The loss is a
+softmax cross-entropy instead of the paper's sigmoid loss.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ SIZES = {
     "h-14-last5": (*_VIT["h-14"], 5),
     "15b": (_15B, 14, 3e-4, 0),
 }
-"""Name -> the model, patch size, learning rate, how many of the last second blocks have experts (0: all)."""
+"""Name -> the model, patch size, learning rate, how many second blocks have experts, counted from the end (0: all)."""
 
 
 def get_config(arg: str = "s-32-every2") -> ConfigDict:

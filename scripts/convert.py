@@ -1,4 +1,4 @@
-"""Exchanges weights with Hugging Face (T5, Switch Transformers, Mixtral, ViT), and makes models of other models.
+"""Exchanges weights with Hugging Face (T5, Switch Transformers, Mixtral, ViT); upcycles and prunes models.
 
 python scripts/convert.py from-hf models/switch-base-8 runs/switch_base_8 [--config.mesh.expert=8 ...]
 python scripts/convert.py to-hf runs/quickstart/switch models/quickstart [--step=700]
@@ -6,9 +6,9 @@ python scripts/convert.py check models/switch-base-8
 python scripts/convert.py upcycle runs/quickstart/dense runs/upcycled --config.model.pattern="('dense', 'moe')"
 python scripts/convert.py prune runs/quickstart/switch runs/pruned --experts=4
 
-Models of Hugging Face's are folders with config.json and safetensors. Workdirs that are written here are read by
-evaluate.py and generate.py; train.py starts from them in another workdir, with --config.init_from.workdir. check
-compares logits with transformers' own, and needs it and torch.
+A Hugging Face model is a folder with config.json and safetensors files. evaluate.py and generate.py read the workdirs
+that this script writes; train.py starts from them in another workdir, with --config.init_from.workdir. check compares
+our logits with transformers' and needs transformers and torch.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -25,20 +25,21 @@ def main(arguments: Sequence[str]) -> None:
 
     def add(name: str, task: Callable[[Namespace], None], summary: str, target: bool = True) -> ArgumentParser:
         added = tasks.add_parser(name, help=summary)
-        added.add_argument("source", type=Path, help="what is read")
+        added.add_argument("source", type=Path, help="the folder to read")
         if target:
-            added.add_argument("target", type=Path, help="the new folder")
+            added.add_argument("target", type=Path, help="the folder to write; must be new or empty")
         added.set_defaults(task=task)
         return added
 
-    from_hf = add("from-hf", _from_hf, "a folder of Hugging Face's -> a workdir")
-    to_hf = add("to-hf", _to_hf, "a workdir -> a folder of Hugging Face's")
+    from_hf = add("from-hf", _from_hf, "converts a Hugging Face folder to a workdir")
+    to_hf = add("to-hf", _to_hf, "converts a workdir to a Hugging Face folder")
     to_hf.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
-    add("check", _check, "compares logits with transformers' own", target=False)
-    upcycled = add("upcycle", _upcycle, "a dense run -> a model whose experts are copies of its networks")
-    upcycled.add_argument("--noise", type=float, default=0.0, help="on experts, over their weights' deviation")
-    pruned = add("prune", _prune, "a run -> a model of the experts that it uses most on held-out data")
-    pruned.add_argument("--experts", type=int, required=True, help="how many of each layer are kept")
+    add("check", _check, "compares our logits with transformers'", target=False)
+    upcycled = add("upcycle", _upcycle, "makes a model whose experts are copies of a dense run's feed-forward networks")
+    noise = "standard deviation of noise on the experts, relative to that of their weights"
+    upcycled.add_argument("--noise", type=float, default=0.0, help=noise)
+    pruned = add("prune", _prune, "keeps only the experts that a run uses most on held-out data")
+    pruned.add_argument("--experts", type=int, required=True, help="number of experts to keep in each layer")
     for overridable in (from_hf, upcycled):
         overridable.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
     flags, rest = parser.parse_known_args(arguments)
@@ -76,7 +77,7 @@ def _upcycle(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     upcycle_workdir(flags.source, flags.target, config, flags.noise)
-    print(f"{config.moe.num_experts} experts a layer in {flags.target}")
+    print(f"{config.moe.num_experts} experts per layer in {flags.target}")
 
 
 def _prune(flags: Namespace) -> None:
@@ -87,7 +88,7 @@ def _prune(flags: Namespace) -> None:
 
     emulate_devices(config.mesh)
     prune_workdir(flags.source, flags.target, flags.experts)
-    print(f"{flags.experts} of {config.moe.num_experts} experts a layer in {flags.target}")
+    print(f"{flags.experts} of {config.moe.num_experts} experts per layer in {flags.target}")
 
 
 def _check(flags: Namespace) -> None:
@@ -96,7 +97,7 @@ def _check(flags: Namespace) -> None:
     found = compare(flags.source)
     print("\n".join(map(str, found)))
     if not all(comparison.equal for comparison in found):
-        raise UserError("the logits are not equal")
+        raise UserError("our logits differ from transformers'")
 
 
 if __name__ == "__main__":

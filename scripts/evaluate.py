@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on held-out text: negative log perplexity (nats a token), of each corpus and of all.
+"""Evaluates a checkpoint on held-out text: negative log perplexity (nats per token) on each corpus and on all.
 
 python scripts/evaluate.py --workdir=runs/quickstart/switch [--split=test] [--batches=0] [--step=500]
 """
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
     parser.add_argument("--split", help="train, validation or test; default: the run's own")
-    parser.add_argument("--batches", type=int, help="batches a corpus, 0 for all; default: the run's own")
+    parser.add_argument("--batches", type=int, help="batches per corpus, 0 for all; default: the run's own")
     axes = ("DATA", "EXPERT", "MODEL")
     parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: the run's own")
     command.add_process_flags(parser)

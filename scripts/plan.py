@@ -1,11 +1,11 @@
-"""Says what a config takes: parameters, FLOPs and, compiled for a slice of TPUs that need not be there, all of a step.
+"""Plans a run: parameters, FLOPs and, compiled for TPUs that need not be attached, memory and communication of a step.
 
 python scripts/plan.py --config=configs/switch.py:c
 python scripts/plan.py --config=configs/switch.py:c --topology=v5p:8x8x8 --json=plan.json
 python scripts/plan.py --config=configs/switch.py:xxl-128 --topology=v5e --fit
 
-Chips: v4, v5e, v5p, v6e, tpu7x. A mesh that the config leaves open is chosen. With --fit, the smallest slice of the
-chip that holds the step. The TPU compiler is libtpu: pip install -c constraints.txt libtpu.
+Chips: v4, v5e, v5p, v6e, tpu7x. If the config leaves the mesh open, the script chooses one. --fit finds the smallest
+slice of a chip on which the step fits. The TPU compiler is in libtpu: pip install -c constraints.txt libtpu.
 """
 
 import os
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--topology", metavar="CHIP[:AxB[xC]]", help="compile for this slice, such as v5p:8x8x8")
     parser.add_argument("--fit", action="store_true", help="find the smallest slice of --topology=CHIP (default: v5p)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the whole plan to FILE")
     flags, config = command.parse_with_config(parser, arguments)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine, if any, are left alone
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long it takes to compile is told
+    os.environ["JAX_PLATFORMS"] = "cpu"  # do not occupy this machine's accelerators
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # so that the printed compile time is real
 
     from switchjax.accounting.accounting import account, mesh_axes
     from switchjax.accounting.hardware import find_chip, parse_slice

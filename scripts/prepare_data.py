@@ -1,4 +1,4 @@
-"""Prepares corpora of text or images: fetches, tokenises or decodes them, and prints what they hold.
+"""Prepares corpora of text or images: fetches, tokenises or decodes them, and prints their sizes and an example.
 
 python scripts/prepare_data.py --corpora=kjv,austen [--directory=D] [--vocabulary_size=2000]
 python scripts/prepare_data.py --objective=classification --corpora=fashion_mnist
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from switchjax import command
 from switchjax.config import DataConfig
+from switchjax.data.describe import describe
 from switchjax.data.prepare import prepare_data
-from switchjax.data.report import report
 from switchjax.data.sources import SOURCES, ImageSource
 
 
@@ -18,17 +18,19 @@ def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="list the project's own corpora and exit")
     parser.add_argument(
-        "--objective", default="span_corruption", help="span_corruption, causal or (of images) classification"
+        "--objective", default="span_corruption", help="span_corruption, causal or (for images) classification"
     )
     parser.add_argument(
-        "--corpora", default="", help="names of own corpora or TFDS datasets, by commas; default: the objective's own"
+        "--corpora", default="", help="corpora or TFDS datasets, separated by commas; default: all that --list shows"
     )
     parser.add_argument(
         "--directory", default="", help="where data lives; default: $SWITCHJAX_DATA or the user's cache"
     )
-    parser.add_argument("--vocabulary", default="", help="a SentencePiece model file; default: one is trained")
-    parser.add_argument("--vocabulary_size", type=int, default=2000, help="pieces of the vocabulary that is trained")
-    parser.add_argument("--text_feature", default="text", help="feature that holds the text of a TFDS dataset")
+    parser.add_argument(
+        "--vocabulary", default="", help="a SentencePiece model file; default: train one on the corpora"
+    )
+    parser.add_argument("--vocabulary_size", type=int, default=2000, help="number of pieces of a trained vocabulary")
+    parser.add_argument("--text_feature", default="text", help="feature of a TFDS dataset that holds its text")
     flags = parser.parse_args(arguments)
     if flags.list:
         for source in SOURCES.values():
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=1,
         )
     )
-    print(report(data))
+    print(describe(data))
 
 
 if __name__ == "__main__":

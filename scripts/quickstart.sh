@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything from a fresh clone: environment, real text, a Switch Transformer and the dense T5 of the same FLOPs on an
-# emulated 8-device mesh, their evaluation, a filled-in passage, and a table. About 10 minutes on 2 cores, downloads apart.
+# Runs everything from a fresh clone: environment, real text, training of a Switch Transformer and a dense T5 of the same
+# FLOPs on 8 emulated devices, evaluation, a filled-in passage and a table. About 10 minutes on 2 cores plus downloads.
 set -euo pipefail
 if [ $# -gt 1 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  echo "usage: scripts/quickstart.sh [WORKDIR]   (default: the repository's runs/quickstart; started again, it resumes)"
+  echo "usage: scripts/quickstart.sh [WORKDIR]   (default: runs/quickstart in the repository; run again, it resumes)"
   [ $# -le 1 ] || exit 2
   exit 0
 fi
@@ -27,5 +27,5 @@ echo "== Filling in a passage"
 python scripts/generate.py --workdir="$workdir/switch" \
   --prompt="And it came to pass that night, that the word of the LORD came unto <extra_id_0>, saying, Go and tell my \
 <extra_id_1> David, Thus saith the LORD, Shalt thou build me an <extra_id_2> for me to dwell in?"
-echo "== The two side by side (validation split)"
+echo "== Comparison (validation split)"
 python scripts/compare.py --workdir="$workdir/switch" --baseline="$workdir/dense"

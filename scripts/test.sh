@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The environment and all checks: format, lint, types, tests. Further arguments go to pytest.
+# Sets up the environment and runs all checks: format, lint, types, tests. Arguments go to pytest.
 set -euo pipefail
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
   echo 'usage: scripts/test.sh [PYTEST ARGUMENT ...]   e.g. scripts/test.sh -m "not slow"'

@@ -1,7 +1,8 @@
-# Defines use_environment [EXTRA,EXTRA]: makes .venv with the project and at least these extras where it is not there
-# yet, and puts it on the PATH. To be called in the repository's root.
+# Defines use_environment [EXTRA,EXTRA]: makes .venv with the project and at least these extras unless it exists, and
+# puts it on the PATH. Call it in the repository's root.
 
-# The interpreter behind $1 (behind its venv, too), if it can make our environment; pyenv's shims may be there and fail.
+# Prints the real interpreter behind $1 (also behind a venv) if it can make our environment. A command may exist and
+# still fail, as pyenv's shims do.
 usable_python() {
   "$1" -c '
 import ensurepip, os, sys, venv
@@ -14,18 +15,18 @@ find_python() {
   local python
   if [ -n "${PYTHON:-}" ]; then
     usable_python "$PYTHON" && return
-    echo "error: PYTHON=$PYTHON is no Python 3.11 or newer with ensurepip and venv" >&2
+    echo "error: PYTHON=$PYTHON is not a Python 3.11 or newer with ensurepip and venv" >&2
     return 1
   fi
-  # An environment that is there keeps its Python, whatever this shell's PATH offers.
+  # An existing environment keeps its Python, whatever is on the PATH.
   for python in .venv/bin/python python3.12 python3.11 python3.13 python3; do
     usable_python "$python" && return
   done
-  echo "error: no Python 3.11 or newer with ensurepip and venv found; set PYTHON to one" >&2
+  echo "error: found no Python 3.11 or newer with ensurepip and venv; set PYTHON to one" >&2
   return 1
 }
 
-# Two lists of extras as one, sorted.
+# Prints the sorted union of two lists of extras.
 union() {
   printf '%s\n' "$1" "$2" | tr , '\n' | sed '/^$/d' | sort -u | paste -s -d , -
 }
@@ -34,8 +35,8 @@ use_environment() {
   local python identity installed wanted stamp=.venv/switchjax-installed
   python=$(find_python) || return 1
   identity=$(cksum setup.cfg constraints.txt && pwd && echo "$python" && "$python" --version) || return 1
-  # The stamp is the identity and, on its last line, the extras. It is away while anything changes, so that what is
-  # interrupted is made anew.
+  # The stamp holds the identity and, on its last line, the extras. It is missing while anything changes, so that an
+  # interrupted installation is repeated.
   if [ "$(sed '$d' "$stamp" 2>/dev/null)" != "$identity" ]; then
     echo "Making .venv with $("$python" --version) ..." >&2
     rm -f "$stamp"

@@ -10,7 +10,7 @@ import pytest
 from switchjax.config import DataConfig
 from switchjax.data import packages
 from switchjax.data.packages import Package
-from switchjax.data.sources import SOURCES, Source
+from switchjax.data.sources import SOURCES, TextSource
 
 WORDS = re.findall(
     r"\w+",
@@ -31,12 +31,12 @@ def stories(members: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
     return ((f"story-{seed}", story(seed)) for seed in range(first, first + 150))
 
 
-def small_source(name: str, first: int, version: str = "1.0.0") -> Source:
-    return Source(name, version, "nonsense", "none", Package("own", str(first)), "first", stories)
+def small_source(name: str, first: int, version: str = "1.0.0") -> TextSource:
+    return TextSource(name, version, "nonsense", "none", Package("own", str(first)), "first", stories)
 
 
 @pytest.fixture(scope="session")
-def sources() -> Iterator[dict[str, Source]]:
+def sources() -> Iterator[dict[str, TextSource]]:
     """`tales` and `yarns` can be had; `lost` cannot."""
 
     def fetch(name: str, folder: Path) -> Path:
@@ -58,7 +58,7 @@ def sources() -> Iterator[dict[str, Source]]:
 
 
 @pytest.fixture(scope="session")
-def data_config(sources: dict[str, Source], tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+def data_config(sources: dict[str, TextSource], tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return DataConfig(
         corpora=("tales", "yarns"),
         directory=str(tmp_path_factory.mktemp("data")),

@@ -121,11 +121,14 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
         (["convert.py"], "the following arguments are required: TASK"),
         (
             ["convert.py", "from-hf", "nowhere", "run"],
-            "no model.safetensors and no model.safetensors.index.json in nowhere",
+            "nowhere holds neither model.safetensors nor model.safetensors.index.json",
         ),
         (["convert.py", "to-hf", "nowhere", "folder"], "cannot read nowhere/config.json"),
         (["convert.py", "to-hf", "nowhere", "folder", "--surprise"], "unrecognized arguments: --surprise"),
-        (["convert.py", "check", "nowhere"], "no model.safetensors and no model.safetensors.index.json in nowhere"),
+        (
+            ["convert.py", "check", "nowhere"],
+            "nowhere holds neither model.safetensors nor model.safetensors.index.json",
+        ),
         (["convert.py", "check", "tests/interop/fixtures/vit"], "pip install torch transformers"),
         (
             ["convert.py", "from-hf", "tests/interop/fixtures/vit", "nowhere", "--config.model.d_modle=8"],

@@ -127,7 +127,7 @@ def test_a_candidate_that_does_not_run_is_passed_over(sandbox: Sandbox) -> None:
 def test_an_unusable_PYTHON_is_an_error(sandbox: Sandbox, python: str) -> None:
     done = sandbox.run(ENVIRONMENT, PYTHON=python)
     assert done.returncode == 1
-    assert done.stderr == f"error: PYTHON={python} is no Python 3.11 or newer with ensurepip and venv\n"
+    assert done.stderr == f"error: PYTHON={python} is not a Python 3.11 or newer with ensurepip and venv\n"
     assert not (sandbox.root / ".venv").exists()
 
 

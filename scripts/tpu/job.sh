@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A training run on a Cloud TPU slice, from the request for the machines to their return.
+# Manages a training run on a Cloud TPU slice, from the request for the machines to their return.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 usage: scripts/tpu/job.sh COMMAND JOB [--dry-run]
 
-  create   requests the slice, as a queued resource
-  setup    brings every worker this repository's commit, its environment and the bucket
-  launch   starts python scripts/train.py on every worker, for longer than the ssh lasts; what still runs is stopped first
-  watch    does all that, again after each preemption, until the run is complete; then logs and delete
+  create   requests the slice as a queued resource
+  setup    copies the commit to every worker, installs the environment and mounts the bucket
+  launch   starts python scripts/train.py on every worker, independent of the ssh connection; stops an earlier one first
+  watch    does all of these, and repeats them after each preemption, until the run is complete; then logs and delete
   logs     fetches every worker's log to runs/NAME/logs
-  stop     SIGTERM: the run saves a checkpoint; launch resumes it
+  stop     sends SIGTERM: the run saves a checkpoint; launch resumes it
   delete   gives the slice back
 
 JOB is a file of settings, such as scripts/tpu/example.job.
@@ -24,7 +24,7 @@ fail() {
   exit 2
 }
 
-# The arguments in one line, as they would be typed.
+# Prints the arguments on one line, quoted for a shell.
 quote() {
   local word line=''
   for word; do
@@ -36,7 +36,7 @@ quote() {
   printf '%s\n' "$line"
 }
 
-# Every command that reaches a cloud or writes a file goes through here.
+# Runs a command that reaches the cloud or writes a file; in a dry run, prints it instead.
 run() {
   if [ -n "$dry_run" ]; then
     quote "$@"
@@ -53,22 +53,22 @@ read_job() {
   SPOT=yes COMMIT=HEAD PREPARE='' ATTEMPTS=3 POLL=60
   unset NAME PROJECT ZONE ACCELERATOR RUNTIME BUCKET TRAIN
   [ -r "$1" ] || fail "cannot read the job $1"
-  bash -n "$1" 2>/dev/null || fail "$1 is no bash: see scripts/tpu/example.job"
+  bash -n "$1" 2>/dev/null || fail "$1 is not valid bash: see scripts/tpu/example.job"
   # shellcheck source=scripts/tpu/example.job
   . "$1"
   for name in NAME PROJECT ZONE ACCELERATOR RUNTIME BUCKET TRAIN; do
     [ -n "${!name:-}" ] || fail "$1 does not set $name"
   done
-  [[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || fail "NAME=$NAME: small letters, digits and - only, a letter first"
-  [[ $BUCKET =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "BUCKET=$BUCKET: the name alone, without gs:// and folders"
-  [[ $SPOT =~ ^(yes|no)$ ]] || fail "SPOT=$SPOT: yes or no"
-  [[ $ATTEMPTS =~ ^[1-9][0-9]*$ ]] || fail "ATTEMPTS=$ATTEMPTS: a positive number"
-  [[ $POLL =~ ^[1-9][0-9]*$ ]] || fail "POLL=$POLL: a positive number of seconds"
+  [[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || fail "NAME=$NAME: use lower-case letters, digits and - only, a letter first"
+  [[ $BUCKET =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "BUCKET=$BUCKET: give only the name, without gs:// and folders"
+  [[ $SPOT =~ ^(yes|no)$ ]] || fail "SPOT=$SPOT: must be yes or no"
+  [[ $ATTEMPTS =~ ^[1-9][0-9]*$ ]] || fail "ATTEMPTS=$ATTEMPTS: must be a positive number"
+  [[ $POLL =~ ^[1-9][0-9]*$ ]] || fail "POLL=$POLL: must be a positive number of seconds"
   for name in "${TRAIN[@]}"; do
     [[ $name != --workdir* ]] || fail "TRAIN must not set --workdir: it is $NAME in the bucket"
   done
-  # By its hash from here on, so that a watch brings every slice the same.
-  commit=$(git rev-parse --verify --quiet "$COMMIT^{commit}") || fail "COMMIT=$COMMIT: no commit of this repository"
+  # Resolve the commit once, so that a watch gives every slice the same one.
+  commit=$(git rev-parse --verify --quiet "$COMMIT^{commit}") || fail "COMMIT=$COMMIT: not a commit of this repository"
 }
 
 slice() { run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
@@ -84,14 +84,15 @@ create() {
 
 setup() {
   local archive=build/$NAME.tar.gz
-  [ -z "$(git status --porcelain)" ] || note "uncommitted changes stay here: what is trained is $commit"
+  [ -z "$(git status --porcelain)" ] || note "uncommitted changes are not copied: the run trains commit $commit"
   run mkdir -p build
   run git archive --format=tar.gz --output="$archive" "$commit"
   slice tpu-vm scp "$archive" "$NAME:" --worker=all
   on_all_workers "$(worker_setup)"
 }
 
-# The images have Python 3.10, JAX wants 3.11. Without the caches of gcsfuse, what one worker writes the others see.
+# Prints the setup script of a worker. The images have Python 3.10 and JAX needs 3.11, so uv installs one. gcsfuse runs
+# without its caches, which would hide from one worker what another has written.
 worker_setup() {
   cat <<END
 set -eu
@@ -100,7 +101,7 @@ mkdir -p $NAME bucket
 find $NAME -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
 tar -xzf $NAME.tar.gz -C $NAME
 if ! mountpoint -q bucket; then
-  command -v gcsfuse >/dev/null || { echo "error: no gcsfuse on \$(hostname): let PREPARE install it" >&2; exit 2; }
+  command -v gcsfuse >/dev/null || { echo "error: no gcsfuse on \$(hostname): set PREPARE to install it" >&2; exit 2; }
   sudo systemd-run --quiet --collect --unit=bucket --uid=\$(id -u) --property=After=network-online.target \\
     gcsfuse --foreground --metadata-cache-ttl-secs=0 $BUCKET \$HOME/bucket
   for second in \$(seq 60); do mountpoint -q bucket && break; sleep 1; done
@@ -118,8 +119,9 @@ END
 
 launch() { on_all_workers "$(worker_launch)"; }
 
-# Bucket and run are units of systemd: at a preemption, the run ends (and saves) before the bucket goes. A unit has not
-# the limits of a login, and TPUs want much memory locked.
+# Prints the launch script of a worker. Bucket and run are systemd units so that, at a preemption, the run ends (and
+# saves) before the bucket is unmounted. The limits are set because a unit does not inherit those of a login, and TPUs
+# lock much memory.
 worker_launch() {
   cat <<END
 set -eu
@@ -143,34 +145,34 @@ logs() {
 
 delete() { slice queued-resources delete "$NAME" --force --quiet; }
 
-# Fails for "no" as for "cannot tell": nothing but a complete run ends a watch well.
+# Fails both if the run is not complete and if that is unknown, so only a complete run ends a watch with success.
 is_complete() { run gcloud storage ls "gs://$BUCKET/$NAME/summary.json" --project="$PROJECT"; }
 
-# A line from every worker: active, inactive, failed. Fails only if they cannot be asked.
+# Prints one line per worker: active, inactive or failed. Fails only if the workers cannot be reached.
 activity() { on_all_workers "systemctl is-active $NAME || true"; }
 
-# Prints nothing if there is no slice of that name.
+# Prints the state of the slice; prints nothing if it does not exist.
 state() { slice queued-resources list --filter="name~/$NAME\$" --format='value(state.state)'; }
 
 watch() {
   local launched=0 now
   until is_complete >/dev/null 2>&1; do
-    now=$(state) || now=UNKNOWN # the network; the next look will tell
+    now=$(state) || now=UNKNOWN # a network failure: ask again next time
     note "$(date '+%F %T') ${now:-no slice}"
     case $now in
     '') create ;;
-    SUSPENDED) delete && launched=0 ;; # preempted: the next look creates it anew
-    FAILED) fail "the request for $NAME has failed: look at it in the console, then delete it" ;;
+    SUSPENDED) delete && launched=0 ;; # preempted: the next round creates it again
+    FAILED) fail "the request for $NAME failed: see the reason in the console, then delete it" ;;
     ACTIVE)
       case $(activity) in
       *inactive* | *failed*)
-        is_complete >/dev/null 2>&1 && continue # since the last look
+        is_complete >/dev/null 2>&1 && continue # it finished since the last check
         if [ "$launched" -eq "$ATTEMPTS" ]; then
           logs || note "no logs"
-          fail "$NAME has stopped $ATTEMPTS times by itself: see runs/$NAME/logs; the slice is still there"
+          fail "$NAME stopped by itself $ATTEMPTS times: see runs/$NAME/logs; the slice still exists"
         fi
         launched=$((launched + 1))
-        { setup && launch; } || note "not launched"
+        { setup && launch; } || note "launch failed"
         ;;
       esac
       ;;
@@ -181,17 +183,17 @@ watch() {
   delete
 }
 
-# What a watch runs, with its conditions: which of it comes true, only the cloud knows.
+# Prints all commands that a watch can run, with the conditions under which it runs them.
 plan_watch() {
   note "every $POLL seconds: is the run complete?"
   is_complete
-  note "if not, what has become of the slice?"
+  note "if not, what is the state of the slice?"
   state
-  note "there is none:"
+  note "if there is no slice:"
   create
-  note "SUSPENDED, for it has been preempted:"
+  note "if SUSPENDED, which means preempted:"
   delete
-  note "ACTIVE: does every worker run?"
+  note "if ACTIVE: is the run active on every worker?"
   activity
   note "if not, at most $ATTEMPTS times on the same machines:"
   setup
@@ -218,7 +220,7 @@ job=${arguments[1]}
 [[ $job == /* ]] || job=$PWD/$job
 cd "$(dirname "$0")/../.."
 read_job "$job"
-[ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "no gcloud: install the Google Cloud CLI"
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud not found: install the Google Cloud CLI"
 if [ "${arguments[0]}" = watch ] && [ -n "$dry_run" ]; then
   plan_watch
 else

@@ -1,1 +1,1 @@
-"""Text and images: sources, vocabulary, caches, objectives, packing, batches."""
+"""Text and images: sources, vocabularies, caches, objectives, packing and batches."""

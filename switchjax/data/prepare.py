@@ -1,4 +1,4 @@
-"""From the section `data` of a config to its data."""
+"""Prepares the data that the section `data` of a config describes."""
 
 from switchjax.config import DataConfig, UserError
 from switchjax.data.images import ImageData
@@ -9,11 +9,11 @@ from switchjax.parallel.processes import exchange, first_then_others
 def prepare_data(config: DataConfig) -> TextData | ImageData:
     """Fetches and opens the corpora: images for `data.objective=classification`, otherwise text.
 
-    Of several processes the first is the one that prepares a disk that they share; on disks of their own, each does.
+    If several processes share a disk, the first prepares it while the others wait; otherwise each prepares its own.
 
     Raises:
-        UserError: as `TextData.prepare` and `ImageData.prepare` do; a corpus of the other kind is refused by name. Also
-            if processes have got different data, as when one of them could not fetch a corpus.
+        UserError: as in `TextData.prepare` and `ImageData.prepare`; also if a corpus is of the other kind, or if
+            processes end up with different data, for instance because one of them cannot fetch a corpus.
     """
 
     def prepare() -> TextData | ImageData:
@@ -23,5 +23,5 @@ def prepare_data(config: DataConfig) -> TextData | ImageData:
     first, *others = exchange(f"{', '.join(data.corpora)} ({data.fingerprint})")
     for index, other in enumerate(others, 1):
         if other != first:
-            raise UserError(f"process {index} has other data than process 0: {other} instead of {first}")
+            raise UserError(f"processes prepared different data: process 0 has {first}, process {index} has {other}")
     return data

@@ -1,4 +1,4 @@
-"""Batches of text: the way from corpora on disk to the arrays of a train step."""
+"""Batches of text, made from corpora on disk."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from switchjax.config import DataConfig
 from switchjax.data.causal import Causal
 from switchjax.data.data import Data, derived_seed, fingerprint
 from switchjax.data.datasets import TextDataset, open_datasets
-from switchjax.data.directory import preparing
-from switchjax.data.objective import Objective, Tokens
-from switchjax.data.packing import Chunks, Rows, one_chunk_a_row, pack, split_into_chunks
+from switchjax.data.directory import locked_data_directory
+from switchjax.data.objective import Objective, TokenIds
+from switchjax.data.packing import Chunks, RowPlan, one_chunk_per_row, pack, split_into_chunks
 from switchjax.data.rows import Row, RowSource, fill_row
 from switchjax.data.span_corruption import SpanCorruption
 from switchjax.data.splits import SPLITS
@@ -24,7 +24,7 @@ from switchjax.data.tokens import TokenizedDocuments, tokenize
 from switchjax.data.vocabulary import Vocabulary, sample_texts, train_vocabulary
 
 _VOCABULARY_CHARACTERS = 4_000_000
-"""Text that a vocabulary is trained on."""
+"""How much text a vocabulary is trained on."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class SplitStatistics:
     """Sizes of one split of one corpus.
 
     Attributes:
-        corpus: its name.
+        corpus: name of the corpus.
         split: train, validation or test.
         documents: number of documents.
-        bytes: of their text, in UTF-8.
-        tokens: of their text.
-        chunks: stretches of documents, each a segment of a row.
-        rows: of batches in one pass.
-        dropped_chunks: ends of documents that were too short for the objective.
-        dropped_tokens: tokens in those.
+        bytes: size of the text in UTF-8.
+        tokens: number of tokens of the text.
+        chunks: number of chunks; each is a segment of a row.
+        rows: number of rows in one pass.
+        dropped_chunks: ends of documents that are too short for the objective.
+        dropped_tokens: tokens in the dropped chunks.
     """
 
     corpus: str
@@ -55,10 +55,10 @@ class SplitStatistics:
 
 
 class TextData(Data):
-    """Corpora, tokenised, as batches for the objective of the config.
+    """Batches of tokenised text for the config's objective.
 
     Attributes:
-        vocabulary: given or trained.
+        vocabulary: the one that the config names, or one trained on the corpora.
     """
 
     vocabulary: Vocabulary
@@ -69,32 +69,37 @@ class TextData(Data):
         vocabulary: Vocabulary,
         documents: Mapping[str, Mapping[str, TokenizedDocuments]],
     ) -> None:
-        """See `prepare`, which makes `documents[corpus][split]`.
+        """Use `prepare`, which makes `documents[corpus][split]`.
 
         Raises:
-            UserError: if the objective, the lengths and the vocabulary of `config` do not fit each other, or a corpus
-                has no text to train on.
+            UserError: if the objective, the row lengths and the vocabulary do not fit together, or a corpus has no text
+                to train on.
         """
-        super().__init__(config, tuple(documents), _fingerprint(vocabulary, documents))
+        checksums = [
+            [corpus, split, text.checksum] for corpus, splits in documents.items() for split, text in splits.items()
+        ]
+        facts = [vocabulary.fingerprint, vocabulary.num_sentinels, *checksums]
+        super().__init__(config, tuple(documents), fingerprint(facts))
         self.vocabulary = vocabulary
         self._documents = documents
         self._objective = OBJECTIVES[config.objective].from_config(config, vocabulary)
+        # Chunks and rows are planned when first used: training needs no rows of the test split.
         self._chunks = cache(self._make_chunks)
         self._rows = cache(self._make_rows)
         self._check_trainable()
 
     @classmethod
     def prepare(cls, config: DataConfig) -> "TextData":
-        """Fetches, tokenises and opens the corpora; what is on disk already is not made again.
+        """Fetches, tokenises and opens the corpora, and reuses what is already on disk.
 
-        Processes that prepare the same directory at the same time wait for one another; one that is
-        killed leaves nothing behind that could be taken for complete.
+        Processes that prepare the same directory at the same time wait for each other. A process that is killed leaves
+        no incomplete data that a later one would use.
 
         Raises:
-            UserError: if no corpus can be had, one holds no text, the directory cannot be written, the vocabulary
+            UserError: if no corpus is available, one holds no text, the directory cannot be written, the vocabulary
                 cannot be read or trained, a record is corrupt, or the config contradicts itself.
         """
-        with preparing(config.directory) as directory:
+        with locked_data_directory(config.directory) as directory:
             opened = open_datasets(config.corpora, directory)
             corpora = {name: TextDataset.of(dataset, config.text_feature) for name, dataset in opened.items()}
             vocabulary = _vocabulary(config, corpora, directory)
@@ -125,10 +130,10 @@ class TextData(Data):
     def _make_chunks(self, corpus: str, split: str) -> Chunks:
         return split_into_chunks(self._documents[corpus][split].offsets, self._objective)
 
-    def _make_rows(self, corpus: str, split: str, seed: int) -> Rows:
+    def _make_rows(self, corpus: str, split: str, seed: int) -> RowPlan:
         lengths = self._chunks(corpus, split).lengths
         if not self._config.pack:
-            return one_chunk_a_row(len(lengths))
+            return one_chunk_per_row(len(lengths))
         return pack(lengths, self._objective, np.random.default_rng(derived_seed(seed, "pack", corpus)))
 
     def _row_source(self, corpus: str, split: str, seed: int) -> RowSource:
@@ -138,7 +143,7 @@ class TextData(Data):
     def _train_source(self, corpus: str) -> RowSource:
         return self._row_source(corpus, "train", self._config.seed)
 
-    def _train_row(self, item: list[Tokens], rng: np.random.Generator) -> Row:
+    def _train_row(self, item: list[TokenIds], rng: np.random.Generator) -> Row:
         return fill_row([self._objective.example(chunk, rng) for chunk in item], self._objective.row_lengths)
 
     def _evaluation_rows(self, corpus: str, split: str) -> grain.MapDataset[Row]:
@@ -149,15 +154,8 @@ class TextData(Data):
         return fill_row([], self._objective.row_lengths)
 
 
-def _fingerprint(vocabulary: Vocabulary, documents: Mapping[str, Mapping[str, TokenizedDocuments]]) -> str:
-    checksums = [
-        [corpus, split, text.checksum] for corpus, splits in documents.items() for split, text in splits.items()
-    ]
-    return fingerprint([vocabulary.fingerprint, vocabulary.num_sentinels, *checksums])
-
-
 def _vocabulary(config: DataConfig, corpora: Mapping[str, TextDataset], directory: Path) -> Vocabulary:
-    """The vocabulary that the config names, or one trained on these very corpora."""
+    """The vocabulary that the config names, or one trained on these corpora."""
     if config.vocabulary:
         return Vocabulary.load(config.vocabulary, config.num_sentinels)
     versions = sorted((name, dataset.version) for name, dataset in corpora.items())

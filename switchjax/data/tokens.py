@@ -1,7 +1,6 @@
-"""Token cache: every document tokenised once, in flat files that are read through `np.memmap`.
+"""Token cache: each document is tokenised once, into flat files that are read through `np.memmap`.
 
-Documents carry no EOS: in T5, EOS ends inputs and targets and not texts, and where a document ends is
-known from the offsets.
+Documents are stored without EOS: objectives add it where they need it, and offsets tell where a document ends.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Integer
 
-from switchjax.data.cache import UnusableCache, cached
+from switchjax.data.cache import cached
 from switchjax.data.datasets import TextDataset
 from switchjax.data.vocabulary import Vocabulary
 
@@ -26,7 +25,7 @@ class TokenizedDocuments:
     Attributes:
         tokens: all documents one after the other, without EOS.
         offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        num_bytes: of the text, in UTF-8.
+        num_bytes: size of the text in UTF-8.
         checksum: CRC-32 of all tokens and offsets.
     """
 
@@ -37,12 +36,10 @@ class TokenizedDocuments:
 
 
 def tokenize(dataset: TextDataset, split: str, vocabulary: Vocabulary, directory: Path) -> TokenizedDocuments:
-    """The tokens of a split, from disk where this vocabulary has tokenised this version before.
-
-    Call it under `directory.exclusive`.
+    """The tokens of a split, made once per vocabulary and corpus version. The caller holds `directory.locked`.
 
     Raises:
-        UserError: for a record that cannot be read.
+        UserError: for a corrupt record.
     """
     text = Path(dataset.name, dataset.version, dataset.text_feature)
     name = "tokens" / text / vocabulary.fingerprint / split
@@ -50,19 +47,14 @@ def tokenize(dataset: TextDataset, split: str, vocabulary: Vocabulary, directory
 
 
 def _load(cache: Path) -> TokenizedDocuments:
-    try:
-        facts = json.loads((cache / "facts.json").read_text())
-        offsets = np.fromfile(cache / "offsets.bin", "<i8")
-        size = (cache / "tokens.bin").stat().st_size
-        dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
-        num_bytes, checksum = int(facts["num_bytes"]), int(facts["checksum"])
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableCache(f"{cache} cannot be read ({error})") from None
+    facts = json.loads((cache / "facts.json").read_text())
+    offsets = np.fromfile(cache / "offsets.bin", "<i8")
+    size = (cache / "tokens.bin").stat().st_size
+    dtype = np.dtype({2: "<u2", 4: "<u4"}[facts["bytes_per_token"]])
+    num_bytes, checksum = int(facts["num_bytes"]), int(facts["checksum"])
     if len(offsets) < 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] * dtype.itemsize != size:
-        raise UnusableCache(f"the files in {cache} do not fit each other")
-    # An empty file cannot be mapped.
+        raise ValueError("its files have contradictory sizes")
+    # np.memmap refuses an empty file.
     tokens = np.memmap(cache / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
     return TokenizedDocuments(tokens, offsets, num_bytes, checksum)
 
@@ -82,7 +74,7 @@ def _write(dataset: TextDataset, split: str, vocabulary: Vocabulary, folder: Pat
 def _write_tokens(
     blocks: Iterator[list[str]], vocabulary: Vocabulary, dtype: np.dtype, file: BinaryIO
 ) -> tuple[list[int], int, int]:
-    """Appends the tokens of all documents; returns their lengths, the size of the text and the tokens' CRC-32."""
+    """Writes the tokens of all documents to `file`; returns the documents' lengths, the text's bytes and the CRC-32."""
     lengths: list[int] = []
     num_bytes = checksum = 0
     for texts in blocks:

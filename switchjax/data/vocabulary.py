@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies under T5's conventions (Raffel et al. 2020, sections 2.4 and 3.1.4)."""
+"""SentencePiece vocabularies with T5's special ids (Raffel et al. 2020, sections 2.4 and 3.1.4)."""
 
 import hashlib
 import os
@@ -17,34 +17,33 @@ from switchjax.config import UserError
 PAD, EOS, UNK = 0, 1, 2
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _TRAINING_THREADS = 4
-"""A constant, since the order of floating-point sums depends on it."""
+"""Constant on every machine, because the order of floating-point sums in training depends on it."""
 
 
 class Vocabulary:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    Ids are pad = 0, eos = 1, unk = 2, then the other SentencePiece pieces in their order, and at the
-    top the sentinels of span corruption: `<extra_id_k>` is `size - 1 - k`. A model that numbers its
-    special pieces otherwise is renumbered. One that has no pad lends its bos, with which text begins there as it does
-    here with pad; one that has neither gets one.
+    Ids are pad = 0, eos = 1, unk = 2, then the other SentencePiece pieces in their order, and at the top the sentinels
+    of span corruption: `<extra_id_k>` is `size - 1 - k`. A model with other ids for its special pieces is renumbered.
+    Without a pad id, bos serves as pad: both mark the start of a text. A model without either gets a new pad id.
 
     Attributes:
-        size: number of ids, sentinels included.
-        num_sentinels: how many of them are sentinels.
-        model: the serialized SentencePiece model; written to a file, `load` reads it.
-        fingerprint: changes whenever the same text could get other ids.
+        size: number of ids, including the sentinels.
+        num_sentinels: number of sentinels.
+        model: the serialized SentencePiece model; `load` reads it from a file.
+        fingerprint: changes whenever the same text could get different ids.
     """
 
     def __init__(self, model: bytes, num_sentinels: int) -> None:
         """Reads a serialized SentencePiece model.
 
         Raises:
-            UserError: if `model` is none, or has no eos or unk piece.
+            UserError: if `model` is not a SentencePiece model, or has no eos or no unk piece.
         """
         try:
             proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            # Text that goes on after a sentinel keeps the space it has, and gets none that it has not.
+            # A second processor encodes text after a sentinel: it keeps a leading space and adds none.
             proto.normalizer_spec.add_dummy_prefix = False
             proto.normalizer_spec.remove_extra_whitespaces = False
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -54,7 +53,7 @@ class Vocabulary:
         pad = self._processor.bos_id() if bos_is_pad else self._processor.pad_id()
         special = [pad, self._processor.eos_id(), self._processor.unk_id()]
         if min(special[1:]) < 0:
-            raise UserError("the SentencePiece model has no eos or no unk piece, which span corruption needs")
+            raise UserError("the SentencePiece model needs an eos and an unk piece, but lacks one of them")
         others = [i for i in range(self._processor.vocab_size()) if i not in special]
         self._model_ids = np.array(special + others, np.int32)
         self._ids = np.zeros(self._processor.vocab_size(), np.int32)
@@ -66,7 +65,7 @@ class Vocabulary:
 
     @property
     def model_ids(self) -> Integer[np.ndarray, "pieces"]:
-        """The SentencePiece model's own id of each piece; -1 for a pad that it has not."""
+        """The id of each piece in the SentencePiece model itself; -1 if it has no piece for pad."""
         return self._model_ids
 
     @classmethod
@@ -74,7 +73,7 @@ class Vocabulary:
         """Reads a SentencePiece model file.
 
         Raises:
-            UserError: if there is no such file or it holds no usable model.
+            UserError: if the file is missing or holds no usable model.
         """
         try:
             model = Path(path).read_bytes()
@@ -86,9 +85,9 @@ class Vocabulary:
             raise UserError(f"cannot use the vocabulary {path}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text that may hold sentinels, without EOS.
+        """Encodes a text that may contain sentinels; adds no EOS.
 
-        A space before a sentinel is left out, since a replaced span begins with the space of its first word.
+        A space before a sentinel is dropped, because a replaced span begins with the space of its first word.
         """
         ids: list[int] = []
         end = 0
@@ -99,19 +98,19 @@ class Vocabulary:
         return ids + self._encode_run(text[end:], first=end == 0)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[Integer[np.ndarray, "_"]]:
-        """Ids of documents, in which `<extra_id_0>` is text like any other.
+        """Encodes documents, in which `<extra_id_0>` is ordinary text.
 
         Args:
             texts: any number of documents.
-            num_threads: -1 takes all cores.
+            num_threads: -1 uses all cores.
         """
         return [self._ids[ids] for ids in self._processor.encode(list(texts), num_threads=num_threads)]
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
-        """Text up to the first EOS; pads are left out, sentinels printed as `<extra_id_k>`.
+        """Decodes ids up to the first EOS; drops pads and writes sentinels as `<extra_id_k>`.
 
         Raises:
-            ValueError: for an id outside of the vocabulary.
+            ValueError: for an id outside the vocabulary.
         """
         text = ""
         for is_sentinel, run in groupby(self._until_eos(ids), lambda i: i >= self.size - self.num_sentinels):
@@ -119,7 +118,7 @@ class Vocabulary:
                 text += "".join(f"<extra_id_{self.size - 1 - i}>" for i in run)
             else:
                 pieces = self._model_ids[list(run)].tolist()
-                # Decoding drops the space that a first piece begins with, right only where the text begins.
+                # SentencePiece drops the leading space of the first piece, which is right only at the start of a text.
                 space = " " if text and self._processor.id_to_piece(pieces[0]).startswith("▁") else ""
                 text += space + self._processor.decode(pieces)
         return text
@@ -144,7 +143,7 @@ class Vocabulary:
         kept = []
         for i in map(int, ids):
             if not 0 <= i < self.size:
-                raise ValueError(f"id {i} is outside of the vocabulary of {self.size}")
+                raise ValueError(f"id {i} is outside the vocabulary of {self.size}")
             if i == EOS:
                 break
             if i != PAD:
@@ -153,15 +152,15 @@ class Vocabulary:
 
 
 def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
-    """Trains a unigram model and writes it to `path`, all at once.
+    """Trains a unigram model and writes it to `path`, which appears only when complete.
 
-    The same texts give the same file, whatever the machine's number of cores. Nothing is normalised
-    away and bytes stand in for rare characters, so nothing is unknown and every text survives a round
-    trip (but for U+2581, which SentencePiece writes for a space). A line break is a piece of its own.
+    The same texts give the same file on any number of cores. Text is not normalised and rare characters are encoded as
+    bytes, so no character is unknown and every text survives a round trip (except U+2581, SentencePiece's sign for a
+    space). A line break is a piece of its own.
 
     Args:
         texts: a sample of the corpora; see `sample_texts`.
-        num_pieces: size of the model, the 256 bytes included.
+        num_pieces: size of the model, including the 256 bytes.
         path: file to write.
 
     Raises:
@@ -196,16 +195,16 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
 
 
 def _lines(text: str) -> list[str]:
-    """Pieces of text short enough for SentencePiece's trainer, cut at spaces."""
+    """Cuts a text at spaces into stretches that are short enough for SentencePiece's trainer."""
     return re.findall(r"\S.{0,1000}(?=\s|$)", text)
 
 
 def sample_texts(corpora: Iterable[Iterable[Sequence[str]]], num_characters: int) -> Iterable[str]:
-    """Whole documents from the start of each corpus, an equal share of `num_characters` from each.
+    """Yields documents from the start of each corpus until it has given its equal share of `num_characters`.
 
     Args:
-        corpora: blocks of documents, in random but fixed order.
-        num_characters: in all, about.
+        corpora: for each corpus, blocks of documents in random but fixed order.
+        num_characters: upper bound of the sample's size.
     """
     streams = list(corpora)
     for blocks in streams:

@@ -1,1 +1,1 @@
-"""Evaluation on held-out text, and decoding."""
+"""Decoding, scoring and evaluation of trained models."""

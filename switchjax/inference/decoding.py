@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values: greedy, sampled or by beam search, one compiled program for all steps."""
+"""Greedy decoding, sampling and beam search with a cache of keys and values; one compiled program for all steps."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from switchjax.config import DecodingConfig, UserError
 from switchjax.data.vocabulary import EOS, PAD
 from switchjax.inference.beam import beam_search
 from switchjax.inference.prefill import prefill
-from switchjax.inference.sampling import choose, writable
+from switchjax.inference.sampling import choose, mask_invalid_ids
 from switchjax.models.cache import Cache
 from switchjax.models.families import TextModel
 from switchjax.models.layers import cast_kernels
@@ -27,26 +27,26 @@ def generate(
     key: PRNGKeyArray | None = None,
     eos: int = EOS,
 ) -> Int[Array, "B T"]:
-    """What follows each row's prompt. Compiled once for the shapes of `batch` and each `decoding`.
+    """Writes up to T tokens after each row's prompt. Compiles once for each shape of `batch` and each `decoding`.
 
-    The MoE layers route as their config says: of a model that drops tokens, so does its decoding, and a row depends on
-    the others (`switchjax.inference.pretrained` loads models that drop none).
+    The MoE layers route as their config says. If the model drops tokens, decoding drops them too, and a row's result
+    depends on the other rows (`switchjax.inference.pretrained` loads models that drop none).
 
     Args:
         model: a decoder, or an encoder and decoder.
-        batch: what the model reads in training without the targets: `decoder_inputs`, in each row PAD and then the
-            prompt, and `decoder_segments`, 1 for these and 0 for padding after them; with an encoder, its inputs. A row
-            of padding alone stays empty.
-        decoding: how, and how many tokens at most: T.
-        num_ids: ids that the vocabulary has; the model's table may be larger.
-        key: for sampling; None: `jax.random.key(0)`.
-        eos: the token after which a row has ended.
+        batch: the training inputs without targets: `decoder_inputs`, PAD and then the prompt in each row;
+            `decoder_segments`, 1 for these and 0 for the padding after them; the encoder's inputs if there is one. A
+            row of padding only stays empty.
+        decoding: the method; T is `max_new_tokens`.
+        num_ids: number of ids in the vocabulary; the model's embedding table may be larger.
+        key: for sampling; default: `jax.random.key(0)`.
+        eos: the token that ends a row.
 
     Returns:
-        Token ids up to and with EOS; PAD after it.
+        Token ids up to and including EOS, then PAD.
 
     Raises:
-        UserError: if the rows do not divide over the mesh, or prompt and new tokens exceed the model's positions.
+        UserError: if the mesh does not divide the rows, or prompt and new tokens exceed the model's positions.
     """
     rows, shards = batch["decoder_inputs"].shape[0], count_shards()
     if rows % shards:
@@ -73,9 +73,9 @@ def _generate(
 
     def write_next(carry: Carry) -> Carry:
         step, last, ended, output, cache = carry
-        # Rows that have ended are padding: they take no slot of an expert.
+        # Rows that have ended are marked as padding, so they take no slot of an expert.
         logits, cache = model.extend(last[:, None], ~ended[:, None], cache)
-        chosen = choose(writable(logits[:, 0], num_ids), decoding, jax.random.fold_in(key, step))
+        chosen = choose(mask_invalid_ids(logits[:, 0], num_ids), decoding, jax.random.fold_in(key, step))
         chosen = jnp.where(ended, PAD, chosen.astype(jnp.int32))
         output = jax.lax.dynamic_update_index_in_dim(output, chosen, step, axis=1)
         return step + 1, chosen, ended | (chosen == eos), constrain(output, "batch", "length"), cache

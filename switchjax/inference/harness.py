@@ -1,4 +1,4 @@
-"""A decoder as EleutherAI's lm-evaluation-harness takes it (`pip install "switchjax[lm-eval]"`).
+"""Evaluates a decoder with EleutherAI's lm-evaluation-harness (`pip install "switchjax[lm-eval]"`).
 
 with jax.set_mesh(mesh):
     lm_eval.simple_evaluate(HarnessModel(load_pretrained(workdir, mesh)), tasks=["lambada_openai"])
@@ -21,13 +21,13 @@ except ImportError:
 
 
 class HarnessModel(LM):
-    """The three questions that the harness asks; each request holds its texts in `args`.
+    """Answers the harness's three kinds of requests; each request holds its texts in `args`.
 
     Args:
         pretrained: a decoder.
-        rows: of a batch.
-        length: most tokens of a row; 0: as in training.
-        seed: of sampling, where a task asks for it.
+        rows: rows in a batch.
+        length: tokens in a row; 0 means the training length.
+        seed: random seed for tasks that sample.
 
     Raises:
         UserError: for an encoder-decoder.
@@ -36,25 +36,25 @@ class HarnessModel(LM):
     def __init__(self, pretrained: Pretrained, rows: int = 8, length: int = 0, seed: int = 0):
         super().__init__()
         if pretrained.config.model.family == "encoder_decoder":
-            raise UserError("the harness is for decoders, but this run has model.family=encoder_decoder")
+            raise UserError("the harness needs a decoder, but this run has model.family=encoder_decoder")
         self._pretrained, self._rows, self._seed = pretrained, rows, seed
         self._length = length or pretrained.config.data.decoder_length
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability (nats) of each continuation, and whether greedy decoding writes it."""
+        """The log-probability (nats) of each continuation, and whether greedy decoding would write it."""
         scores = score(self._pretrained, [request.args for request in requests], self._rows, self._length)
         return [(found.log_prob, found.is_greedy) for found in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability (nats) of each text by itself."""
+        """The log-probability (nats) of each text without context."""
         texts = [request.args[0] for request in requests]
         return [found.log_prob for found in log_likelihoods(self._pretrained, texts, self._rows, self._length)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What follows each context, up to the first of the request's `until`.
+        """Continues each context until the first string of the request's `until`.
 
         Raises:
-            UserError: for arguments that decoding does not have, or new tokens that leave no room for a context.
+            UserError: for an argument that decoding does not support, or if the new tokens leave no room for a context.
         """
         groups: dict[DecodingConfig, list[int]] = {}
         for place, request in enumerate(requests):
@@ -68,7 +68,7 @@ class HarnessModel(LM):
         return [_until(answers[place], request.args[1].get("until")) for place, request in enumerate(requests)]
 
     def _complete(self, contexts: list[str], decoding: DecodingConfig, draw: int) -> list[str]:
-        """One batch, always of the same shape; of a context that is too long, the beginning is left out."""
+        """Completes one batch, always of the same shape; cuts the beginning of a context that is too long."""
         room = self._length - decoding.max_new_tokens
         if room < 1:
             raise UserError(f"rows of {self._length} tokens leave no room for {decoding.max_new_tokens} new ones")
@@ -79,16 +79,16 @@ class HarnessModel(LM):
 
 
 def decoding_config(arguments: Mapping[str, Any]) -> DecodingConfig:
-    """The decoding that a request's arguments ask for, greedy and 256 tokens where they say nothing.
+    """The decoding that a request's arguments describe; default: greedy with 256 tokens.
 
     Raises:
-        UserError: for an argument that decoding does not have.
+        UserError: for an argument that decoding does not support.
     """
     arguments = {name: value for name, value in arguments.items() if name != "until"}
     tokens, sampled = arguments.pop("max_gen_toks", 256), arguments.pop("do_sample", False)
     unknown = arguments.keys() - {"temperature", "top_k", "top_p"}
     if unknown:
-        raise UserError(f"decoding has no {', '.join(sorted(unknown))}, which a task of the harness asks for")
+        raise UserError(f"a task of the harness asks for {', '.join(sorted(unknown))}, which decoding does not support")
     if not sampled or arguments.get("temperature") == 0:
         return DecodingConfig(max_new_tokens=tokens)
     return DecodingConfig("sample", tokens, **arguments)

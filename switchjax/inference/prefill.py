@@ -1,4 +1,4 @@
-"""The prompt's way into the cache."""
+"""Reads the prompt into the cache."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -9,13 +9,12 @@ from switchjax.models.model import Batch
 
 
 def prefill(model: TextModel, batch: Batch, max_new_tokens: int) -> tuple[Cache, Int[Array, "B"], Bool[Array, "B"]]:
-    """Reads all but the last token of each row's prompt, all at once.
-
-    The last one is left to the first step of decoding, so that every step is alike and no other logits are needed.
+    """Reads each row's prompt, except its last token, in one call of the model.
 
     Returns:
-        The cache with room for the new tokens, the last token of each prompt, and which rows have none.
+        The cache, with room for the new tokens; the last token of each prompt; which rows have no prompt.
     """
+    # The first step of decoding reads the last token: then all steps are alike, and no logits of the prompt are needed.
     tokens, lengths = batch["decoder_inputs"], jnp.sum(batch["decoder_segments"] > 0, axis=1)
     before_last = tokens.shape[1] - 1
     cache = model.start(batch, before_last + max_new_tokens)

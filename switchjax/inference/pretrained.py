@@ -1,4 +1,4 @@
-"""A trained text model as decoding and scoring take it: no token is dropped."""
+"""Loads trained text models for decoding and scoring, with MoE layers that drop no token."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from switchjax.training.workdir import load_vocabulary
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model with its config and vocabulary; all that uses it runs on the mesh in context (`jax.set_mesh`)."""
+    """A model with its config and vocabulary. Functions that use it run on the mesh in context (`jax.set_mesh`)."""
 
     config: Config
     model: TextModel
@@ -25,16 +25,16 @@ class Pretrained:
 
 
 def dropless(config: Config) -> Config:
-    """`config` with MoE layers in which every expert has room for every token.
+    """Changes `config` so that every expert has room for every token; the parameters stay the same.
 
-    The same parameters fit. What becomes of a token then depends neither on the batch nor on what follows, as it must
-    where a text is read token by token; each token is a group of its own, so that any batch divides over a mesh.
+    A token's output then depends neither on other rows nor on later tokens, as decoding token by token requires. Each
+    token is a group of its own, so that any batch divides over a mesh.
 
     Raises:
-        UserError: for images, or for a router that looks at several tokens at once.
+        UserError: for a vision model, or for a router that looks at several tokens at once.
     """
     if config.model.family == "vision":
-        raise UserError("decoding and scoring are for text, but this run has model.family=vision")
+        raise UserError("decoding and scoring need a text model, but this run has model.family=vision")
     if not config.model.routes_groups:
         return config
     if (reason := ROUTERS[config.moe.router].noncausal) is not None:
@@ -44,15 +44,15 @@ def dropless(config: Config) -> Config:
 
 
 def load_pretrained(workdir: Path, mesh: Mesh, step: int = -1) -> Pretrained:
-    """The model of a workdir's checkpoint, the latest for -1, laid over `mesh`.
+    """Loads the model of a workdir's checkpoint (-1: the latest) and lays it over `mesh`.
 
     Raises:
-        UserError: if there is no such checkpoint, it does not fit the mesh, or it is of no use for text (`dropless`).
+        UserError: if the checkpoint is missing, does not fit the mesh, or holds a model that `dropless` refuses.
     """
     config = dropless(load_workdir_config(workdir))
-    # Every token is decoded by all weights: gathering them for each would take longer than all the rest.
+    # Each decoding step uses all weights: gathering them in every step would take longer than everything else.
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sharded="none"))
     check_parameters(config, mesh)
     _, model = load_model(config, workdir, mesh, step)
-    assert isinstance(model, TextModel), "dropless refuses the others"
+    assert isinstance(model, TextModel), "dropless refuses other models"
     return Pretrained(config, model, load_vocabulary(workdir, config))

@@ -1,4 +1,4 @@
-"""Scoring: how probable a model finds a text, and what follows from that for a benchmark.
+"""Scores texts by their probability under a model, and answers multiple-choice benchmarks with the scores.
 
 A benchmark is a list of questions, for instance
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
-    """Of a continuation: its log-probability (nats, summed), its tokens, and whether greedy decoding writes it."""
+    """A continuation's total log-probability (nats), its tokens, and whether greedy decoding would write it."""
 
     log_prob: float
     num_tokens: int
@@ -39,33 +39,33 @@ class Score(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Token ids to be scored after others; of an encoder-decoder, those are the encoder's."""
+    """Token ids to score after those of a context; an encoder-decoder reads the context in its encoder."""
 
     context: list[int]
     continuation: list[int]
 
 
 def score(pretrained: Pretrained, pairs: Iterable[tuple[str, str]], rows: int = 8, length: int = 0) -> list[Score]:
-    """The scores of (context, continuation) pairs: `log P(continuation | context)`, one forward pass a batch.
+    """Scores (context, continuation) pairs: `log P(continuation | context)`, one forward pass per batch.
 
-    A space between the two belongs to the continuation. An encoder-decoder reads the context and predicts the
-    continuation, so masked spans may stand in them (`<extra_id_0>`).
+    A space between the two belongs to the continuation. An encoder-decoder reads the context in its encoder, so both
+    texts may contain masked spans (`<extra_id_0>`).
 
     Args:
         pretrained: the model.
         pairs: texts; an empty context is allowed.
-        rows: of a batch.
-        length: most tokens of context and continuation together (of an encoder-decoder, of either); of a longer context
-            the beginning is left out, with a warning. 0: as in training.
+        rows: rows in a batch.
+        length: largest number of tokens in context and continuation together (in each, for an encoder-decoder); a
+            longer context loses its beginning, with a warning. 0 means the training length.
 
     Raises:
-        UserError: for an empty continuation or one that is too long, or rows that do not divide over the mesh.
+        UserError: if a continuation is empty or too long, or the mesh does not divide the rows.
     """
     return score_tokens(pretrained, [_tokenize(pretrained, *pair) for pair in pairs], rows, length)
 
 
 def score_tokens(pretrained: Pretrained, requests: Sequence[Request], rows: int = 8, length: int = 0) -> list[Score]:
-    """As `score`, of token ids."""
+    """Like `score`, for token ids."""
     if rows % count_shards():
         raise UserError(f"{rows} rows do not divide over the {count_shards()} shards of data x expert")
     room = length or pretrained.config.data.decoder_length
@@ -84,7 +84,7 @@ def score_tokens(pretrained: Pretrained, requests: Sequence[Request], rows: int 
             for request, log_prob, is_greedy in zip(some, log_probs, greedy, strict=False)
         ]
     if cut:
-        _log.warning("the beginning of %d of %d contexts was left out: longer than a row", cut, len(requests))
+        _log.warning("cut the beginning of %d of %d contexts, which are longer than a row", cut, len(requests))
     return scores
 
 
@@ -99,7 +99,7 @@ def _score_batch(
 
 
 def _tokenize(pretrained: Pretrained, context: str, continuation: str) -> Request:
-    """A decoder's context and continuation are cut out of the ids of both together, as a text would be read."""
+    """Converts a pair to token ids; a decoder's pair is tokenised as one text and then divided."""
     encode = pretrained.vocabulary.encode
     if pretrained.config.model.family == "encoder_decoder":
         return Request([*encode(context), EOS], encode(continuation))
@@ -110,7 +110,7 @@ def _tokenize(pretrained: Pretrained, context: str, continuation: str) -> Reques
 def _batch(
     pretrained: Pretrained, requests: Sequence[Request], rows: int, room: int, length: int
 ) -> tuple[Batch, Bool[Array, "B L"], int]:
-    """The model's batch, which of its targets are scored, and how many contexts were shortened."""
+    """The model's batch, a mask of the targets to score, and the number of contexts that were cut."""
     batch: Batch = {}
     if pretrained.config.model.family == "encoder_decoder":
         encoder_room = length or pretrained.config.data.encoder_length
@@ -134,10 +134,10 @@ def _batch(
 
 
 def perplexity(pretrained: Pretrained, texts: Sequence[str], rows: int = 8, length: int = 0) -> dict[str, float]:
-    """`neg_log_perplexity` (mean log-likelihood of a token, nats), `bits_per_byte` and `target_tokens` of texts.
+    """The `neg_log_perplexity` (mean log-likelihood per token, nats), `bits_per_byte` and `target_tokens` of texts.
 
     Raises:
-        UserError: as `log_likelihoods`.
+        UserError: as in `log_likelihoods`.
     """
     scores = log_likelihoods(pretrained, texts, rows, length)
     total, tokens = sum(s.log_prob for s in scores), sum(s.num_tokens for s in scores)
@@ -150,13 +150,13 @@ def perplexity(pretrained: Pretrained, texts: Sequence[str], rows: int = 8, leng
 
 
 def log_likelihoods(pretrained: Pretrained, texts: Sequence[str], rows: int = 8, length: int = 0) -> list[Score]:
-    """The score of each text by itself, every token once, long ones a row at a time as in training.
+    """Scores each text without context, every token once; longer texts are cut into rows, as in training.
 
     Raises:
-        UserError: for an encoder-decoder, which models no text by itself, or rows that do not divide over the mesh.
+        UserError: for an encoder-decoder, which only scores pairs, or if the mesh does not divide the rows.
     """
     if pretrained.config.model.family == "encoder_decoder":
-        raise UserError("an encoder-decoder gives no text a probability by itself: score pairs of context and text")
+        raise UserError("an encoder-decoder cannot score a text without context: score pairs of context and text")
     room = length or pretrained.config.data.decoder_length
     requests, owners = [], []
     for owner, text in enumerate(texts):
@@ -175,7 +175,7 @@ def log_likelihoods(pretrained: Pretrained, texts: Sequence[str], rows: int = 8,
 
 @dataclass(frozen=True)
 class Question:
-    """A context, what could follow it, and which of that does."""
+    """A multiple-choice question: the context, the choices, and the index of the right one."""
 
     context: str
     choices: tuple[str, ...]
@@ -183,16 +183,16 @@ class Question:
 
     @property
     def solved(self) -> str:
-        """The context with its answer, as an example for other questions."""
+        """The context with its answer, used as an example before other questions."""
         return self.context + self.choices[self.answer]
 
 
 def few_shot(
     questions: Sequence[Question], pool: Sequence[Question], num_shots: int, seed: int = 0, separator: str = "\n\n"
 ) -> list[Question]:
-    """Each question after `num_shots` solved ones, drawn for it from `pool` without replacement (not itself).
+    """Puts `num_shots` solved questions before each question, drawn from `pool` without replacement.
 
-    The draws of a question depend on its place and the seed alone.
+    A question is never its own example. Its draws depend only on its position and the seed.
 
     Raises:
         UserError: if the pool is too small.
@@ -201,7 +201,7 @@ def few_shot(
     for place, question in enumerate(questions):
         others = [other for other in pool if other != question]
         if len(others) < num_shots:
-            raise UserError(f"{num_shots} shots from a pool of {len(others)} other questions")
+            raise UserError(f"cannot draw {num_shots} shots from a pool of {len(others)} other questions")
         drawn = np.random.default_rng((seed, place)).choice(len(others), num_shots, replace=False)
         shots = [others[index].solved for index in drawn]
         prompted.append(replace(question, context=separator.join([*shots, question.context])))
@@ -211,11 +211,14 @@ def few_shot(
 def multiple_choice(
     pretrained: Pretrained, questions: Sequence[Question], rows: int = 8, length: int = 0
 ) -> dict[str, float]:
-    """`accuracy`: how often the answer has the highest log-probability of all choices; `accuracy_per_byte`: the highest
-    over its length in bytes, which long answers are not punished by; `questions`: how many.
+    """Answers each question with its most probable choice.
+
+    Returns:
+        `accuracy`, the fraction of right answers; `accuracy_per_byte`, the same if log-probabilities are divided by the
+        choices' bytes, so that long choices are not at a disadvantage; `questions`, their number.
 
     Raises:
-        UserError: as `score`.
+        UserError: as in `score`.
     """
     pairs = [(question.context, choice) for question in questions for choice in question.choices]
     scores = iter(score(pretrained, pairs, rows, length))

@@ -1,4 +1,4 @@
-"""Text in, text out: continuing prompts, and filling in passages with masked spans."""
+"""Continues prompts and fills in passages with masked spans: text in, text out."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ SENTINEL = re.compile(r"<extra_id_\d+>")
 def complete(
     pretrained: Pretrained, prompts: Sequence[str], decoding: DecodingConfig, key: PRNGKeyArray | None = None
 ) -> list[str]:
-    """What a decoder writes after each prompt.
+    """Returns the text that a decoder writes after each prompt.
 
     Raises:
         UserError: if the model is an encoder-decoder, or prompt and new tokens exceed its positions.
@@ -39,12 +39,12 @@ def complete_tokens(
     decoding: DecodingConfig,
     key: PRNGKeyArray | None = None,
 ) -> list[str]:
-    """What a decoder writes after prompts given as ids, of at most `length` tokens, for which it is compiled."""
+    """Like `complete`, for prompts of at most `length` token ids; compiles once for each `length`."""
     vocabulary = pretrained.vocabulary
-    inputs, segments = pad_rows([[PAD, *ids] for ids in prompts], length + 1, _fill(len(prompts)))
+    inputs, segments = pad_rows([[PAD, *ids] for ids in prompts], length + 1, _round_up(len(prompts)))
     batch = {"decoder_inputs": inputs, "decoder_segments": segments}
     output = np.asarray(generate(pretrained.model, batch, decoding, vocabulary.size, key))
-    # Decoded by itself, a text would lose the space that it begins with.
+    # New tokens are decoded together with the prompt, because decoding drops a text's leading space.
     return [
         vocabulary.decode([*ids, *new]).removeprefix(vocabulary.decode(ids))
         for ids, new in zip(prompts, output.tolist(), strict=False)
@@ -54,15 +54,15 @@ def complete_tokens(
 def fill_in(
     pretrained: Pretrained, passages: Sequence[str], decoding: DecodingConfig, key: PRNGKeyArray | None = None
 ) -> list[str]:
-    """Each passage with its masked spans `<extra_id_0>`, `<extra_id_1>`, ... replaced by `[the model's words]`.
+    """Replaces the masked spans `<extra_id_0>`, `<extra_id_1>`, ... of each passage by `[the model's words]`.
 
     Raises:
-        UserError: if a passage masks nothing or is longer than the encoder, or the model is of another family.
+        UserError: if a passage has no masked span or is too long for the encoder, or the model has no encoder.
     """
     config, vocabulary = pretrained.config, pretrained.vocabulary
     if config.model.family != "encoder_decoder":
         raise UserError(
-            f"filling in spans takes an encoder-decoder, but this run has model.family={config.model.family}"
+            f"filling in spans needs an encoder-decoder, but this run has model.family={config.model.family}"
         )
     for passage in passages:
         if not SENTINEL.search(passage):
@@ -73,7 +73,7 @@ def fill_in(
         raise UserError(
             f"a passage of {longest} tokens is longer than data.encoder_length={config.data.encoder_length}"
         )
-    rows = _fill(len(ids))
+    rows = _round_up(len(ids))
     tokens, encoder_segments = pad_rows(ids, config.data.encoder_length, rows)
     inputs, segments = pad_rows([[PAD]] * len(ids), 1, rows)
     batch = {
@@ -88,7 +88,7 @@ def fill_in(
 
 
 def pad_rows(ids: Sequence[Sequence[int]], length: int, rows: int) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
-    """Token ids and segments of `rows` rows of `length`: texts one a row, each 1 and then padding 0."""
+    """Pads texts to `rows` rows of `length` tokens; returns token ids and segments (1 for text, 0 for padding)."""
     tokens, segments = np.full((rows, length), PAD, np.int32), np.zeros((rows, length), np.int32)
     for row, text in enumerate(ids):
         tokens[row, : len(text)] = text
@@ -96,14 +96,14 @@ def pad_rows(ids: Sequence[Sequence[int]], length: int, rows: int) -> tuple[Int[
     return jnp.asarray(tokens), jnp.asarray(segments)
 
 
-def _fill(rows: int) -> int:
-    """The next number of rows that divides over the mesh."""
+def _round_up(rows: int) -> int:
+    """The smallest number of rows, at least `rows`, that the mesh divides."""
     shards = count_shards()
     return -(-rows // shards) * shards
 
 
 def _insert(passage: str, answer: str) -> str:
-    """Puts the span after a sentinel's first place in `answer` in its place in `passage`; `[]` where there is none."""
+    """Replaces each sentinel in `passage` by the span that follows its first occurrence in `answer`, or by `[]`."""
     spans: dict[str, str] = {}
     for sentinel, span in zip(SENTINEL.findall(answer), SENTINEL.split(answer)[1:], strict=True):
         spans.setdefault(sentinel, span)

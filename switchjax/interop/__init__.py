@@ -1,1 +1,1 @@
-"""Weights from elsewhere: Hugging Face's files in and out, and dense models as the start of models with experts."""
+"""Reads and writes Hugging Face's files; starts models with experts from dense ones (upcycling)."""

@@ -1,4 +1,4 @@
-"""Our logits beside transformers' own, from the same files and inputs, in float32."""
+"""Compares our logits with transformers' for the same files and inputs, in float32."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
 
 TOLERANCE = 1e-4
-"""Of a logit, over the largest of them where that exceeds 1: sums in another order differ in float32 by less."""
+"""Largest difference of two logits, over the largest logit if that exceeds 1; reordered float32 sums differ by less."""
 
 Arrays = dict[str, Shaped[np.ndarray, "B ..."]]
 _ROWS, _LENGTH = 4, 48
@@ -28,13 +28,13 @@ _ROWS, _LENGTH = 4, 48
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models made of the same inputs.
+    """A comparison of the logits of two models for the same inputs.
 
     Attributes:
-        name: what is special about it.
-        difference: the largest between two logits of a token that is no padding.
-        largest: logit, in absolute value.
-        dropped: share of choices that found no slot here.
+        name: the setting of this comparison.
+        difference: largest difference of two logits, without padding.
+        largest: largest absolute value of a logit.
+        dropped: fraction of choices that found no slot in our model.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Within the tolerance, and a number at all."""
+        """Whether the difference is within the tolerance (NaN is not)."""
         return self.difference <= TOLERANCE * max(1.0, self.largest)
 
     def __str__(self) -> str:
         dropped = f", {self.dropped:.0%} of choices dropped" if self.dropped else ""
         return (
-            f"{self.name}: logits differ by at most {self.difference:.1e}, the largest is {self.largest:.1f}{dropped}"
+            f"{self.name}: logits differ by at most {self.difference:.1e}; the largest is {self.largest:.1f}{dropped}"
         )
 
 
 def compare(folder: Path) -> list[Comparison]:
-    """Compares the logits of padded random inputs; of a Switch Transformer also with so few slots that tokens drop.
+    """Compares logits for padded random inputs; for a Switch Transformer, also with so few slots that tokens drop.
 
     Raises:
-        UserError: if torch or transformers is not installed, or the folder holds no model that can be read.
+        UserError: if torch or transformers is not installed, or the folder holds no readable model.
     """
     config = config_of(folder)
     module = import_transformers()
@@ -73,19 +73,21 @@ def compare(folder: Path) -> list[Comparison]:
 
 
 def import_transformers() -> ModuleType:
-    """transformers, if it and torch are installed, which nothing else here needs."""
+    """Imports transformers; raises a `UserError` if it or torch is not installed, which are optional."""
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise UserError(f"this runs transformers' own models ({error}): pip install torch transformers") from None
+        raise UserError(
+            f"this command needs torch and transformers ({error}): pip install torch transformers"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def random_inputs(config: Config, seed: int = 0) -> Arrays:
-    """A batch as the model takes it: rows of random ids padded on the right, or random images."""
+    """A batch for our model: rows of random ids with padding on the right, or random images."""
     rng, model = np.random.default_rng(seed), config.model
     if model.family == "vision":
         shape = (_ROWS, model.image_size, model.image_size, model.image_channels)
@@ -101,7 +103,7 @@ def random_inputs(config: Config, seed: int = 0) -> Arrays:
 
 
 def their_inputs(batch: Arrays) -> Arrays:
-    """A batch under transformers' names."""
+    """The same batch with transformers' names and scaling."""
     if "images" in batch:
         scaled = batch["images"].astype(np.float32) / 127.5 - 1
         return {"pixel_values": scaled.transpose(0, 3, 1, 2)}
@@ -113,7 +115,7 @@ def their_inputs(batch: Arrays) -> Arrays:
 
 
 def real_targets(batch: Arrays) -> Bool[np.ndarray, "B T"]:
-    """Where logits count: not at padding."""
+    """A mask that is False at padding, whose logits do not count."""
     return np.ones((_ROWS, 1), bool) if "images" in batch else batch["decoder_segments"] > 0
 
 
@@ -127,7 +129,7 @@ def _compare(folder: Path, config: Config, name: str, module: ModuleType) -> Com
 
 
 def our_logits(model: Model, batch: Arrays) -> tuple[Float[np.ndarray, "B T V"], float]:
-    """Logits in evaluation, and the share of choices that found no slot."""
+    """The logits in evaluation, and the fraction of choices that found no slot."""
     with jax.default_matmul_precision("highest"):
         logits, routing = jax.jit(lambda model, batch: model(batch, None))(model, batch)
     sums = [run for runs in routing.values() for run in runs]
@@ -148,13 +150,13 @@ def _their_logits(folder: Path, config: Config, inputs: Arrays, module: ModuleTy
 
 
 def load_transformers(folder: Path, module: ModuleType, changes: dict[str, Any]) -> Any:
-    """transformers' own model of a folder, in float32, with `changes` to its config.json."""
+    """Loads a folder into transformers' own model, in float32, with `changes` to its config.json."""
     import torch
 
     theirs = read_json(folder / "config.json")
     model_class = getattr(module, family_of(theirs).architecture)
     with tempfile.TemporaryDirectory() as scratch:
-        # A folder of links with a config of its own, since transformers' classes differ in what they let override.
+        # A folder of links with a changed config.json: not all of transformers' classes accept changes as arguments.
         for path in folder.iterdir():
             (Path(scratch) / path.name).symlink_to(path.absolute())
         (Path(scratch) / "config.json").unlink()

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json and ours: what must be so, what is called otherwise, and the few things that are computed.
+"""Translates between Hugging Face's config.json and our config: fixed values, renamed values and computed ones.
 
-What transformers has and the models here lack is refused by name, and so is the reverse.
+A feature that only one side has is refused, with an error that names it.
 """
 
 import json
@@ -59,11 +59,11 @@ _FREE = frozenset(
         "use_cache",
     }
 )
-"""Keys of config.json that change nothing of what a model computes from its inputs, or that follow from others."""
+"""Keys of config.json that do not change what a model computes from its inputs, or that follow from other keys."""
 
 
 class _Watched(Mapping[str, Any]):
-    """Values that remember which of them were looked at."""
+    """A mapping that records which keys were read, so that unknown keys can be reported."""
 
     def __init__(self, values: Values):
         self._values = values
@@ -81,16 +81,16 @@ class _Watched(Mapping[str, Any]):
 
 
 def read_config(folder: Path, source: TensorFolder) -> Config:
-    """The config of a model in a folder with config.json.
+    """Reads the config of a model from a folder with config.json.
 
-    Besides the model, it says what the files say of data: the vocabulary's size; the rest is the defaults.
+    The files decide the model and the vocabulary's size; everything else has its default.
 
     Args:
-        folder: with config.json and, where there is one, the tokenizer.
-        source: the tensors there, whose names and types belong to the description.
+        folder: folder with config.json and perhaps a tokenizer.
+        source: the folder's tensors; their names and types decide some values.
 
     Raises:
-        UserError: naming what cannot be read, is not supported, or is not known.
+        UserError: names what cannot be read, is unsupported or unknown.
     """
     _check_processor(folder / "preprocessor_config.json")
     theirs = _Watched(read_json(folder / "config.json"))
@@ -104,7 +104,7 @@ def read_config(folder: Path, source: TensorFolder) -> Config:
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json: a value has the wrong type, or is 0: {error}") from None
     if ignored := sorted(set(theirs) - theirs.seen - _FREE):
-        _log.warning("config.json: these keys are not known here and ignored: %s", ", ".join(ignored))
+        _log.warning("config.json: ignoring unknown keys: %s", ", ".join(ignored))
     dtype = _common_dtype(source)
     values |= {"model.dtype": dtype, "model.param_dtype": dtype}
     if "model.vocab_size" in values:
@@ -113,24 +113,24 @@ def read_config(folder: Path, source: TensorFolder) -> Config:
 
 
 def write_config(config: Config) -> Values:
-    """What config.json says of a model.
+    """The content of config.json for a model.
 
     Raises:
-        UserError: naming what transformers' model cannot do.
+        UserError: names the feature that transformers' model lacks.
     """
     kind = model_type_of(config)
     family = FAMILIES[kind]
     config = replace(config, model=_simplest(config.model))
     for key, wanted in family.ours.items():
         if (value := _get(config, key)) != wanted:
-            raise UserError(f"{family.architecture} has no {key}={value!r}, only {wanted!r}")
+            raise UserError(f"{family.architecture} does not support {key}={value!r}, only {wanted!r}")
     same = {key.theirs: _get(config, key.ours) for key in family.keys}
     about = {"architectures": [family.architecture], "model_type": kind, "dtype": config.model.param_dtype}
     return {**about, **family.theirs, **same, **family.write(config)}
 
 
 def _simplest(model: ModelConfig) -> ModelConfig:
-    """The same model without what says nothing: two dense layers in turn are one kind of layer."""
+    """The same model in its simplest form; for instance, the pattern (dense, dense) becomes (dense)."""
     return replace(
         model,
         pattern=find_pattern([model.pattern]),
@@ -140,10 +140,10 @@ def _simplest(model: ModelConfig) -> ModelConfig:
 
 
 def read_json(path: Path) -> Values:
-    """A JSON object.
+    """Reads a JSON object from a file.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the file is missing or holds something else.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -152,23 +152,23 @@ def read_json(path: Path) -> Values:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return values
 
 
 def _check_processor(path: Path) -> None:
-    """Refuses images that are scaled otherwise than here."""
+    """Raises a `UserError` if the image processor scales images to another range than [-1, 1]."""
     settings = read_json(path) if path.exists() else {}
     for key in ("image_mean", "image_std"):
         values = settings.get(key) or []
         if any(value != 0.5 for value in (values if isinstance(values, list) else [values])):
             raise UserError(
-                f"{path.name}: {key}={settings[key]} is not supported: images are scaled to [-1, 1] here, 0.5"
+                f"{path.name}: {key}={settings[key]} is not supported, only 0.5: switchjax scales images to [-1, 1]"
             )
 
 
 def _common_dtype(source: TensorFolder) -> str:
-    """bfloat16 if all tensors are, else float32, in which both are exact."""
+    """bfloat16 if all tensors are bfloat16, else float32, which holds both types exactly."""
     dtypes = {source.dtype(name): name for name in sorted(source.names)}
     if other := set(dtypes) - set(DTYPES):
         dtype = min(other)

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's as a workdir that evaluation and decoding read as one that was trained, and back."""
+"""Converts a Hugging Face folder into a workdir for evaluation, decoding and training, and back."""
 
 import json
 from collections.abc import Iterator
@@ -35,32 +35,32 @@ from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import plan_state
 
 MAX_FILE_BYTES = 5_000_000_000
-"""Size above which weights are written as several files."""
+"""Default size above which weights are written to several files."""
 
 
 def config_of(folder: Path) -> Config:
-    """The config of a model in a folder of Hugging Face's.
+    """The config of the model in a Hugging Face folder.
 
     Raises:
-        UserError: naming what cannot be read, is not supported, or is not known.
+        UserError: names what cannot be read, is unsupported or unknown.
     """
     return read_config(folder, TensorFolder(folder))
 
 
 def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarray, "V"] | None = None) -> Model:
-    """The model in a folder of Hugging Face's, laid over a mesh, read parameter by parameter.
+    """Loads a Hugging Face folder parameter by parameter and lays the model over a mesh.
 
-    The host holds one parameter, or two while one is handed over, where those of a run of layers are one; a device is
-    only given its own part.
+    The host holds at most two parameters at a time (stacked layers share one parameter), and each device receives only
+    its own part.
 
     Args:
-        folder: with safetensors.
-        config: of the model.
-        mesh: of devices.
-        ids: their id of each of ours (`renumbering`); None: the same.
+        folder: folder with safetensors files.
+        config: the model's config.
+        mesh: the devices.
+        ids: Hugging Face's id for each of ours (`renumbering`); None if equal.
 
     Raises:
-        UserError: naming tensors that are missing, in excess, or of other shapes than the config asks for.
+        UserError: names tensors that are missing, surplus or of another shape than the config requires.
     """
     source, plan = TensorFolder(folder), plan_state(config, mesh)
     shapes, shardings = named_leaves(plan.shapes.model), named_leaves(plan.shardings.model)
@@ -72,18 +72,18 @@ def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarr
 
 
 def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
-    """Writes a model of Hugging Face's as the only checkpoint of a new workdir (`write_workdir`).
+    """Writes a Hugging Face model as the only checkpoint of a new workdir (`write_workdir`).
 
     Args:
-        folder: with config.json, safetensors and, where there is one, a tokenizer.
-        workdir: that does not exist yet or is empty.
-        config: that of the folder, perhaps with another mesh, type or data.
+        folder: folder with config.json, safetensors files and perhaps a tokenizer.
+        workdir: a folder that is new or empty.
+        config: the folder's config, perhaps with another mesh, dtype or data.
 
     Returns:
         The number of parameters.
 
     Raises:
-        UserError: naming what does not fit, or if it cannot be written.
+        UserError: names what does not fit or cannot be written.
     """
     check_new(workdir)
     mesh, vocabulary = make_mesh(config.mesh), read_vocabulary(folder)
@@ -97,22 +97,22 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
 
 
 def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: int = MAX_FILE_BYTES) -> int:
-    """Writes a workdir's checkpoint as transformers' `save_pretrained` would, with the tokenizer if there is one.
+    """Writes a workdir's checkpoint in the format of transformers' `save_pretrained`, with the tokenizer if any.
 
-    Tensors have the type `model.param_dtype`; a router's, float32 here whatever that is, keeps float32 unless it loses
-    nothing.
+    Tensors have the type `model.param_dtype`. A router, always float32 here, is narrowed to it only if no value
+    changes.
 
     Args:
-        workdir: of a run, or imported.
-        folder: that does not exist yet or is empty.
-        step: of the checkpoint; -1: the latest.
-        max_file_bytes: size above which there are several files.
+        workdir: workdir of a run or an import.
+        folder: a folder that is new or empty.
+        step: step of the checkpoint; -1: the latest.
+        max_file_bytes: size above which weights are written to several files.
 
     Returns:
         The step.
 
     Raises:
-        UserError: naming what transformers' model cannot do or has no place for, or if it cannot be written.
+        UserError: names what transformers' model does not support or what cannot be written.
     """
     config = load_workdir_config(workdir)
     mesh, vocabulary = make_mesh(config.mesh), own_vocabulary(workdir, config)
@@ -129,11 +129,11 @@ def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: 
 
 
 def _with_kept(workdir: Path, description: Values) -> Values:
-    """With what else config.json said of a model that was imported, such as the names of its classes."""
+    """Adds what else an imported model's config.json holds, such as the names of classes."""
     path = workdir / FOLDER / "config.json"
     if not path.exists():
         return description
-    kept = {key: value for key, value in read_json(path).items() if key != "torch_dtype"}  # dtype says it now
+    kept = {key: value for key, value in read_json(path).items() if key != "torch_dtype"}  # the old name of dtype
     named = len(kept.get("id2label") or ()) == len(description.get("id2label", ()))
     labels = ("id2label", "label2id") if named else ()
     return kept | {key: value for key, value in description.items() if key not in labels}
@@ -142,15 +142,15 @@ def _with_kept(workdir: Path, description: Values) -> Values:
 def huggingface_tensors(
     model: Model, config: Config, ids: Int[np.ndarray, "V"] | None = None
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """Name and content of all tensors of Hugging Face's, parameter by parameter.
+    """Names and contents of all Hugging Face tensors, parameter by parameter.
 
     Args:
-        model: any of those families.
+        model: a model that transformers has too.
         config: its config.
-        ids: their id of each of ours (`renumbering`); None: the same.
+        ids: Hugging Face's id for each of ours (`renumbering`); None if equal.
 
     Raises:
-        UserError: naming the parameters that transformers' model has no place for.
+        UserError: names the parameters that transformers' model lacks.
     """
     leaves, dtype = named_leaves(model), jnp.dtype(config.model.param_dtype)
     table = FAMILIES[model_type_of(config)].table(config.model)
@@ -167,6 +167,6 @@ def huggingface_tensors(
 
 
 def _narrow(tensor: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
-    """In `dtype`, if that changes no value."""
+    """Converts a tensor to `dtype` if no value changes."""
     narrow = tensor.astype(dtype)
     return narrow if np.array_equal(narrow.astype(tensor.dtype), tensor) else tensor

@@ -17,7 +17,7 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Raises:
-        UserError: for another `model_type`, or another head than the one that is converted.
+        UserError: if `model_type` is unknown or the model has another output head than the converted one.
     """
     kind = str(theirs.get("model_type"))
     check_choice("config.json: model_type", kind, FAMILIES)
@@ -29,10 +29,10 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
 
 
 def model_type_of(config: Config) -> str:
-    """What transformers calls a model like ours.
+    """transformers' `model_type` for our model.
 
     Raises:
-        UserError: if it has none.
+        UserError: if transformers has no such model.
     """
     model = config.model
     if model.family == "encoder_decoder":

@@ -1,8 +1,8 @@
-"""What it takes to exchange a family with transformers: the table of its tensors, and its config on either side.
+"""How a family is exchanged with transformers: the table of its tensors, and the translation of its config.
 
-A rule's names may hold `{layer}`, which counts from the bottom of its stack, and theirs `{expert}` where ours has an
-axis of experts. Letters of layouts: d model, f feed-forward, h heads, a dimension of a head, v vocabulary, b buckets, n
-positions, i inputs, o outputs, p and q sides of a patch, c channels.
+In a rule, `{layer}` stands for the layer's number in its stack, and `{expert}` in transformers' name for the axis of
+experts in ours. Axes in layouts: d model, f feed-forward, h heads, a head dimension, v vocabulary, b buckets,
+n positions, i inputs, o outputs, p and q height and width of a patch, c channels.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from switchjax.config import Config, ModelConfig, UserError
 
 Values = dict[str, Any]
-"""Keys of config.json, or `section.key` of ours, and their values."""
+"""Values by key: keys of config.json, or `section.key` of our config."""
 
 MATRIX, SAME = "i o -> o i", "o -> o"
 VECTORS, LOGITS = "v d -> v d", "d v -> v d"
@@ -23,13 +23,13 @@ ATTENTION = {
     "out": "h a d -> d (h a)",
 }
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
-"""transformers' name -> ours."""
+"""Names of activations: transformers' -> ours."""
 NO_Z_LOSS = {"train.z_loss_weight": 0.0}
-"""transformers' losses have none of the output logits."""
+"""transformers' losses contain no z-loss of the output logits."""
 
 
 class Rule(NamedTuple):
-    """A parameter here, its tensor there, and the layout from one to the other (`switchjax.interop.layouts`)."""
+    """Our parameter's name, transformers' tensor, and the layout between them (`switchjax.interop.layouts`)."""
 
     ours: str
     theirs: str
@@ -41,10 +41,10 @@ class Table:
     """The tensors of a model.
 
     Attributes:
-        rules: what is converted.
-        copies: tensors that a file may hold besides, equal to another one.
-        written: those of them that are written all the same, since without them transformers would draw new ones.
-        unused: tensors that a file may hold besides, which their model does not read either.
+        rules: the parameters that are converted.
+        copies: further tensors that a file may hold -> the converted tensor that each must equal.
+        written: the copies that we write too, because transformers would otherwise initialise them at random.
+        unused: further tensors that a file may hold but transformers' model does not read.
     """
 
     rules: tuple[Rule, ...]
@@ -54,7 +54,7 @@ class Table:
 
 
 class Key(NamedTuple):
-    """A value that only has another name, and what transformers takes where config.json leaves it out."""
+    """A value that only has two names, and transformers' default if config.json lacks it."""
 
     theirs: str
     ours: str
@@ -63,16 +63,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """How a `model_type` of transformers is told here.
+    """The translation of one `model_type` of transformers.
 
     Attributes:
-        architecture: the class with the head that is converted.
-        table: of a model's tensors.
-        keys: values that only have other names.
-        theirs: what config.json must say, or leave out.
-        ours: what our config must say.
-        read: what else our config says, from config.json and the names of the tensors.
-        write: what else config.json says, from our config.
+        architecture: transformers' class, with the output head that is converted.
+        table: makes the table of a model's tensors.
+        keys: values that only differ in their names.
+        theirs: values that config.json must have, or lack.
+        ours: values that our config must have.
+        read: computes the other values of our config from config.json and the names of the tensors.
+        write: computes the other values of config.json from our config.
     """
 
     architecture: str
@@ -85,23 +85,23 @@ class Family:
 
 
 def attention_rules(ours: str, theirs: str, names: tuple[str, str, str, str]) -> list[Rule]:
-    """Of the kernels of queries, keys, values and the output, called `names` there."""
+    """The rules for the kernels of queries, keys, values and output, which transformers calls `names`."""
     layers = zip(ATTENTION.items(), names, strict=True)
     return [Rule(f"{ours}/{here}", f"{theirs}.{there}.weight", layout) for (here, layout), there in layers]
 
 
 def our_activation(name: str, known: Mapping[str, str], key: str) -> str:
-    """Our name of an activation; a `UserError` that names the key for one that is not known."""
+    """Our name of an activation; raises a `UserError` that names the key of config.json if it is unknown."""
     if name not in known:
         raise UserError(f"config.json: {key}={name!r} is not supported, only {', '.join(map(repr, known))}")
     return known[name]
 
 
 def their_activation(name: str, known: Mapping[str, str]) -> str:
-    """The first of transformers' names of our activation; a `UserError` if it has none."""
+    """transformers' (first) name of our activation; raises a `UserError` if its model lacks the activation."""
     for theirs, ours in known.items():
         if ours == name:
             return theirs
     raise UserError(
-        f"Hugging Face's model has no model.activation={name}, only {', '.join(sorted(set(known.values())))}"
+        f"Hugging Face's model does not support model.activation={name}, only {', '.join(sorted(set(known.values())))}"
     )

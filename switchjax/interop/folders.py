@@ -1,4 +1,4 @@
-"""The folders that models are written to: new ones, and nothing is left of them where writing fails."""
+"""Makes new folders for models, and removes them if writing fails."""
 
 import shutil
 import time
@@ -15,24 +15,24 @@ _TRIES, _PAUSE = 20, 0.1  # seconds
 
 
 def check_new(folder: Path) -> None:
-    """Raises a `UserError` if there is anything in the folder, or no telling, or if it is a bucket's address."""
+    """Raises a `UserError` if the folder is not empty, cannot be inspected, or is a bucket's address."""
     check_mounted(folder)
     try:
         taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     if taken:
-        raise UserError(f"{folder} is there already: choose another folder, or an empty one")
+        raise UserError(f"{folder} already exists: choose a new or an empty folder")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder for what is written meanwhile, which is removed again if that fails or is interrupted.
+    """Makes a folder, and removes it again if the body fails or is interrupted.
 
-    A part of a model would be of no use, and in the way when the command is repeated.
+    An incomplete model is useless, and would block the same command when it is repeated.
 
     Raises:
-        UserError: as `check_new`; or if anything cannot be written.
+        UserError: as in `check_new`; also if anything cannot be written.
     """
     check_new(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -41,15 +41,16 @@ def new_folder(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         _remove(folder, made)
-        if isinstance(error, OSError | SafetensorError):  # the latter is what save_file makes of the former
+        if isinstance(error, OSError | SafetensorError):  # save_file turns an OSError into a SafetensorError
             raise UserError(f"cannot write to {folder}: {error}") from None
         raise
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:
-    """Empties a folder, and removes those of `made` that are empty then, inner ones first; as far as can be.
+    """Empties a folder and removes the folders of `made` that are then empty, inner ones first, as far as possible.
 
-    When one of a checkpoint's writes has failed others go on, and make their folders anew: until none comes back.
+    After one write of a checkpoint fails, other writes continue in the background and may create their folders again.
+    Hence this repeats until nothing comes back.
     """
     for _ in range(_TRIES):
         for path in _content(folder):

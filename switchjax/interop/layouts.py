@@ -1,6 +1,6 @@
-"""How an array lies here and there: one einops pattern, read in either direction.
+"""Converts arrays between our layout and transformers' with one einops pattern for both directions.
 
-`"d h a -> (h a) d"` says that a query kernel [D, H, A] is a matrix [H A, D] there.
+`"d h a -> (h a) d"` means that our query kernel [D, H, A] is transformers' matrix [H A, D].
 """
 
 import math
@@ -22,15 +22,15 @@ class Layout:
     """A pattern `ours -> theirs`.
 
     Attributes:
-        pattern: axes of our array, an arrow, axes of theirs; axes in brackets are one.
-        sizes: of axes that stand in brackets on either side.
+        pattern: our axes, an arrow, transformers' axes; axes in brackets are merged into one.
+        sizes: sizes of the axes that are in brackets on either side.
     """
 
     pattern: str
     sizes: Mapping[str, int]
 
     def to_theirs(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Our array as it is stored there."""
+        """Our array in transformers' layout."""
         return rearrange(array, self.pattern, **self._used())
 
     def to_ours(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
@@ -39,7 +39,7 @@ class Layout:
         return rearrange(array, f"{theirs} -> {ours}", **self._used())
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape there of an array that has `shape` here."""
+        """The shape in transformers' layout of our array of `shape`."""
         ours, _, theirs = self.pattern.partition(" -> ")
         sizes = {"1": 1, **self.sizes, **dict(zip(_AXES.findall(ours), shape, strict=True))}
         return tuple(math.prod(sizes[axis] for axis in group.strip("()").split()) for group in _AXES.findall(theirs))
@@ -50,5 +50,5 @@ class Layout:
 
 
 def axis_sizes(model: ModelConfig) -> dict[str, int]:
-    """Sizes of the axes that the families' patterns have in brackets."""
+    """Sizes of the axes that are in brackets in the families' patterns."""
     return {"a": model.d_head, "p": model.patch_size, "q": model.patch_size, "c": model.image_channels}

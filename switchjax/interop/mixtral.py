@@ -1,10 +1,12 @@
-"""Mixtral, and where transformers computes or counts otherwise than here (version 5.24).
+"""Mixtral.
 
-- The router's product is in the model's dtype there, in float32 here: the same for a float32 model.
-- The load-balance loss there is that of all layers and rows together and K at balance; here of each layer and row, 1 at
-  balance, and its weight K times `router_aux_loss_coef`. With one layer and one row they are the same.
-- A token's only expert (K = 1) would have gate 1 there; here it would have its probability: refused.
-- Files of experts fused by `save_pretrained(save_original_format=False)` are not read.
+transformers 5.24 differs from switchjax as follows:
+
+- The router multiplies in the model's dtype, here in float32; a float32 model has no difference.
+- The load-balance loss covers all layers and rows together and is K at balance. Ours is computed for each layer and row
+  and is 1 at balance, so its weight is K times `router_aux_loss_coef`. With one layer and one row they are equal.
+- With K = 1, a token's gate would be 1, here its probability; such a model is refused.
+- Files with fused experts (`save_pretrained(save_original_format=False)`) are not supported.
 """
 
 from collections.abc import Mapping, Set
@@ -27,7 +29,7 @@ from switchjax.interop.family import (
 from switchjax.moe.routers import loss_weights
 
 _CONTEXT = 1024
-"""Length of rows that the config of an imported model has, where the model allows as much."""
+"""Row length in the config of an imported model, unless the model allows fewer positions."""
 
 
 def mixtral_table(model: ModelConfig) -> Table:
@@ -54,7 +56,7 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
     del names
     heads, selected = theirs.get("num_attention_heads", 32), theirs.get("num_experts_per_tok", 2)
     if selected == 1:
-        raise UserError("config.json: num_experts_per_tok=1 is not supported: its only gate would be 1")
+        raise UserError("config.json: num_experts_per_tok=1 is not supported: transformers would set every gate to 1")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -77,9 +79,9 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
 def _write(config: Config) -> Values:
     model, moe = config.model, config.moe
     if moe.num_selected_experts == 1:
-        raise UserError("MixtralForCausalLM has no moe.num_selected_experts=1: its only gate would be 1")
+        raise UserError("MixtralForCausalLM does not support moe.num_selected_experts=1: it would set every gate to 1")
     if model.tie_embeddings and model.scale_logits:
-        raise UserError("MixtralForCausalLM does not scale the logits of tied embeddings: model.scale_logits=False")
+        raise UserError("MixtralForCausalLM does not scale the logits of tied embeddings: set model.scale_logits=False")
     return {
         "head_dim": model.d_head,
         "num_key_value_heads": model.kv_heads,

@@ -1,4 +1,4 @@
-"""Which layers of transformers' Switch Transformers have experts, and the pattern that says so here."""
+"""Translates between transformers' sparse step and our pattern of dense layers and layers with experts."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from switchjax.config import UserError
 
 
 def sparse_kinds(num_layers: int, step: int) -> tuple[str, ...]:
-    """The kinds of a stack's layers: every `step`-th has experts, from the second on; all if `step` is 1.
+    """The kinds of a stack's layers: the second and then every `step`-th have experts; all have them if `step` is 1.
 
-    `num_sparse_*_layers=0` makes transformers set the step to the number of layers, and then the second layer has
-    experts all the same.
+    With `num_sparse_*_layers=0`, transformers sets the step to the number of layers, so the second layer has experts
+    even then.
     """
     return tuple("moe" if step == 1 or (step > 0 and i % step == 1) else "dense" for i in range(num_layers))
 
 
 def find_pattern(stacks: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The shortest pattern that every one of the stacks repeats.
+    """The shortest pattern that each of the stacks repeats.
 
     Raises:
         UserError: if there is none.
@@ -30,7 +30,7 @@ def find_pattern(stacks: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def sparse_step(kinds: tuple[str, ...]) -> int:
-    """The step of which `sparse_kinds` makes these.
+    """The step for which `sparse_kinds` returns `kinds`.
 
     Raises:
         UserError: if there is none.
@@ -38,4 +38,4 @@ def sparse_step(kinds: tuple[str, ...]) -> int:
     for step in range(1, len(kinds) + 1):
         if sparse_kinds(len(kinds), step) == kinds:
             return step
-    raise UserError(f"SwitchTransformersForConditionalGeneration has no stack of layers {', '.join(kinds)}")
+    raise UserError(f"SwitchTransformersForConditionalGeneration does not support the layers {', '.join(kinds)}")

@@ -1,21 +1,23 @@
-"""Switch Transformers, and where transformers computes or counts otherwise than its names suggest (version 5.24).
+"""Switch Transformers.
 
-- `expert_capacity` is a number of slots for each row of the batch whatever its length, in training and evaluation: here
-  `moe.expert_capacity` with `moe.group_size=0`. A capacity factor has no name there; `to-hf` writes the slots that an
-  encoder's row has in evaluation, and says so.
-- A token without a slot gets 0 from the layer, as here. Before version 4.51 it got itself times its gate, and from 5.0
-  to the repair of its router in 2026 no token was ever dropped.
-- Padding is routed like any token and counted in the router's losses, whatever `router_ignore_padding_tokens` says. On
-  the right of a row it takes no slot from the row's tokens.
-- `router_aux_loss_coef` and `router_z_loss_coef` weight the sum of the encoder's and the decoder's loss, weights here
-  the mean over layers: they are twice as large. The load-balance loss there is one of all layers of a stack together,
-  with one sparse layer a stack the same as ours. A stack with experts in every layer adds none there, and neither loss
-  is counted unless `output_router_logits` is asked for.
-- Layers with experts follow from `encoder_sparse_step`, or else from the layers over `num_sparse_encoder_layers`.
-- The router computes in `router_dtype`, float32 as here, but picks the expert by probabilities rounded to the model's
-  dtype. Its jitter, in a float32 model, changes the experts' input too.
-- With `tie_word_embeddings=False` each stack has vectors of its own there, which must be equal here.
-- Decoding with a cache routes one token at a time, and so never drops one.
+transformers 5.24 differs from its names, or from switchjax, as follows:
+
+- `expert_capacity` is the number of slots for each row, whatever the row's length, in training and evaluation. It
+  equals `moe.expert_capacity` with `moe.group_size=0`. transformers has no capacity factor: `to-hf` writes the slots of
+  an encoder's row in evaluation, with a warning.
+- The layer's output for a dropped token is 0, as here. Before version 4.51 it was the input times the gate; from 5.0 to
+  the repair of the router in 2026, no token was dropped.
+- Padding is routed like other tokens and counts in the router's losses, whatever `router_ignore_padding_tokens` is.
+  Padding on the right of a row takes no slot from the row's tokens.
+- `router_aux_loss_coef` and `router_z_loss_coef` weight the sum of the encoder's and the decoder's losses. Our weights
+  are for the mean over layers, hence twice as large. transformers' load-balance loss covers all layers of a stack
+  together, which equals ours if a stack has one sparse layer. A stack with experts in every layer adds none. Both
+  losses count only with `output_router_logits`.
+- `encoder_sparse_step` decides which layers have experts; without it, layers / `num_sparse_encoder_layers` does.
+- The router computes in `router_dtype`, float32 as here, but selects the expert by probabilities rounded to the model's
+  dtype. In a float32 model, its jitter also changes the experts' input.
+- With `tie_word_embeddings=False`, each stack has its own embeddings, which must be equal for `from-hf`.
+- Decoding with a cache routes one token at a time and therefore drops none.
 """
 
 import logging
@@ -39,7 +41,7 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
     steps = {stack: _step(theirs, stack, n) for stack, n in depths.items()}
     pattern = find_pattern([sparse_kinds(n, steps[stack]) for stack, n in depths.items()])
     if "moe" not in pattern:
-        raise UserError("config.json: no layer has experts; such a model is model_type=t5")
+        raise UserError("config.json: no layer has experts: use model_type=t5")
     tied = theirs.get("tie_word_embeddings", True)
     return NO_Z_LOSS | {
         "model.num_encoder_layers": depths["encoder"],
@@ -65,7 +67,7 @@ def _write(config: Config) -> Values:
     model, moe = config.model, config.moe
     if model.tie_embeddings and not model.scale_logits:
         raise UserError(
-            "Hugging Face's Switch Transformers scale the logits of tied embeddings: model.scale_logits=True"
+            "Hugging Face's Switch Transformers scale the logits of tied embeddings: set model.scale_logits=True"
         )
     stacks = {stack: tuple(layer.kind for layer in config.layers(stack)) for stack in model.stacks}
     steps = {stack: sparse_step(kinds) for stack, kinds in stacks.items()}
@@ -83,12 +85,12 @@ def _write(config: Config) -> Values:
 
 
 def _expert_capacity(config: Config) -> int:
-    """The slots of a row."""
+    """The number of slots per expert for a row."""
     moe, length = config.moe, config.data.encoder_length
     if moe.expert_capacity and moe.group_size == 0 and not moe.dropless:
         return moe.expert_capacity
     capacity = capacity_of(moe, moe.num_experts, length, training=False)
-    _log.warning("expert_capacity=%d, the slots of an encoder's row of %d tokens, is fixed there", capacity, length)
+    _log.warning("expert_capacity=%d, the slots of an encoder row of %d tokens, is fixed there", capacity, length)
     return capacity
 
 

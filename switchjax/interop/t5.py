@@ -1,8 +1,7 @@
 """T5, v1.0 and v1.1.
 
-Logits of v1.0 are scaled by `d_model^-0.5` and its embeddings are tied; v1.1 does neither. What transformers calls
-`tie_word_embeddings` says, since its version 5, whether logits are scaled: embeddings are tied there unless the file
-holds an lm_head of its own.
+v1.0 ties embeddings and scales logits by `d_model^-0.5`; v1.1 does neither. Since version 5, transformers'
+`tie_word_embeddings` tells whether logits are scaled, and embeddings are tied unless the file holds an lm_head.
 """
 
 from collections.abc import Mapping, Set
@@ -50,7 +49,7 @@ _ACTIVATIONS = ACTIVATIONS | {"gated-gelu": "geglu", "gated-gelu_new": "geglu", 
 
 
 def t5_table(model: ModelConfig) -> Table:
-    """The tensors of T5, and of Switch Transformers where layers have experts."""
+    """The tensors of T5 or, if layers have experts, of Switch Transformers."""
     rules = [
         Rule("embedding/vectors", "shared.weight", VECTORS),
         *_stack(model, "encoder", ff_layer=1),
@@ -62,14 +61,14 @@ def t5_table(model: ModelConfig) -> Table:
         copies["lm_head.weight"] = "shared.weight"
     else:
         rules.append(Rule("logits", "lm_head.weight", LOGITS))
-    # Untied, transformers' Switch has a table of vectors for each stack; T5 ties those whatever its config says.
+    # With untied embeddings, transformers' Switch has a table for each stack; T5 shares one in any case.
     written = () if model.tie_embeddings or not model.has_experts else tuple(copies)
     unused = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
     return Table(tuple(rules), copies, written, unused)
 
 
 def _stack(model: ModelConfig, stack: str, ff_layer: int) -> list[Rule]:
-    """All but cross-attention. Switch Transformers call feed-forward networks otherwise than T5."""
+    """The rules of a stack without cross-attention. T5 and Switch Transformers name feed-forward layers differently."""
     ours, theirs = f"{stack}/{{layer}}", f"{stack}.block.{{layer}}.layer"
     ff = f"{theirs}.{ff_layer}.{'mlp' if model.has_experts else 'DenseReluDense'}"
     bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: read one tensor at a time, written one file at a time."""
+"""Reads folders of safetensors files tensor by tensor, and writes them file by file."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  numpy then knows bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
@@ -16,14 +16,14 @@ from switchjax.config import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-"""The types that are read, as safetensors and as we call them."""
+"""Supported types: safetensors' name -> ours."""
 
 
 class TensorFolder:
-    """The tensors of `model.safetensors`, or of the several files that its index names; nothing is unpickled.
+    """The tensors of `model.safetensors`, or of the files that its index names. Pickles are never read.
 
     Raises:
-        UserError: if there are none, or they cannot be read.
+        UserError: if the files are missing or unreadable.
     """
 
     def __init__(self, folder: Path):
@@ -34,8 +34,8 @@ class TensorFolder:
             files = [_SINGLE]
         else:
             pickles = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle, which is not read: save it with safe_serialization" if pickles else ""
-            raise UserError(f"no {_SINGLE} and no {_INDEX} in {folder}{hint}")
+            hint = f"; {pickles[0]} is a pickle: save the model as safetensors instead" if pickles else ""
+            raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{hint}")
         self._files = {file: _open(folder / file) for file in files}
 
     @cached_property
@@ -44,19 +44,19 @@ class TensorFolder:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return set(self._owner)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, from the file's header."""
+        """A tensor's shape, from the file's header."""
         return tuple(self._owner[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it: F32, BF16, ..."""
+        """A tensor's type as safetensors names it: F32, BF16, ..."""
         return self._owner[name].get_slice(name).get_dtype()
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A whole tensor."""
+        """Reads a whole tensor."""
         return self._owner[name].get_tensor(name)
 
 
@@ -74,16 +74,16 @@ def _weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no index of safetensors files") from None
+        raise UserError(f"{path} is not an index of safetensors files") from None
     if not inside:
-        raise UserError(f"{path} names files outside of its folder")
+        raise UserError(f"{path} names files outside its folder")
     return files
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Shaped[np.ndarray, "..."]]], max_bytes: int) -> None:
-    """Writes tensors as they come, into files of at most `max_bytes` (or one tensor), and the index of several.
+    """Writes tensors in order, into files of at most `max_bytes` (or one tensor); several files get an index.
 
-    The files are those of transformers' `save_pretrained`.
+    The files have the names that transformers' `save_pretrained` gives them.
     """
     files: list[list[str]] = []
     held: dict[str, np.ndarray] = {}

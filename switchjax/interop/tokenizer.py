@@ -1,4 +1,4 @@
-"""The tokenizer beside the weights: kept for the way back, and read as a vocabulary where it numbers ids as here."""
+"""Hugging Face's tokenizer: reads its SentencePiece model as a vocabulary, and keeps its files for `to-hf`."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from switchjax.training.workdir import load_vocabulary, vocabulary_path
 _log = logging.getLogger(__name__)
 
 FOLDER = "huggingface"
-"""Of a workdir: the files that it was imported with, but for the weights."""
+"""Folder of an imported workdir with Hugging Face's files other than the weights."""
 _FILES = (
     "config.json",
     "spiece.model",
@@ -29,11 +29,11 @@ _FILES = (
     "preprocessor_config.json",
 )
 _T5_SENTINELS = 100
-"""What T5's tokenizer has where its config does not say."""
+"""The default of T5's tokenizer."""
 
 
 def vocabulary_sizes(folder: Path, vocab_size: int) -> Values:
-    """`data.vocabulary_size` and `data.num_sentinels` of a folder's tokenizer; without one, all ids are pieces."""
+    """`data.vocabulary_size` and `data.num_sentinels` for a folder's tokenizer; without one, all ids are pieces."""
     vocabulary = read_vocabulary(folder)
     if vocabulary is None:
         return {"data.vocabulary_size": vocab_size, "data.num_sentinels": 0}
@@ -42,18 +42,18 @@ def vocabulary_sizes(folder: Path, vocab_size: int) -> Values:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The SentencePiece model of a folder of Hugging Face's, if it has one that can be read here."""
+    """Reads the SentencePiece model of a Hugging Face folder; None if it has no usable one."""
     for name in ("spiece.model", "tokenizer.model"):
         if not (folder / name).is_file():
             continue
         try:
             vocabulary = Vocabulary.load(folder / name, _num_sentinels(folder) if name == "spiece.model" else 0)
         except UserError as error:
-            _log.warning("%s; it is kept, but text cannot be encoded here", error)
+            _log.warning("%s; the file is kept, but switchjax cannot encode text for this model", error)
             return None
         if vocabulary.model_ids.min() >= 0:
             return vocabulary
-        _log.warning("%s has neither pad nor bos: it is kept, but text cannot be encoded here", name)
+        _log.warning("%s has neither pad nor bos; it is kept, but switchjax cannot encode text for this model", name)
     return None
 
 
@@ -63,10 +63,10 @@ def own_vocabulary(workdir: Path, config: Config) -> Vocabulary | None:
 
 
 def renumbering(vocabulary: Vocabulary | None, vocab_size: int) -> Int[np.ndarray, "V"] | None:
-    """The SentencePiece model's own id of each of ours, by which Hugging Face's rows of vectors go; None: the same.
+    """For each of our ids, the SentencePiece id that numbers Hugging Face's rows of embeddings; None if equal.
 
-    Here pad, eos and unk are 0, 1 and 2; Mixtral's are none, 2 and 0, and its bos 1 is our pad, with which text begins.
-    Ids above the model's pieces are the same.
+    Our pad, eos and unk are 0, 1 and 2. In Mixtral, eos is 2, unk is 0, and bos, 1, serves as our pad: both mark the
+    start of a text. Ids above the model's pieces are equal.
     """
     if vocabulary is None or vocabulary.model_ids.min() < 0:
         return None
@@ -75,7 +75,7 @@ def renumbering(vocabulary: Vocabulary | None, vocab_size: int) -> Int[np.ndarra
 
 
 def special_tokens(vocabulary: Vocabulary | None, config: Config) -> Values:
-    """What config.json says of the ids of a vocabulary that text begins and ends with."""
+    """The entries of config.json for the ids that start and end a text."""
     if vocabulary is None:
         return {}
     first, eos = map(int, np.maximum(vocabulary.model_ids[:2], 0))
@@ -85,7 +85,7 @@ def special_tokens(vocabulary: Vocabulary | None, config: Config) -> Values:
 
 
 def keep_files(folder: Path, workdir: Path) -> None:
-    """Keeps the tokenizer and config.json of a folder in the workdir, for the way back."""
+    """Copies the tokenizer and config.json of a folder into the workdir, so that `to-hf` can write them back."""
     (workdir / FOLDER).mkdir()
     for file in (folder / name for name in _FILES if (folder / name).is_file()):
         shutil.copy(file, workdir / FOLDER / file.name)
@@ -94,8 +94,8 @@ def keep_files(folder: Path, workdir: Path) -> None:
 def export_tokenizer(workdir: Path, folder: Path, vocabulary: Vocabulary | None) -> None:
     """Writes the tokenizer that a workdir was imported with, or else its own vocabulary.
 
-    That is T5's tokenizer, which reads a line break as a space, or LLaMA's for a model without pad, such as Mixtral's;
-    LLaMA's pieces are of byte-pair encoding.
+    Its own vocabulary becomes T5's tokenizer, which reads a line break as a space. A model without pad, such as
+    Mixtral's, becomes LLaMA's tokenizer, which expects byte-pair encoding.
     """
     if (workdir / FOLDER).is_dir():
         for file in (workdir / FOLDER).iterdir():
@@ -105,7 +105,7 @@ def export_tokenizer(workdir: Path, folder: Path, vocabulary: Vocabulary | None)
     if vocabulary is None:
         return
     if vocabulary.model_ids.min() < 0:
-        _log.warning("no tokenizer is written: that of %s has neither pad nor bos, and ids of our own", workdir)
+        _log.warning("no tokenizer is written: the SentencePiece model of %s has neither pad nor bos", workdir)
         return
     if np.array_equal(vocabulary.model_ids[:3], [PAD, EOS, UNK]):
         name, settings = "spiece.model", {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.num_sentinels}
@@ -122,4 +122,4 @@ def _num_sentinels(folder: Path) -> int:
     except FileNotFoundError:
         return _T5_SENTINELS
     except (OSError, ValueError, AttributeError, TypeError, OverflowError):
-        raise UserError(f"{folder / 'tokenizer_config.json'} does not say how many extra_ids there are") from None
+        raise UserError(f"{folder / 'tokenizer_config.json'} gives no valid number of extra_ids") from None

@@ -1,7 +1,7 @@
 """The Vision Transformer with its classifier.
 
-transformers computes GELU by erf, and takes what an image processor made of an image; here images are bytes, scaled to
-[-1, 1] as by a processor of mean and deviation 0.5.
+transformers computes GELU with erf and reads images that an image processor has scaled. Here models read bytes and
+scale them to [-1, 1], like a processor with mean and standard deviation 0.5.
 """
 
 from collections.abc import Mapping, Set
@@ -62,7 +62,7 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
     del names
     dropout = theirs.get("hidden_dropout_prob", 0.0)
     if theirs.get("attention_probs_dropout_prob", 0.0) != dropout:
-        raise UserError("config.json: attention_probs_dropout_prob must equal hidden_dropout_prob, here one is both")
+        raise UserError("config.json: attention_probs_dropout_prob must equal hidden_dropout_prob")
     labels = theirs.get("id2label")
     return NO_Z_LOSS | {
         "model.dropout": dropout,
@@ -77,7 +77,7 @@ def _read(theirs: Mapping[str, Any], names: Set[str]) -> Values:
 def _write(config: Config) -> Values:
     model = config.model
     if model.num_heads * model.d_head != model.d_model:
-        raise UserError("ViTForImageClassification has no model.num_heads * model.d_head other than model.d_model")
+        raise UserError("ViTForImageClassification needs model.num_heads * model.d_head = model.d_model")
     labels = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
     return {
         "hidden_dropout_prob": model.dropout,

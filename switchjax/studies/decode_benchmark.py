@@ -17,7 +17,7 @@ from switchjax.config import Config, DecodingConfig, MeshConfig, load_workdir_co
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless, load_pretrained
-from switchjax.inference.sampling import writable
+from switchjax.inference.sampling import mask_invalid_ids
 from switchjax.models.cache import Cache
 from switchjax.models.encoder_decoder import EncoderDecoder
 from switchjax.models.families import TextModel, build
@@ -138,7 +138,7 @@ def decode_uncached(model: TextModel, batch: Batch, new_tokens: int, num_ids: in
         else:
             logits, _ = model({"decoder_inputs": inputs, "decoder_segments": written}, None)
         last = jax.lax.dynamic_index_in_dim(logits, position - 1, axis=1, keepdims=False)
-        chosen = jnp.argmax(writable(last, num_ids), axis=-1).astype(inputs.dtype)
+        chosen = jnp.argmax(mask_invalid_ids(last, num_ids), axis=-1).astype(inputs.dtype)
         return jax.lax.dynamic_update_index_in_dim(inputs, chosen, position, axis=1)
 
     return jax.lax.fori_loop(first, first + new_tokens, write_next, inputs)[:, first:]

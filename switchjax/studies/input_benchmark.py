@@ -16,7 +16,7 @@ import numpy as np
 
 from switchjax.config import Config, EvaluateConfig, TrainConfig
 from switchjax.data.prepare import prepare_data
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.models.model import Batch as Placed
 from switchjax.parallel.mesh import emulate_devices, make_mesh, one_at_a_time
 from switchjax.studies.flags import LoadConfig, add_repeats
@@ -99,8 +99,8 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[InputFigures]:
 class Consumer:
     """A train step and the text pipeline that feeds it, to be timed alone and together."""
 
-    batches: grain.DatasetIterator[Batch]
-    place: Callable[[Batch], Placed]
+    batches: grain.DatasetIterator[HostBatch]
+    place: Callable[[HostBatch], Placed]
     compiled: Callable[[TrainState, Placed], tuple[TrainState, Metrics]]
     state: TrainState
 
@@ -108,7 +108,7 @@ class Consumer:
         """Reads batches, steps on none, and returns their numbers of tokens."""
         return [count_tokens(next(self.batches)) for _ in range(count)]
 
-    def step(self, batch: Batch) -> int:
+    def step(self, batch: HostBatch) -> int:
         """Takes one train step; returns the tokens that it says it has seen."""
         self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
         return int(metrics["tokens"])
@@ -124,7 +124,7 @@ class Consumer:
         return clock.lap()["data_wait_fraction"]
 
 
-def count_tokens(batch: Batch) -> int:
+def count_tokens(batch: HostBatch) -> int:
     """Counts the tokens of a batch without padding, as the metrics of a run do."""
     return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from switchjax.data.objective import Tokens
+from switchjax.data.objective import TokenIds
 
 
-def restore(inputs: Tokens, targets: Tokens, lowest_sentinel: int) -> Tokens:
+def restore(inputs: TokenIds, targets: TokenIds, lowest_sentinel: int) -> TokenIds:
     """The tokens that were corrupted; ids from `lowest_sentinel` on are sentinels, each of which has an answer."""
     positions = np.flatnonzero(targets[:-1] >= lowest_sentinel)
     spans = dict(zip(targets[positions].tolist(), np.split(targets[:-1], positions)[1:], strict=True))

@@ -12,7 +12,7 @@ from switchjax.config import DataConfig, UserError
 from switchjax.data import datasets
 from switchjax.data.builders import quiet_tfds
 from switchjax.data.datasets import TextDataset
-from switchjax.data.directory import exclusive
+from switchjax.data.directory import locked
 from switchjax.data.splits import SPLITS
 from switchjax.data.text import TextData
 from tests.stories import small_source, story
@@ -36,14 +36,15 @@ def test_a_corrupt_record_names_file_and_index(prepared: dict[str, TextDataset],
 def test_a_killed_preparation_is_never_used(config: DataConfig, tmp_path: Path) -> None:
     # Killed while it holds the lock and is writing.
     script = (
-        "import os, signal, sys; from pathlib import Path; from switchjax.data.directory import exclusive, unfinished\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from switchjax.data.directory import locked, scratch_folder\n"
         "directory = Path(sys.argv[1])\n"
-        "with exclusive(directory), unfinished(directory) as folder:\n"
+        "with locked(directory), scratch_folder(directory) as folder:\n"
         "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
     assert len(list(tmp_path.glob("unfinished-*"))) == 1
-    with exclusive(tmp_path):
+    with locked(tmp_path):
         assert not list(tmp_path.glob("unfinished-*"))
         datasets.open_datasets(("tales",), tmp_path)
 
@@ -53,7 +54,7 @@ def test_a_new_version_is_prepared_beside_the_old(
 ) -> None:
     for version in ("1.0.0", "1.1.0"):
         monkeypatch.setitem(datasets.SOURCES, "tales", small_source("tales", 0, version))
-        with exclusive(tmp_path):
+        with locked(tmp_path):
             assert datasets.open_datasets(("tales",), tmp_path)["tales"].version == version
     assert sorted(path.name for path in (tmp_path / "datasets" / "tales").iterdir()) == ["1.0.0", "1.1.0"]
 
@@ -77,7 +78,7 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
 
     with quiet_tfds():
         Letters(data_dir=tmp_path / "datasets", file_format="array_record").download_and_prepare()
-    with exclusive(tmp_path):
+    with locked(tmp_path):
         (opened,) = datasets.open_datasets(("letters:2.0.0",), tmp_path).values()
     dataset = TextDataset.of(opened, "body")
     splits = [[text for block in dataset.texts(split) for text in block] for split in SPLITS]
@@ -88,7 +89,7 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
 
 
 def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with exclusive(tmp_path), pytest.raises(UserError, match="none of the corpora can be had here: moby_dik"):
+    with locked(tmp_path), pytest.raises(UserError, match="no corpus is available here: moby_dik"):
         datasets.open_datasets(("moby_dik",), tmp_path)
     assert "did you mean 'moby_dick'" in caplog.messages[0]
 

@@ -12,7 +12,7 @@ from switchjax.data import datasets
 from switchjax.data.builders import quiet_tfds
 from switchjax.data.datasets import ImageDataset
 from switchjax.data.images import ImageData, shifted_and_flipped
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.splits import SPLITS
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, take
 from tests.data.pictures import CLASSES, SHAPE, pictures
@@ -31,7 +31,7 @@ def augmented(image_config: DataConfig) -> ImageData:
     return ImageData.prepare(image_config)
 
 
-def numbers(batches: list[Batch]) -> list[tuple[str, int]]:
+def numbers(batches: list[HostBatch]) -> list[tuple[str, int]]:
     """Which pictures the rows hold; checks that each has its own label. Rows that fill up are left out."""
     known = {
         image.tobytes(): (split, number, label)
@@ -149,9 +149,9 @@ def test_the_fingerprint_changes_with_any_image(plain: ImageData, image_config: 
 
 
 def test_a_damaged_package_is_refused(image_config: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match="none of the corpora can be had here: scribbles"):
+    with pytest.raises(UserError, match="no corpus is available here: scribbles"):
         ImageData.prepare(dataclasses.replace(image_config, corpora=("scribbles",)))
-    assert "t10k-images-idx3-ubyte.gz is no readable idx file" in caplog.messages[0]
+    assert "t10k-images-idx3-ubyte.gz is not a readable idx file" in caplog.messages[0]
 
 
 def test_a_corrupt_record_names_file_and_index(image_config: DataConfig, tmp_path: Path) -> None:
@@ -207,10 +207,14 @@ def test_a_tfds_dataset_on_disk_is_read_by_name(image_config: DataConfig, tmp_pa
         (
             tfds.features.Tensor(shape=(None, 5, 1), dtype=np.uint8),
             LABEL,
-            r"images of shape \(None, 5, 1\) .* one shape",
+            r"images must be uint8 of one shape, not uint8 of shape \(None, 5, 1\)",
         ),
         (PIXELS, tfds.features.Scalar(np.int64), "holds no images with labels"),
-        (PIXELS, tfds.features.ClassLabel(num_classes=4), "glyphs:2.0.0 differ in the shape of images or in classes"),
+        (
+            PIXELS,
+            tfds.features.ClassLabel(num_classes=4),
+            "glyphs:2.0.0 have different image shapes or different classes",
+        ),
     ],
 )
 def test_refuses_what_is_not_labelled_images_of_one_kind(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from switchjax.data.causal import Causal
 from switchjax.data.objective import Objective
-from switchjax.data.packing import one_chunk_a_row, pack, split_into_chunks
+from switchjax.data.packing import one_chunk_per_row, pack, split_into_chunks
 from switchjax.data.span_corruption import SpanCorruption
 
 T5 = SpanCorruption(0.15, 3.0, 999, 512, 114)
@@ -75,6 +75,6 @@ def test_packing_is_a_function_of_the_generator() -> None:
 
 
 def test_unpacked_rows_hold_one_chunk_each() -> None:
-    rows = one_chunk_a_row(3)
+    rows = one_chunk_per_row(3)
     assert len(rows) == 3
     assert np.diff(rows.offsets).tolist() == [1, 1, 1]

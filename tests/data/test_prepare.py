@@ -17,7 +17,7 @@ def test_the_objective_decides_the_kind(config: DataConfig, image_config: DataCo
 @pytest.mark.parametrize("objective", ["span_corruption", "causal"])
 def test_images_are_no_text(config: DataConfig, image_config: DataConfig, objective: str) -> None:
     both = dataclasses.replace(config, objective=objective, corpora=("tales", "doodles"))
-    with pytest.raises(UserError, match=r"corpus doodles holds images: it needs data\.objective=classification"):
+    with pytest.raises(UserError, match=r"corpus doodles holds images: set data\.objective=classification"):
         prepare_data(both)
 
 

@@ -61,7 +61,7 @@ def test_lists_the_corpora(script: ModuleType, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--corpora=nope"], "error: none of the corpora can be had here: nope"),
+        (["--corpora=nope"], "error: no corpus is available here: nope"),
         (["--corpora=kjv,kjv"], "error: data.corpora names a corpus twice"),
         (["--directory=/dev/null/x"], "error: cannot prepare data in /dev/null/x"),
         (["--objective=bogus"], "error: data.objective: unknown value 'bogus'"),
@@ -79,5 +79,5 @@ def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -
 def test_says_why_a_corpus_is_passed_over(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), f"--directory={tmp_path}", "--corpora=moby_dik"]
     warning, _ = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
-    assert warning.startswith("Corpus moby_dik is passed over: ")
+    assert warning.startswith("Skipping corpus moby_dik: ")
     assert "did you mean 'moby_dick'" in warning

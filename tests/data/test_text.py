@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from switchjax.config import DataConfig, UserError
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, padded, take
 from tests.data.spans import restore
 
 
-def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
+def chunks_of(batch: HostBatch, data: TextData) -> list[tuple[int, ...]]:
     """The tokens of every segment, uncorrupted."""
     chunks = []
     for row in range(len(batch["encoder_tokens"])):
@@ -190,13 +190,13 @@ def test_a_corpus_that_cannot_be_had_is_passed_over(
 ) -> None:
     rates = dataclasses.replace(config, corpora=("lost", "tales"), rates=(0.9, 0.1))
     assert TextData.prepare(rates).corpora == ("tales",)
-    assert caplog.messages == ["Corpus lost is passed over: cannot fetch the own package -1: it is lost"]
+    assert caplog.messages == ["Skipping corpus lost: cannot fetch the own package -1: it is lost"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpora": ("lost",)}, "none of the corpora can be had here: lost"),
+        ({"corpora": ("lost",)}, "no corpus is available here: lost"),
         ({"num_sentinels": 2}, r"num_sentinels=2 is too few: .* 5 spans"),
         ({"encoder_length": 2}, "too short"),
         ({"vocabulary": "nowhere.model"}, "cannot read the vocabulary nowhere.model"),

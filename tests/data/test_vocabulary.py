@@ -120,7 +120,7 @@ def test_a_model_with_other_special_ids_is_renumbered(
 
 def test_a_model_without_eos_is_refused(tmp_path: Path) -> None:
     path = foreign_model(tmp_path, unk_id=0, bos_id=1, eos_id=-1)
-    with pytest.raises(UserError, match="no eos"):
+    with pytest.raises(UserError, match="needs an eos and an unk piece"):
         Vocabulary.load(path, num_sentinels=5)
 
 

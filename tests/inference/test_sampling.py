@@ -7,7 +7,7 @@ import pytest
 
 from switchjax.config import DecodingConfig, UserError
 from switchjax.data.vocabulary import PAD
-from switchjax.inference.sampling import choose, keep_top_k, keep_top_p, writable
+from switchjax.inference.sampling import choose, keep_top_k, keep_top_p, mask_invalid_ids
 
 PROBS = np.array([[0.05, 0.4, 0.2, 0.25, 0.1], [0.5, 0.1, 0.1, 0.2, 0.1]], np.float32)
 LOGITS = jnp.log(PROBS)
@@ -27,7 +27,7 @@ def test_only_the_most_probable_tokens_are_kept() -> None:
 
 
 def test_neither_padding_nor_what_the_vocabulary_has_not_is_written() -> None:
-    logits = writable(LOGITS.astype(jnp.bfloat16), 3)
+    logits = mask_invalid_ids(LOGITS.astype(jnp.bfloat16), 3)
     assert kept(logits) == [[1, 2]] * 2
     assert PAD == 0
     assert logits.dtype == jnp.float32

@@ -53,7 +53,7 @@ def test_passages_that_cannot_be_filled_in_are_refused(encoder_decoder: Pretrain
 
 
 def test_each_family_has_its_way_of_prompting(decoder: Pretrained, encoder_decoder: Pretrained) -> None:
-    with pytest.raises(UserError, match="filling in spans takes an encoder-decoder"):
+    with pytest.raises(UserError, match="filling in spans needs an encoder-decoder"):
         fill_in(decoder, ["<extra_id_0>"], DECODING)
     with pytest.raises(UserError, match="an encoder-decoder fills in spans"):
         complete(encoder_decoder, ["a"], DECODING)

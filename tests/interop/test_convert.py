@@ -178,7 +178,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     config = config_of(tmp_path / "source")
     (tmp_path / "target").mkdir()
     (tmp_path / "target/file").touch()
-    with pytest.raises(UserError, match=r"target is there already"):
+    with pytest.raises(UserError, match=r"target already exists"):
         from_huggingface(tmp_path / "source", tmp_path / "target", config)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
 

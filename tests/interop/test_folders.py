@@ -18,7 +18,7 @@ def test_what_is_written_stays(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a/b"):
         (tmp_path / "a/b/file").touch()
     assert (tmp_path / "a/b/file").exists()
-    with pytest.raises(UserError, match=r"a/b is there already"), new_folder(tmp_path / "a/b"):
+    with pytest.raises(UserError, match=r"a/b already exists"), new_folder(tmp_path / "a/b"):
         raise AssertionError("not reached")
     assert (tmp_path / "a/b/file").exists()
 
@@ -49,7 +49,7 @@ def test_what_failed_is_removed_and_what_was_there_is_not(
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("content")
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"cannot write to|is there already"), new_folder(tmp_path / name):
+    with pytest.raises(UserError, match=r"cannot write to|already exists"), new_folder(tmp_path / name):
         raise AssertionError("not reached")
     assert (tmp_path / "file").read_text() == "content"
     assert (tmp_path / "link").is_symlink()

@@ -29,5 +29,5 @@ def test_stacks_without_a_common_pattern_are_refused(stacks: list[tuple[str, ...
 
 
 def test_a_stack_that_no_step_makes_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no stack of layers moe, dense"):
+    with pytest.raises(UserError, match=r"does not support the layers moe, dense"):
         sparse_step(("moe", "dense"))

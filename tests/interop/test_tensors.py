@@ -39,21 +39,21 @@ def test_the_index_names_each_tensors_file(tmp_path: Path) -> None:
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(UserError, match=r"no model.safetensors .*; pytorch_model.bin is a pickle"):
+    with pytest.raises(UserError, match=r"neither model.safetensors .*; pytorch_model.bin is a pickle"):
         TensorFolder(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", "folder/model.safetensors"])
 def test_an_index_cannot_leave_its_folder(tmp_path: Path, file: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
-    with pytest.raises(UserError, match=r"names files outside of its folder"):
+    with pytest.raises(UserError, match=r"names files outside its folder"):
         TensorFolder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"is no index of safetensors files"):
+    with pytest.raises(UserError, match=r"is not an index of safetensors files"):
         TensorFolder(tmp_path)
 
 

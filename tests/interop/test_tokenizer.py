@@ -56,7 +56,7 @@ def test_settings_that_cannot_be_read_leave_the_tokenizer_aside(
     else:
         (tmp_path / "tokenizer_config.json").write_text(settings)
     assert read_vocabulary(tmp_path) is None
-    assert "tokenizer_config.json does not say how many extra_ids there are; it is kept" in caplog.text
+    assert "tokenizer_config.json gives no valid number of extra_ids; the file is kept" in caplog.text
 
 
 def test_a_vocabulary_survives_the_way_there_and_back(tmp_path: Path, model: bytes) -> None:

@@ -99,7 +99,7 @@ def test_on_a_full_disk_nothing_is_left_in_the_way(
 def test_what_cannot_be_is_refused_before_anything_is_written(config: Config, dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names no layer with experts"):
         upcycle_workdir(dense, tmp_path / "new", changed(config, model={"pattern": ("dense",)}))
-    with pytest.raises(UserError, match=r"dense is there already"):
+    with pytest.raises(UserError, match=r"dense already exists"):
         upcycle_workdir(dense, dense, config)
     with pytest.raises(UserError, match=r"the dense model has no logits"):
         upcycle_workdir(dense, tmp_path / "new", changed(config, model={"tie_embeddings": False}))

@@ -130,14 +130,14 @@ def test_machines_that_stay(sandbox: Sandbox) -> None:
         ("create other.job", {}, "cannot read the job "),
         *(("create my.job", {name: "''"}, f"my.job does not set {name}") for name in SETTINGS),
         ("watch my.job --dry-run", {"ZONE": "''"}, "my.job does not set ZONE"),
-        ("create my.job", {"NAME": "My_Run"}, "NAME=My_Run: small letters"),
+        ("create my.job", {"NAME": "My_Run"}, "NAME=My_Run: use lower-case letters"),
         ("create my.job", {"BUCKET": "gs://my-bucket"}, "without gs://"),
-        ("create my.job", {"SPOT": "maybe"}, "SPOT=maybe: yes or no"),
-        ("create my.job", {"POLL": "0"}, "POLL=0: a positive number"),
-        ("create my.job", {"ATTEMPTS": "x"}, "ATTEMPTS=x: a positive number"),
-        ("setup my.job", {"COMMIT": "nowhere"}, "COMMIT=nowhere: no commit"),
+        ("create my.job", {"SPOT": "maybe"}, "SPOT=maybe: must be yes or no"),
+        ("create my.job", {"POLL": "0"}, "POLL=0: must be a positive number"),
+        ("create my.job", {"ATTEMPTS": "x"}, "ATTEMPTS=x: must be a positive number"),
+        ("setup my.job", {"COMMIT": "nowhere"}, "COMMIT=nowhere: not a commit"),
         ("create my.job", {"TRAIN": "(--workdir=here)"}, "TRAIN must not set --workdir"),
-        ("create my.job", {"TRAIN": "(--config=x"}, "my.job is no bash"),
+        ("create my.job", {"TRAIN": "(--config=x"}, "my.job is not valid bash"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(sandbox: Sandbox, arguments: str, settings: dict[str, str], message: str) -> None:
@@ -260,7 +260,7 @@ def test_setup_without_gcsfuse_says_so(worker: Worker) -> None:
     (worker.sandbox.root.parent / "bin" / "gcsfuse").unlink()
     done = worker.run("setup")
     assert done.returncode == 2
-    assert re.fullmatch(r"error: no gcsfuse on \S+: let PREPARE install it\n", done.stderr)
+    assert re.fullmatch(r"error: no gcsfuse on \S+: set PREPARE to install it\n", done.stderr)
 
 
 def test_prepare_runs_first(worker: Worker) -> None:

@@ -1,9 +1,9 @@
-"""The corpora that the project prepares by itself, from packages that carry real text or images."""
+"""The corpora that the project prepares itself, from packages that contain real text or images."""
 
 from switchjax.data.sources import books, images, reference
-from switchjax.data.sources.source import ImageSource, LabelledImages, PackagedSource, Source
+from switchjax.data.sources.source import ImageSource, LabelledImages, PackagedSource, TextSource
 
-__all__ = ["SOURCES", "ImageSource", "LabelledImages", "PackagedSource", "Source"]
+__all__ = ["SOURCES", "ImageSource", "LabelledImages", "PackagedSource", "TextSource"]
 
 SOURCES: dict[str, PackagedSource] = {
     source.name: source

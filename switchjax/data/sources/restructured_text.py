@@ -1,4 +1,4 @@
-"""Prose out of reStructuredText, as Python's documentation uses it."""
+"""Extracts prose from reStructuredText as Python's documentation uses it."""
 
 import re
 
@@ -32,7 +32,7 @@ def restructured_text(text: str) -> str:
     """The prose of a page, one paragraph a line: no directives, code, tables, targets or inline markup."""
     kept: list[str] = []
     skipped_indent: int | None = None
-    # A directive may follow a heading without the blank line that parts blocks elsewhere.
+    # Blank lines separate blocks, except that a directive may directly follow a heading.
     for block in re.split(r"\n[ ]*\n|\n(?=[ ]*\.\. )", text.expandtabs()):
         lines = [line for line in block.splitlines() if line.strip()]
         if not lines:
@@ -49,7 +49,7 @@ def restructured_text(text: str) -> str:
 
 
 def _prose(lines: list[str]) -> tuple[list[str], bool]:
-    """Paragraphs of one block, and whether what is indented below it is no prose."""
+    """The paragraphs of one block, and whether to skip the blocks indented below it, which are not prose."""
     directive = _DIRECTIVE.match(lines[0])
     if directive:
         return _directive_prose(directive[1], directive[2], lines[1:])
@@ -73,7 +73,7 @@ def _directive_prose(name: str, argument: str, lines: list[str]) -> tuple[list[s
 
 
 def _items(lines: list[str]) -> list[str]:
-    """A block's lines joined, a paragraph a list item; a field's name becomes its opening words."""
+    """Joins a block's lines; each list item becomes a paragraph."""
     joined: list[str] = []
     for line in lines:
         item = re.match(r"(?:[*\-+•]|#\.|\d+[.)]|\|) +(.*)", line)

@@ -1,4 +1,4 @@
-"""What a source is."""
+"""The description of a source: a corpus that is read from a package."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from jaxtyping import Integer, UInt8
 from switchjax.data.packages import Package
 
 Documents = Iterator[tuple[str, str]]
-"""(document id, text) pairs; ids are unique, text is plain, one paragraph a line."""
+"""(document id, text) pairs; ids are unique, text is plain with one paragraph per line."""
 
 
 class LabelledImages(NamedTuple):
-    """Images and their classes."""
+    """Images and the class of each."""
 
     images: UInt8[np.ndarray, "N H W C"]
     labels: Integer[np.ndarray, "N"]
@@ -22,15 +22,15 @@ class LabelledImages(NamedTuple):
 
 @dataclass(frozen=True)
 class PackagedSource:
-    """A corpus that is read out of one package.
+    """A corpus that is read from one package.
 
     Attributes:
-        name: the corpus' name in `data.corpora`.
-        version: raised whenever the package or its reader changes, so that prepared data is made again.
+        name: the corpus's name in `data.corpora`.
+        version: raise it whenever the package or its reader changes, so that data is prepared again.
         description: one line.
-        license: of the content.
-        package: where it comes from.
-        members: regular expression for the archive members that hold the content.
+        license: license of the content.
+        package: the package that contains the corpus.
+        members: regular expression that selects the archive's files with the content.
     """
 
     name: str
@@ -42,11 +42,11 @@ class PackagedSource:
 
 
 @dataclass(frozen=True)
-class Source(PackagedSource):
+class TextSource(PackagedSource):
     """A corpus of text.
 
     Attributes:
-        documents: from the members (name -> content, sorted by name) to documents.
+        documents: reads documents from the selected files (name -> content, sorted by name).
     """
 
     documents: Callable[[Mapping[str, bytes]], Documents]
@@ -57,7 +57,7 @@ class ImageSource(PackagedSource):
     """A corpus of images.
 
     Attributes:
-        splits: from the members to the splits that the corpus comes in.
+        splits: reads the corpus's own splits from the selected files.
         classes: names of the labels 0, 1, ...
     """
 

@@ -1,4 +1,4 @@
-"""What prepared data looks like, for people."""
+"""Describes prepared data in text: tables of sizes, and an example."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from switchjax.data.text import SplitStatistics, TextData
 _SHADES = " .:-=+*#%@"
 
 
-def report(data: TextData | ImageData) -> str:
-    """A table of what the corpora hold, and an example."""
+def describe(data: TextData | ImageData) -> str:
+    """A table of the corpora's sizes, and an example."""
     if isinstance(data, ImageData):
-        return f"{images_table(data)}\n{image_example(data)}"
-    return f"{statistics_table(data.statistics())}\n{text_example(data)}"
+        return f"{_images_table(data)}\n{_image_example(data)}"
+    return f"{_statistics_table(data.statistics())}\n{_text_example(data)}"
 
 
-def statistics_table(statistics: Sequence[SplitStatistics]) -> str:
-    """A line for each split of each corpus, and one for all."""
+def _statistics_table(statistics: Sequence[SplitStatistics]) -> str:
+    """One line for each split of each corpus, and one for the totals."""
     columns = ("documents", "bytes", "tokens", "chunks", "rows", "dropped_chunks", "dropped_tokens")
     lines = [["corpus", "split", *columns]]
     for entry in statistics:
@@ -27,8 +27,8 @@ def statistics_table(statistics: Sequence[SplitStatistics]) -> str:
     return _table(lines)
 
 
-def text_example(data: TextData) -> str:
-    """What the first segment of a validation row reads, where there is an encoder, and what it predicts."""
+def _text_example(data: TextData) -> str:
+    """The encoder's inputs (if any) and the decoder's targets in the first segment of a validation row."""
     batch = next(data.evaluation_batches(data.corpora[0], "validation", limit=1))
     sections = [f"\n{data.corpora[0]}"]
     for title, tokens, stack in (("inputs", "encoder_tokens", "encoder"), ("targets", "decoder_targets", "decoder")):
@@ -38,8 +38,8 @@ def text_example(data: TextData) -> str:
     return "\n\n".join(sections)
 
 
-def images_table(data: ImageData) -> str:
-    """A line for each split of each corpus: its images, and those of each class."""
+def _images_table(data: ImageData) -> str:
+    """One line for each split of each corpus: the number of images, in all and per class."""
     lines = [["corpus", "split", "images", *data.classes]]
     for corpus in data.corpora:
         for split in SPLITS:
@@ -48,8 +48,8 @@ def images_table(data: ImageData) -> str:
     return _table(lines)
 
 
-def image_example(data: ImageData) -> str:
-    """A validation image in letters, as bright as its channels' mean; two letters a pixel are about square."""
+def _image_example(data: ImageData) -> str:
+    """A validation image in characters; each shows the mean of the channels, and two in a row are about square."""
     batch = next(data.evaluation_batches(data.corpora[0], "validation", limit=1))
     levels = batch["images"][0].mean(-1) * len(_SHADES) // 256
     picture = "\n".join("".join(2 * _SHADES[int(level)] for level in line).rstrip() for line in levels)
@@ -57,7 +57,7 @@ def image_example(data: ImageData) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first two to the left."""
+    """Aligns columns: the first two to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
