@@ -10,11 +10,8 @@ from jaxtyping import install_import_hook
 
 pytest_plugins = ("tests.stories", "tests.tiny")
 
-# Before anything imports these packages or starts JAX.
-install_import_hook(
-    [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference", "interop")],
-    "beartype.beartype",
-)
+# Before anything imports the package or starts JAX.
+install_import_hook("switchjax", "beartype.beartype")
 # The scripts that tests start read the variable: libtpu complains where no TPU is.
 if not os.environ.get("JAX_PLATFORMS", "").endswith(",cpu"):  # as tests/test_accelerators.py wants it
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -93,7 +93,7 @@ class TextDataset(Dataset):
     text_feature: str
 
     @classmethod
-    def of(cls, dataset: Dataset, text_feature: str) -> Self:
+    def of(cls, dataset: Dataset, text_feature: str) -> "TextDataset":
         """The documents in the feature `text_feature`; own sources have theirs in `text`.
 
         Raises:
@@ -126,7 +126,7 @@ class ImageDataset(Dataset):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Self:
+    def of(cls, dataset: Dataset) -> "ImageDataset":
         """The examples' features `image` and `label`.
 
         Raises:

@@ -1,7 +1,7 @@
 """What a text model learns from: the seam between text and the arrays of a batch."""
 
 import abc
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Integer
@@ -28,7 +28,7 @@ class Objective(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> "Objective":
         """The objective that `config` describes.
 
         Raises:
