@@ -9,11 +9,13 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import type_checks
+
 pytest_plugins = ("tests.stories", "tests.tiny")
 
 # Before anything imports the package or starts JAX. The room config checks what it is given itself, and has no arrays.
 ROOMS = (path.parent.name for path in Path(__file__).parents[1].glob("switchjax/*/__init__.py"))
-install_import_hook([f"switchjax.{room}" for room in ROOMS if room != "config"], "beartype.beartype")
+install_import_hook([f"switchjax.{room}" for room in ROOMS if room != "config"], f"{type_checks.__name__}.check")
 # The scripts that tests start read the variable: libtpu complains where no TPU is.
 if not os.environ.get("JAX_PLATFORMS", "").endswith(",cpu"):  # as tests/test_accelerators.py wants it
     os.environ["JAX_PLATFORMS"] = "cpu"
