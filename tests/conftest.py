@@ -47,6 +47,16 @@ def forget_compiled_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture
+def optimized_programs() -> Iterator[None]:
+    """XLA compiles with all its optimisations, as it does outside of the tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
 # The first example of each shape compiles, so no deadline; the same examples in every run.
 hypothesis.settings.register_profile("switchjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("switchjax")
