@@ -7,7 +7,7 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "$0")/.."
 . scripts/use_environment.sh
-use_environment dev,plan
+use_environment dev,lm-eval,notebooks,plan
 
 ruff format --check .
 ruff check .

@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import type_checks
+
 pytest_plugins = ("tests.stories", "tests.tiny")
 
-# Before anything imports these packages or starts JAX.
-install_import_hook(
-    [f"switchjax.{room}" for room in ("parallel", "moe", "models", "training", "inference", "interop")],
-    "beartype.beartype",
-)
+# Before anything imports the package or starts JAX. The room config checks what it is given itself, and has no arrays.
+ROOMS = (path.parent.name for path in Path(__file__).parents[1].glob("switchjax/*/__init__.py"))
+install_import_hook([f"switchjax.{room}" for room in ROOMS if room != "config"], f"{type_checks.__name__}.check")
 # The scripts that tests start read the variable: libtpu complains where no TPU is.
 if not os.environ.get("JAX_PLATFORMS", "").endswith(",cpu"):  # as tests/test_accelerators.py wants it
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -43,6 +44,16 @@ def forget_compiled_programs() -> Iterator[None]:
     """Each program that a process has compiled takes some of the memory maps that the system allows it; out of them,
     XLA crashes."""
     yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def optimized_programs() -> Iterator[None]:
+    """XLA compiles with all its optimisations, as it does outside of the tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
 
 

@@ -1,7 +1,7 @@
 """Next-token prediction, for decoder-only models."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Integer
@@ -27,7 +27,7 @@ class Causal(Objective):
     decoder_length: int
 
     @classmethod
-    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> "Causal":
         """See `Objective`; any vocabulary works."""
         del vocabulary
         return cls(config.decoder_length)

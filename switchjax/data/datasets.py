@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -90,7 +90,7 @@ class TextDataset(Dataset):
     text_feature: str
 
     @classmethod
-    def of(cls, dataset: Dataset, text_feature: str) -> Self:
+    def of(cls, dataset: Dataset, text_feature: str) -> "TextDataset":
         """Reads documents from the feature `text_feature`, or from `text` for the project's own sources.
 
         Raises:
@@ -124,7 +124,7 @@ class ImageDataset(Dataset):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Self:
+    def of(cls, dataset: Dataset) -> "ImageDataset":
         """Reads images from the features `image` and `label`.
 
         Raises:

@@ -1,7 +1,7 @@
 """The interface of text objectives: what a model reads and predicts, given a chunk of a document."""
 
 import abc
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Integer
@@ -28,7 +28,7 @@ class Objective(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> "Objective":
         """The objective that `config` describes.
 
         Raises:

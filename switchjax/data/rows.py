@@ -62,7 +62,7 @@ class RowSource:
 
     def __getitem__(self, index: int) -> list[TokenIds]:
         first, last = self._rows.offsets[index : index + 2]
-        return [self._chunk(chunk) for chunk in self._rows.chunks[first:last]]
+        return [self._chunk(chunk) for chunk in self._rows.chunks[first:last].tolist()]
 
     def _chunk(self, chunk: int) -> TokenIds:
         start, with_eos = self._chunks.starts[chunk], self._chunks.with_eos[chunk]

@@ -1,7 +1,7 @@
 """T5's span corruption (Raffel et al. 2020, section 3.1.4) in numpy."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -42,7 +42,7 @@ class SpanCorruption(Objective):
     decoder_length: int
 
     @classmethod
-    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> Self:
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> "SpanCorruption":
         """See `Objective`.
 
         Raises:

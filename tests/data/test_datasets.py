@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -59,7 +60,9 @@ def test_a_new_version_is_prepared_beside_the_old(
     assert sorted(path.name for path in (tmp_path / "datasets" / "tales").iterdir()) == ["1.0.0", "1.1.0"]
 
 
-def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, TextDataset], tmp_path: Path) -> None:
+def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(
+    prepared: dict[str, TextDataset], config: DataConfig, tmp_path: Path
+) -> None:
     # What TFDS itself would have prepared: a name that is not ours, and another text feature.
     class Letters(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("2.0.0")
@@ -86,6 +89,8 @@ def test_a_tfds_dataset_on_disk_is_read_by_name_and_version(prepared: dict[str, 
     assert sorted(text for texts in splits for text in texts) == sorted(story(seed) for seed in range(100))
     with pytest.raises(UserError, match=r"letters:2.0.0 has no 'bodi' .did you mean 'body'"):
         TextDataset.of(opened, "bodi")
+    elsewhere = dataclasses.replace(config, corpora=("letters:2.0.0",), directory=str(tmp_path), text_feature="body")
+    assert TextData.prepare(elsewhere).corpora == ("letters:2.0.0",)
 
 
 def test_an_unknown_name_gets_a_suggestion(sources: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -164,8 +164,10 @@ def test_a_corrupt_record_names_file_and_index(image_config: DataConfig, tmp_pat
         ImageData.prepare(config)
 
 
-def write_glyphs(directory: Path, image: tfds.features.FeatureConnector, label: tfds.features.FeatureConnector) -> None:
-    """What TFDS itself would have prepared."""
+def glyphs(
+    directory: Path, image: tfds.features.FeatureConnector, label: tfds.features.FeatureConnector
+) -> tfds.core.DatasetBuilder:
+    """A TFDS dataset, not prepared yet."""
 
     class Glyphs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("2.0.0")
@@ -182,8 +184,13 @@ def write_glyphs(directory: Path, image: tfds.features.FeatureConnector, label: 
             for number, (pixels, kind) in enumerate(zip(*pictures("train"), strict=True)):
                 yield str(number), {"id": str(number), "image": pixels, "label": int(kind)}
 
+    return Glyphs(data_dir=directory / "datasets", file_format="array_record")
+
+
+def write_glyphs(directory: Path, image: tfds.features.FeatureConnector, label: tfds.features.FeatureConnector) -> None:
+    """What TFDS itself would have prepared."""
     with quiet_tfds():
-        Glyphs(data_dir=directory / "datasets", file_format="array_record").download_and_prepare()
+        glyphs(directory, image, label).download_and_prepare()
 
 
 PIXELS = tfds.features.Tensor(shape=SHAPE, dtype=np.uint8)
@@ -192,11 +199,11 @@ LABEL = tfds.features.ClassLabel(names=list(CLASSES))
 
 def test_a_tfds_dataset_on_disk_is_read_by_name(image_config: DataConfig, tmp_path: Path) -> None:
     write_glyphs(tmp_path, PIXELS, LABEL)
-    glyphs = dataclasses.replace(image_config, corpora=("glyphs:2.0.0",), directory=str(tmp_path), augment=False)
-    data = ImageData.prepare(glyphs)
+    config = dataclasses.replace(image_config, corpora=("glyphs:2.0.0",), directory=str(tmp_path), augment=False)
+    data = ImageData.prepare(config)
     found = [number for split in SPLITS for number in numbers(list(data.evaluation_batches("glyphs:2.0.0", split)))]
     assert sorted(found) == [("train", number) for number in range(60)]
-    both = ImageData.prepare(dataclasses.replace(glyphs, corpora=("glyphs:2.0.0", "doodles"), rates=(3.0, 1.0)))
+    both = ImageData.prepare(dataclasses.replace(config, corpora=("glyphs:2.0.0", "doodles"), rates=(3.0, 1.0)))
     assert both.corpora == ("glyphs:2.0.0", "doodles")
     assert len(numbers(take(both.train_batches(), 4))) == 32
 
@@ -231,10 +238,8 @@ def test_refuses_what_is_not_labelled_images_of_one_kind(
         )
 
 
-def test_says_what_decodes_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": LABEL}
-    builder = type("Builder", (), {"info": type("Info", (), {"features": features})})
-    dataset = datasets.Dataset("mnist", "1.0.0", builder)
+def test_says_what_decodes_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = datasets.Dataset("mnist", "1.0.0", glyphs(tmp_path, tfds.features.Image(shape=(28, 28, 1)), LABEL))
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="mnist holds encoded images: pip install pillow"):
         ImageDataset.of(dataset)

@@ -1,4 +1,4 @@
-"""The harness' adapter, against a stand-in for lm-eval's base class: its real one brings torch along."""
+"""The harness' adapter, against a stand-in for lm-eval's base class, so that it is tested where that is not installed."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""EleutherAI's harness itself, on the task files of `tasks/`, where it is installed (it brings torch along)."""
+"""EleutherAI's harness itself, on the task files of `tasks/`, where the extra `lm-eval` is installed."""
 
 import json
 import os

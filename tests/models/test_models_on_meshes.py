@@ -59,3 +59,12 @@ def test_remat_repeats_the_exchange_unless_its_results_are_kept(remat: str, exch
     counts = count_collectives(compiled)
     assert counts["all-to-all"] == exchanges * 2  # each stack's loop body holds one MoE layer
     assert "all-gather" not in counts
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized_programs")
+def test_optimised_a_train_step_holds_the_same_all_to_alls_and_no_all_gather() -> None:
+    compiled, _ = lower_on((2, 4, 1), CONFIG)
+    counts = count_collectives(compiled)
+    assert counts["all-to-all"] == 4 * 2
+    assert counts.keys() <= {"all-to-all", "all-reduce"}

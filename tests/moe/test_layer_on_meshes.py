@@ -152,3 +152,12 @@ def test_outputs_stay_where_their_tokens_are() -> None:
         y, sums = run(placed, x, mask, None)
     assert y.sharding.is_equivalent_to(x.sharding, y.ndim)
     assert all(value.sharding.spec == PartitionSpec() for value in sums.values())
+
+
+@pytest.mark.usefixtures("optimized_programs")
+def test_optimised_a_layer_holds_the_same_all_to_alls_and_no_all_gather() -> None:
+    layer = make_layer(num_experts=8, expert_dropout=0.1)
+    with on_mesh((2, 4, 1), layer) as (placed, x, mask):
+        counts = count_collectives(run_with_gradients.lower(placed, x, mask, KEY).compile())
+    assert counts.pop("all-to-all") == 4
+    assert counts.keys() <= {"all-reduce"}

@@ -164,7 +164,13 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORDED.read_text())
 
 
-@pytest.mark.parametrize("name", RUNS)
+EVERYDAY = ("st_moe", "mixtral", "sigmoid", "hash", "peer", "lstm", "v_moe", "switch_attention")
+"""One of each family and kind of layer; the others differ in the router."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_ten_steps_give_the_recorded_losses(name: str, recorded: dict[str, Any]) -> None:
     found = train(RUNS[name])
     if recorded["processor"] == processor():
