@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from switchjax.config import DataConfig, UserError, check_choice
-from switchjax.data.rows import Batch, ProcessRows, Row
+from switchjax.data.rows import HostBatch, ProcessRows, Row
 from switchjax.data.splits import SPLITS
 from switchjax.data.vocabulary import Vocabulary
 
@@ -38,7 +38,7 @@ class Data(abc.ABC):
         self.fingerprint = fingerprint
         self._config = config.only(corpora)
 
-    def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[Batch]:
+    def train_batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator[HostBatch]:
         """Endless training batches; every epoch of a corpus has another order and is drawn anew.
 
         The iterator's `get_state()` is small and JSON-able; `set_state()` continues with the very next batch, whatever
@@ -63,7 +63,7 @@ class Data(abc.ABC):
 
     def evaluation_batches(
         self, corpus: str, split: str, limit: int = 0, own: Sequence[int] | None = None
-    ) -> Iterator[Batch]:
+    ) -> Iterator[HostBatch]:
         """One pass over a split, the same whatever the seed of the training is.
 
         Rows come in random order, so that the first few batches are a fair sample.
@@ -87,7 +87,7 @@ class Data(abc.ABC):
         num_batches = -(-len(rows) // self._config.batch_size)
         return self._evaluation_batches(part, min(num_batches, limit or num_batches))
 
-    def _evaluation_batches(self, part: ProcessRows, num_batches: int) -> Iterator[Batch]:
+    def _evaluation_batches(self, part: ProcessRows, num_batches: int) -> Iterator[HostBatch]:
         empty = self._empty_row()
         for batch in range(num_batches):
             indices = map(part.global_index, range(batch * part.num_rows, (batch + 1) * part.num_rows))

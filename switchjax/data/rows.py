@@ -10,7 +10,7 @@ from switchjax.data.objective import Tokens
 from switchjax.data.packing import Chunks, Rows
 from switchjax.data.vocabulary import EOS, PAD
 
-Batch = dict[str, Integer[np.ndarray, "B ..."]]
+HostBatch = dict[str, Integer[np.ndarray, "B ..."]]
 """Text: `encoder_tokens`, `encoder_segments`: [B, encoder_length], of encoder-decoders only; `decoder_inputs`,
 `decoder_targets`, `decoder_segments`: [B, decoder_length]. All int32. Segments of a row are numbered 1, 2, ...; 0 is
 padding. Images: `images`: uint8 [B, H, W, C], `labels`: int32 [B], where -1 is padding."""

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
 from switchjax.config import Config
-from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
-from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.markdown import AIM_HEAD, show_row
 from switchjax.studies.timing import Ratio, interleaved_seconds
-from switchjax.training.loop import Evaluator, train
+from switchjax.training.run import started_run
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 
@@ -59,20 +56,11 @@ def compile_step(config: Config) -> None:
 
 def seconds_to_first_step(config: Config) -> float:
     """From prepared data to the end of the first step of a new run."""
-    ended: list[float] = []
-
-    def note_the_time(config: Config, data: Data, mesh: Mesh) -> Evaluator:
-        def evaluator(model: Model, check: Callable[[], None]) -> dict[str, float]:
-            ended.append(time.perf_counter())
-            return {"neg_log_perplexity": 0.0}
-
-        return evaluator
-
-    first = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        train(first, Path(folder), note_the_time)
-    return ended[0] - started
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, started_run(config, Path(folder)) as run:
+        run.advance()
+        run.settle()
+        return time.perf_counter() - started
 
 
 def benchmark_compile(config: Config, first: Config, repeats: int, report: Callable[[str], None]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from switchjax.accounting.parameters import count_parameters
 from switchjax.config import Config
-from switchjax.inference.evaluation import evaluate_workdir
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.complete_run import complete_run
 from switchjax.studies.markdown import show_row
+from switchjax.training.evaluation import evaluate_workdir
 
 PAIRS = ("glam", "mixtral", "pr-moe", "base", "lstm-moe", "v-moe")
 """Arguments of configs/families.py; the twin of each is named after it, with `-dense`."""

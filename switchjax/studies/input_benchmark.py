@@ -10,19 +10,18 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from switchjax.config import Config, EvaluateConfig, TrainConfig
-from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
-from switchjax.data.rows import Batch
-from switchjax.models.model import Batch as Placed
+from switchjax.data.rows import HostBatch
+from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
+from switchjax.parallel.sharding import place_batch
 from switchjax.studies.markdown import AIM_HEAD, show_row
 from switchjax.studies.timing import Ratio, interleaved_seconds
 from switchjax.training.clock import Clock
-from switchjax.training.loop import Evaluator, place_batch, train
 from switchjax.training.metrics import read_metrics
+from switchjax.training.run import train
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
 
@@ -38,16 +37,16 @@ RUN = TrainConfig(steps=220, log_every=20, checkpoint_every=100)
 class Consumer:
     """A train step and what feeds it, each to be timed alone and both together."""
 
-    batches: grain.DatasetIterator[Batch]
-    place: Callable[[Batch], Placed]
-    compiled: Callable[[TrainState, Placed], tuple[TrainState, Metrics]]
+    batches: grain.DatasetIterator[HostBatch]
+    place: Callable[[HostBatch], Batch]
+    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     state: TrainState
 
     def read(self, count: int) -> list[int]:
         """The tokens of as many batches, which go no further."""
         return [count_tokens(next(self.batches)) for _ in range(count)]
 
-    def step(self, batch: Batch) -> int:
+    def step(self, batch: HostBatch) -> int:
         """One train step; the tokens that it says it has seen."""
         self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
         return int(metrics["tokens"])
@@ -63,20 +62,17 @@ class Consumer:
         return clock.lap()["data_wait_fraction"]
 
 
-def count_tokens(batch: Batch) -> int:
+def count_tokens(batch: HostBatch) -> int:
     """Tokens of a batch of text without padding, as the metrics of a run count them."""
     return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
 
 
 def loop_fraction(config: Config) -> float:
     """What logging, metrics, checkpoints and the loop itself take of the time of the run `RUN`."""
-
-    def make_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
-        return lambda model, check: {"neg_log_perplexity": 0.0}
-
-    config = replace(config, train=RUN, evaluate=EvaluateConfig(every=0))
+    # One evaluation ends the run, after its last record.
+    config = replace(config, train=RUN, evaluate=EvaluateConfig(every=0, batches=1))
     with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), make_evaluator)
+        train(config, Path(folder))
         return fraction_beside_steps(read_metrics(Path(folder), "train")[1:])
 
 

@@ -13,9 +13,9 @@ from switchjax.accounting.utilization import model_flops
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from switchjax.models.families import FAMILIES
 from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.parallel.sharding import place_batch
 from switchjax.studies.markdown import show_row
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
-from switchjax.training.loop import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 

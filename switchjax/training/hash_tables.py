@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.data import Data
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.models.model import Model
 from switchjax.moe.routers.hash import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
@@ -65,7 +65,7 @@ def _fill(leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V
     return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
 
 
-def count_tokens(batches: Iterable[Batch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:
+def count_tokens(batches: Iterable[HostBatch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:
     """How often each id comes before the routers of either stack, sentinels and all, in the first batches.
 
     Args:

@@ -13,7 +13,7 @@ from switchjax.config import DataConfig
 from switchjax.data.data import Data
 from switchjax.data.datasets import TextDataset, open_datasets
 from switchjax.data.directory import exclusive
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.text import TextData
 from tests.data import pictures
 
@@ -48,11 +48,11 @@ def padded(config: DataConfig, **changes: object) -> DataConfig:
     return dataclasses.replace(config, pack=False, **changes)
 
 
-def take(batches: Iterable[Batch], count: int) -> list[Batch]:
+def take(batches: Iterable[HostBatch], count: int) -> list[HostBatch]:
     return list(itertools.islice(batches, count))
 
 
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
+def assert_same(first: list[HostBatch], second: list[HostBatch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
@@ -66,7 +66,7 @@ def divided(processes: int, batch_size: int = 8) -> list[range]:
     return [range(start, start + share) for start in range(0, batch_size, share)]
 
 
-def joined(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
+def joined(shares: Sequence[Sequence[HostBatch]]) -> list[HostBatch]:
     """Batches of the processes as one."""
     return [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -8,7 +8,7 @@ import pytest
 
 from switchjax.config import DataConfig, UserError
 from switchjax.data.causal import Causal
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, take
@@ -24,7 +24,7 @@ def causal(causal_config: DataConfig) -> TextData:
     return TextData.prepare(causal_config)
 
 
-def segments(batch: Batch) -> list[tuple[list[int], list[int]]]:
+def segments(batch: HostBatch) -> list[tuple[list[int], list[int]]]:
     """(inputs, targets) of every segment."""
     inputs, targets, numbers = batch["decoder_inputs"], batch["decoder_targets"], batch["decoder_segments"]
     return [

@@ -12,7 +12,7 @@ from switchjax.data import datasets
 from switchjax.data.builders import quiet_tfds
 from switchjax.data.datasets import ImageDataset
 from switchjax.data.images import ImageData, shifted_and_flipped
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.splits import SPLITS
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, take
 from tests.data.pictures import CLASSES, SHAPE, pictures
@@ -31,7 +31,7 @@ def augmented(image_config: DataConfig) -> ImageData:
     return ImageData.prepare(image_config)
 
 
-def numbers(batches: list[Batch]) -> list[tuple[str, int]]:
+def numbers(batches: list[HostBatch]) -> list[tuple[str, int]]:
     """Which pictures the rows hold; checks that each has its own label. Rows that fill up are left out."""
     known = {
         image.tobytes(): (split, number, label)

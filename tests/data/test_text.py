@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from switchjax.config import DataConfig, UserError
-from switchjax.data.rows import Batch
+from switchjax.data.rows import HostBatch
 from switchjax.data.text import TextData
 from switchjax.data.vocabulary import EOS, PAD
 from tests.data.conftest import assert_resumes, assert_same, divided, joined, padded, take
 from tests.data.spans import restore
 
 
-def chunks_of(batch: Batch, data: TextData) -> list[tuple[int, ...]]:
+def chunks_of(batch: HostBatch, data: TextData) -> list[tuple[int, ...]]:
     """The tokens of every segment, uncorrupted."""
     chunks = []
     for row in range(len(batch["encoder_tokens"])):

@@ -15,11 +15,11 @@ import pytest
 
 from switchjax.config import Config, MeshConfig
 from switchjax.data.text import TextData
-from switchjax.inference.evaluation import evaluate_workdir, perplexity_evaluator
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.loop import train
+from switchjax.training.evaluation import evaluate_workdir
 from switchjax.training.metrics import read_metrics
+from switchjax.training.run import train
 from tests.tiny import changed, losses
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def config(tiny: Config) -> Config:
 def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of the same run in this process, on 8 devices."""
     workdir = tmp_path_factory.mktemp("whole")
-    train(changed(config, mesh={"data": 2, "expert": 4, "emulated_devices": 8}), workdir, perplexity_evaluator)
+    train(changed(config, mesh={"data": 2, "expert": 4, "emulated_devices": 8}), workdir)
     return workdir
 
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_in_one_process_with_more_devices_and_another_mesh(
 ) -> None:
     run = shutil.copytree(two / "run", tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "6")
-    train(changed(config, mesh={"expert": 4, "model": 2, "emulated_devices": 8}), run, perplexity_evaluator)
+    train(changed(config, mesh={"expert": 4, "model": 2, "emulated_devices": 8}), run)
     assert_same_losses(run, whole)
     step, results = evaluate_workdir(config, run, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert step == 6

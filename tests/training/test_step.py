@@ -14,8 +14,7 @@ from switchjax.moe.routers import ROUTERS
 from switchjax.moe.routers.token_choice import route_switch
 from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, linear_router
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
-from switchjax.parallel.sharding import named_leaves
-from switchjax.training.loop import place_batch
+from switchjax.parallel.sharding import named_leaves, place_batch
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, token_losses, train_step
 from tests.tiny import changed
