@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import Config, MeshConfig, ModelConfig, UserError, load_workdir_config
 from switchjax.studies.markdown import find_place, read_tables, write_table
 
@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     flags.command = _command(flags, tables.choices[flags.name])
     if flags.write:
         find_place(flags.write, flags.command)  # refused before anything is measured
+    process_settings.keep_freed_memory()
     flags.table(flags)
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import Config, load_workdir_config
 
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> None:
         if config.mesh.emulated_devices and flags.mesh[0] > 0:
             sizes["emulated_devices"] = math.prod(flags.mesh)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+
+    process_settings.keep_freed_memory()
 
     from switchjax.parallel.joining import joined_processes
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import Config
 from switchjax.training.preemption import exit_at_once
 
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> None:
     flags, config = command.parse_with_config(parser, arguments)
     # While modules are imported, and when all is saved.
     signal.signal(signal.SIGTERM, lambda number, frame: exit_at_once(flags.interrupted_exit_code))
+
+    process_settings.keep_freed_memory()
 
     from switchjax.parallel.joining import joined_processes
 

@@ -10,7 +10,7 @@ import jax
 
 from switchjax.config import UserError
 from switchjax.config.checks import require
-from switchjax.parallel.private_jax import ClusterEnv, cluster_kinds
+from switchjax.parallel.private_jax import ClusterEnv, cluster_kinds, is_kubernetes
 from switchjax.parallel.processes import process_index
 from switchjax.parallel.shutdown import closing_together
 
@@ -92,6 +92,6 @@ def _cluster_size() -> int:
 
 def _worth_asking(cluster: type[ClusterEnv]) -> bool:
     """False for a kind of cluster that JAX would look for in vain, and loudly."""
-    if cluster.name == "k8s":  # any pod looks like a cluster to JAX, but only an indexed job can be one
+    if is_kubernetes(cluster):  # any pod looks like a cluster to JAX, but only an indexed job can be one
         return "JOB_COMPLETION_INDEX" in os.environ
     return "tpu" not in cluster.name or (jax.config.values["jax_platforms"] or "tpu").startswith("tpu")

@@ -4,7 +4,7 @@ JAX exports neither its coordination service, whose client orbax takes from here
 `jax.distributed.initialize` looks for. `tests/parallel/test_private_jax.py` states what is assumed of both.
 """
 
-from jax._src.clusters import ClusterEnv
+from jax._src.clusters import ClusterEnv, K8sCluster
 from jax._src.distributed import global_state
 
 coordination = global_state
@@ -17,3 +17,8 @@ Unlike `jax.process_index()` and `jax.process_count()`, reading it starts no dev
 def cluster_kinds() -> list[type[ClusterEnv]]:
     """The kinds of cluster that `jax.distributed.initialize` looks for without being asked to, in its order."""
     return [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+
+
+def is_kubernetes(kind: type[ClusterEnv]) -> bool:
+    """Whether a kind of cluster is Kubernetes, to which JAX gives no name."""
+    return kind is K8sCluster

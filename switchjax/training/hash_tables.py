@@ -65,7 +65,9 @@ def _fill(leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V
     return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
 
 
-def count_tokens(batches: Iterable[HostBatch], vocab_size: int, at_least: int = _COUNTED_TOKENS) -> Int[np.ndarray, "V"]:
+def count_tokens(
+    batches: Iterable[HostBatch], vocab_size: int, at_least: int = _COUNTED_TOKENS
+) -> Int[np.ndarray, "V"]:
     """How often each id comes before the routers of either stack, sentinels and all, in the first batches.
 
     Args:
