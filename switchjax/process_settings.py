@@ -52,8 +52,7 @@ def hide_repeated_checkpoint_errors() -> None:
     if os.environ.get("SWITCHJAX_SHOW_ALL_ERRORS") == "1":
         return
     for name, pattern in _REPEATED_ERRORS.items():
-        repeated = re.compile(pattern, re.DOTALL)
-        logging.getLogger(name).addFilter(lambda record, repeated=repeated: not repeated.match(record.getMessage()))
+        logging.getLogger(name).addFilter(_AllBut(pattern))
     report = sys.unraisablehook
 
     def report_others(found: Any) -> None:
@@ -61,6 +60,17 @@ def hide_repeated_checkpoint_errors() -> None:
             report(found)
 
     sys.unraisablehook = report_others
+
+
+class _AllBut(logging.Filter):
+    """Passes every message but those that match a pattern."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern, re.DOTALL)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._pattern.match(record.getMessage()) is None
 
 
 def stand_in_for_tpu_metadata() -> None:
