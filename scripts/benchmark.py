@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 
 STUDIES = {
     "layer": "layer_benchmark",
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     called = command_line(f"python scripts/benchmark.py {name}", flags, parser)
     if flags.write:
         find_place(flags.write, called)  # refused before anything is measured
+    process_settings.keep_freed_memory()
     publish(study.measure(flags, command.load_config), called, flags.write, flags.json)
 
 

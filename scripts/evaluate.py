@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import Config, load_workdir_config
 
 
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str]) -> None:
             sizes["emulated_devices"] = math.prod(flags.mesh)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
 
-    from switchjax.parallel.processes import joined_processes
+    process_settings.keep_freed_memory()
+
+    from switchjax.parallel.joining import joined_processes
 
     timeout = config.train.heartbeat_timeout
     with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
@@ -41,9 +43,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(config: Config, flags: Namespace) -> None:
-    from switchjax.inference.evaluation import evaluate_workdir
     from switchjax.parallel.mesh import emulate_devices, make_mesh
     from switchjax.parallel.processes import process_index
+    from switchjax.training.evaluation import evaluate_workdir
 
     emulate_devices(config.mesh)
     step, results = evaluate_workdir(config, flags.workdir, make_mesh(config.mesh), flags.step)

@@ -8,7 +8,7 @@ python scripts/generate.py --workdir=runs/glam --prompt="In the beginning" --met
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import DecodingConfig, MeshConfig, check_seed, load_workdir_config
 
 
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         flags.num_beams,
         flags.length_penalty,
     )
+
+    process_settings.keep_freed_memory()
 
     import jax
 

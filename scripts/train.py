@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchjax import command
+from switchjax import command, process_settings
 from switchjax.config import Config
 from switchjax.training.preemption import exit_at_once
 
@@ -28,7 +28,9 @@ def main(arguments: Sequence[str]) -> None:
     # While modules are imported, and when all is saved.
     signal.signal(signal.SIGTERM, lambda number, frame: exit_at_once(flags.interrupted_exit_code))
 
-    from switchjax.parallel.processes import joined_processes
+    process_settings.keep_freed_memory()
+
+    from switchjax.parallel.joining import joined_processes
 
     timeout = config.train.heartbeat_timeout
     with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
@@ -39,16 +41,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def _train(config: Config, flags: Namespace) -> bool:
     """Whether SIGTERM has stopped the run before its end."""
-    from switchjax.accounting.utilization import step_cost
-    from switchjax.inference.evaluation import perplexity_evaluator
     from switchjax.parallel.mesh import emulate_devices
     from switchjax.parallel.processes import process_index
-    from switchjax.training.loop import train
+    from switchjax.training.run import train
 
     emulate_devices(config.mesh)
     if process_index() == 0:
         print(config.to_json(), flush=True)
-    summary = train(config, flags.workdir, perplexity_evaluator, step_cost, flags.interrupted_exit_code)
+    summary = train(config, flags.workdir, flags.interrupted_exit_code)
     interrupted = bool(summary.get("interrupted"))
     if process_index() == 0:
         if interrupted:

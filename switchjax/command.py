@@ -1,40 +1,29 @@
 """What the scripts share: the config of the command line, log lines, and errors in one line."""
 
 import ast
-import ctypes
 import errno
-import glob
-import logging
-import os
 import sys
 import textwrap
-import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from switchjax.config import OPEN_KEYS, Config, UserError, check_key, suggest, user_cache
+from switchjax import process_settings
+from switchjax.config import OPEN_KEYS, Config, UserError, check_key, suggest
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; bad input ends with one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("switchjax").setLevel(logging.INFO)
-    _quieten_orbax()
-    if not _devices("accel[0-9]*", "vfio/[0-9]*"):
-        # Where there is no TPU, libtpu (installed for planning) would complain that it finds none.
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        if not _devices("nvidia[0-9]*", "kfd"):
-            _keep_freed_memory()
-    _keep_compiled_programs()
+    process_settings.log_to_stderr()
+    process_settings.hide_repeated_checkpoint_errors()
+    process_settings.stand_in_for_tpu_metadata()
+    process_settings.keep_compiled_programs()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -47,59 +36,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _devices(*patterns: str) -> list[str]:
-    return [path for pattern in patterns for path in glob.glob(f"/dev/{pattern}")]
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library (glibc; others are left alone) give what is freed to who asks next, not back to the kernel.
-
-    On the CPU, XLA allocates a program's temporaries as one piece at each call. Returned each time, the kernel clears
-    them page by page at each step: a fifth of a train step, a third with many experts.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):  # whoever starts us has settings of their own
-        return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is None:
-        return
-    set_option(_M_TRIM_THRESHOLD, -1)  # none
-    set_option(_M_MMAP_MAX, 0)  # nothing is a mapping of its own, which goes back when it is freed
-    set_option(_M_ARENA_MAX, 1)  # those of further threads are too small for such pieces
-
-
-def _keep_compiled_programs() -> None:
-    """Has JAX keep what it compiles in the user's cache folder, for the next process that asks for the same.
-
-    JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR where, JAX_ENABLE_COMPILATION_CACHE=false not at all.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    folder = user_cache() / "compiled"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
-    except OSError:
-        return
-    if os.access(folder, os.W_OK):  # JAX would warn of every program that it cannot write
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # Of the hundred small programs of a start, most take less than JAX's limit of a second.
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
-def _quieten_orbax() -> None:
-    """Its remarks, the errors that it raises as well, and what becomes of other reads or writes when one has failed."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-    def report(found: Any) -> None:
-        code = getattr(found.object, "cr_code", None)  # of a read or write that went on when another had failed
-        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-        if not closed and (code is None or "orbax" not in code.co_filename):
-            sys.__unraisablehook__(found)
-
-    sys.unraisablehook = report
 
 
 class _Parser(ArgumentParser):
@@ -115,10 +51,11 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 def add_process_flags(parser: ArgumentParser) -> None:
-    """The flags by which several processes find each other where JAX does not find them: see `joined_processes`."""
+    """The flags by which several processes find each other where JAX does not find them: see `parallel.joining`."""
     help = "of process 0, where several share the work; TPU pods, SLURM, Open MPI and Kubernetes jobs are found"
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=help)
-    parser.add_argument("--process_count", type=int, metavar="N", help="how many they are; 1: this one, in any cluster")
+    count = "number of processes; 1 forces a single process even inside a cluster"
+    parser.add_argument("--process_count", type=int, metavar="N", help=count)
     parser.add_argument("--process_index", type=int, metavar="I", help="which of them this is, from 0")
 
 

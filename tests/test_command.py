@@ -1,8 +1,6 @@
 """The scripts: `--help` at once, and bad input in one line with a non-zero exit, never a traceback."""
 
-import ctypes
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,98 +199,6 @@ def test_a_json_file_that_is_no_config_is_one_line(tmp_path: Path, text: str | N
     with pytest.raises(UserError) as raised:
         command.load_config(str(path))
     assert str(raised.value).startswith(message.format(path=path))
-
-
-def compilation_cache(home: Path, **environment: str) -> list[str]:
-    """Where a script has JAX keep what it compiles, and whether it does."""
-    code = (
-        "from switchjax import command\n"
-        "def main(arguments):\n"
-        "    import jax\n"
-        "    print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)\n"
-        "command.run(main)"
-    )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "XDG_CACHE"))}
-    environment = kept | {"HOME": str(home)} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
-
-
-def test_scripts_keep_compiled_programs_in_the_users_cache_unless_told_otherwise(tmp_path: Path) -> None:
-    default = tmp_path / ".cache" / "switchjax" / "compiled"
-    assert compilation_cache(tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == ["/elsewhere", "True"]
-    assert not default.exists()
-    assert compilation_cache(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[1] == "False"
-    assert compilation_cache(tmp_path) == [str(default), "True"]
-    assert default.stat().st_mode & 0o077 == 0
-
-
-def test_without_a_cache_folder_scripts_run_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / ".cache").write_text("")
-    assert compilation_cache(tmp_path) == ["None", "True"]
-
-
-PIECES = """
-import ctypes, resource
-from switchjax import command
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-
-def main(arguments):
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        piece = libc.malloc(2**28)
-        ctypes.memset(piece, 1, 2**28)
-        libc.free(ctypes.c_void_p(piece))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-command.run(main)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
-def test_memory_that_is_freed_is_not_cleared_by_the_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages that the kernel hands out for a piece of 256 MiB, as XLA asks for at each step, the second time."""
-    assert int(run("-c", PIECES).stdout) < 100
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")  # settings of the user's own
-    assert int(run("-c", PIECES).stdout) > 1000
-
-
-ABANDONED = """
-from switchjax import command
-
-SOURCE = '''
-import types
-
-@types.coroutine
-def wait():
-    yield
-
-async def read():
-    try:
-        await wait()
-    finally:
-        raise ValueError(FILE)
-'''
-
-def main(arguments):
-    for file in ("/site-packages/orbax/reading.py", "/elsewhere.py"):
-        scope = {"FILE": file}
-        exec(compile(SOURCE, file, "exec"), scope)
-        scope["read"]().send(None)
-
-command.run(main)
-"""
-
-
-def test_what_becomes_of_orbaxs_other_reads_is_not_printed() -> None:
-    done = run("-c", ABANDONED)
-    assert done.returncode == 0
-    assert "ValueError: /elsewhere.py" in done.stderr
-    assert "orbax" not in done.stderr
 
 
 @pytest.mark.parametrize("form", ["file", "json"])

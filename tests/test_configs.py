@@ -12,10 +12,9 @@ import pytest
 from switchjax.accounting.accounting import account
 from switchjax.accounting.published import PUBLISHED, TOLERANCE, published_figures
 from switchjax.config import Config, UserError
-from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.models.families import build
 from switchjax.models.parameters import count_trained
-from switchjax.training.loop import train
+from switchjax.training.run import train
 from tests.tiny import losses
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
@@ -112,7 +111,7 @@ def test_the_quickstart_models_meet_a_token_with_the_same_parameters_but_for_the
 @pytest.mark.parametrize("name", MODULES)
 def test_runlocal_trains_two_steps_on_real_data(name: str, tmp_path: Path) -> None:
     config = config_of(name, "runlocal")
-    summary = train(config, tmp_path, perplexity_evaluator)
+    summary = train(config, tmp_path)
     assert summary["steps"] == 2
     assert summary["corpora"] == (["fashion_mnist"] if config.model.family == "vision" else ["kjv"])
     assert set(losses(tmp_path)) == {1, 2}

@@ -26,7 +26,8 @@ ROOMS = (
 )
 """In this order: a room imports itself and those before it."""
 ALLOWED = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)} | {
-    "command": {"command", "config"},
+    "process_settings": {"config"},
+    "command": {"config", "process_settings"},
     "__init__": set(),
 }
 
@@ -67,6 +68,11 @@ def test_a_room_imports_only_itself_and_those_before_it(path: Path) -> None:
 )
 def test_routing_and_dispatch_are_functions_of_arrays_without_flax(name: str) -> None:
     assert not [module for module in imported_modules(PACKAGE / "moe" / f"{name}.py") if module.startswith("flax")]
+
+
+def test_one_module_imports_private_jax() -> None:
+    private = {path.name for path in modules() for name in imported_modules(path) if name.startswith("jax._src")}
+    assert private == {"private_jax.py"}
 
 
 def test_no_module_imports_tensorflow() -> None:

@@ -3,7 +3,7 @@
 from switchjax.config import DataConfig, UserError
 from switchjax.data.images import ImageData
 from switchjax.data.text import TextData
-from switchjax.parallel.processes import exchange, first_then_others
+from switchjax.parallel.processes import all_values, first_then_others
 
 
 def prepare_data(config: DataConfig) -> TextData | ImageData:
@@ -20,7 +20,7 @@ def prepare_data(config: DataConfig) -> TextData | ImageData:
         return ImageData.prepare(config) if config.objective == "classification" else TextData.prepare(config)
 
     data = first_then_others(prepare)
-    first, *others = exchange(f"{', '.join(data.corpora)} ({data.fingerprint})")
+    first, *others = all_values(f"{', '.join(data.corpora)} ({data.fingerprint})")
     for index, other in enumerate(others, 1):
         if other != first:
             raise UserError(f"processes prepared different data: process 0 has {first}, process {index} has {other}")

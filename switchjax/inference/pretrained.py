@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
-from switchjax.inference.evaluation import load_model
 from switchjax.models.families import TextModel
 from switchjax.moe.routers import ROUTERS
 from switchjax.parallel.mesh import check_parameters
+from switchjax.training.evaluation import load_model
 from switchjax.training.workdir import load_vocabulary
 
 

@@ -13,14 +13,14 @@ from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.data.vocabulary import Vocabulary
-from switchjax.inference.evaluation import load_model
 from switchjax.interop.folders import check_new, new_folder
 from switchjax.interop.tokenizer import own_vocabulary
 from switchjax.interop.upcycle import expert_usage, prune, pruned_config, upcycle
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, make_mesh
+from switchjax.parallel.sharding import place_batch
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.loop import place_batch
+from switchjax.training.evaluation import load_model
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.workdir import load_vocabulary, open_workdir, record_run, vocabulary_path
 

@@ -1,25 +1,15 @@
-"""A program in several processes, on one host or many: how they find each other and agree.
+"""What the processes of one program tell each other beside their arrays.
 
-Each process runs the same program over its own devices. JAX makes one set of devices of them all; its coordination
-service, which lives in process 0, carries what they say to each other beside that.
+Each process runs the same program over its own devices, and JAX makes one set of devices of them all
+(`joining.joined_processes`). JAX's coordination service, which lives in process 0, carries their messages.
 """
 
 import itertools
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import jax
-from jax._src import distributed  # where orbax, too, finds the service's client, which JAX does not export
-from jax._src.clusters import ClusterEnv, K8sCluster
+from collections.abc import Callable
+from typing import TypeVar
 
 from switchjax.config import UserError
-from switchjax.config.checks import require
-from switchjax.parallel.shutdown import LastWords, closing_together
-
-_log = logging.getLogger(__name__)
+from switchjax.parallel.private_jax import coordination
 
 _WITHOUT_LIMIT_MS = 2**31 - 1
 """Process 0 may prepare data for days: what ends the wait is its silence (`train.heartbeat_timeout`)."""
@@ -29,99 +19,22 @@ T = TypeVar("T")
 _calls = itertools.count()
 
 
-@contextmanager
-def joined_processes(
-    coordinator: str | None, count: int | None, index: int | None, heartbeat_timeout: int
-) -> Iterator[None]:
-    """Within it, JAX's devices are those of all processes; to be entered before JAX is first used.
-
-    A TPU pod, SLURM, Open MPI and an indexed job of Kubernetes are found by JAX; elsewhere all three of `coordinator`,
-    `count` and `index` say who is there. Where there is nothing to join, nothing is started. An error within ends this
-    process without waiting for the others, which then end as well (`closing_together`).
-
-    Args:
-        coordinator: HOST:PORT of process 0.
-        count: number of processes; 1 alone asks for this process and no other, whatever cluster it is in.
-        index: of this process, from 0.
-        heartbeat_timeout: seconds after which a process that does not answer is taken for dead.
-
-    Raises:
-        UserError: if the three do not fit each other, or the others cannot be joined.
-    """
-    given = _checked(coordinator, count, index)
-    if count == 1 or not (given or _cluster_size() > 1):
-        yield
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=heartbeat_timeout)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
-    if process_index():
-        logging.getLogger("switchjax").setLevel(logging.WARNING)  # process 0 speaks for all
-    with closing_together(LastWords(process_index(), process_count())):
-        yield
-
-
-def _checked(coordinator: str | None, count: int | None, index: int | None) -> dict[str, Any]:
-    """Arguments for `jax.distributed.initialize`; none where it is left to JAX to find them."""
-    if coordinator is None and index is None and count in (None, 1):
-        return {}
-    if coordinator is None or count is None or index is None:
-        raise UserError("--coordinator, --process_count and --process_index belong together")
-    host, _, port = coordinator.rpartition(":")
-    require(bool(host) and port.isdigit(), f"--coordinator must be HOST:PORT of process 0, got {coordinator}")
-    require(count > 0, f"--process_count must be positive, got {count}")
-    require(0 <= index < count, f"--process_index={index} is not one of the {count} processes 0 to {count - 1}")
-    return {
-        "coordinator_address": coordinator,
-        "num_processes": count,
-        "process_id": index,
-        "cluster_detection_method": "deactivate",
-    }
-
-
-def _cluster_size() -> int:
-    """Processes of the cluster that JAX would find; 1 without one.
-
-    All but one kind are found by variables of the environment. The metadata server of a TPU VM is asked only where JAX
-    has found TPU chips, and not under `JAX_PLATFORMS=cpu`.
-    """
-    for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or not _may_be(cluster):
-            continue
-        try:
-            if cluster.is_env_present():
-                return int(cluster.get_process_count())
-        except OSError as error:  # no metadata server: chips outside of Google's cloud
-            _log.warning("no cluster of TPUs: %s", error)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot find out what cluster this is ({str(error).splitlines()[0]}): --process_count=1 asks for none"
-            ) from None
-    return 1
-
-
-def _may_be(cluster: type[ClusterEnv]) -> bool:
-    """False for what JAX would look for in vain, and loudly."""
-    if cluster is K8sCluster:  # any pod looks like a cluster to JAX, but only an indexed job can be one
-        return "JOB_COMPLETION_INDEX" in os.environ
-    return "tpu" not in cluster.name or (jax.config.values["jax_platforms"] or "tpu").startswith("tpu")
-
-
 def process_index() -> int:
-    """Of this process; 0 where there is one only. Unlike `jax.process_index`, starts no device."""
-    return distributed.global_state.process_id
+    """The number of this process, 0 in a single one. Unlike `jax.process_index`, starts no device."""
+    return coordination.process_id
 
 
 def process_count() -> int:
-    """Number of processes. Unlike `jax.process_count`, starts no device."""
-    return distributed.global_state.num_processes
+    """The number of processes. Unlike `jax.process_count`, starts no device."""
+    return coordination.num_processes
 
 
-def exchange(value: str) -> list[str]:
-    """The `value` of every process in their order, once all have called this. All must, and in the same order."""
-    client = distributed.global_state.client
+def all_values(value: str) -> list[str]:
+    """The `value` of every process, in their order; returns once all have called this.
+
+    All must call it, and in the same order as their other calls.
+    """
+    client = coordination.client
     if client is None:
         return [value]
     key = f"switchjax/{next(_calls)}"
@@ -132,7 +45,7 @@ def exchange(value: str) -> list[str]:
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """`function()` in process 0 and, once it has returned there, in the others.
+    """`function()`, called in process 0 first and, once it has returned there, in the others.
 
     So what it makes on a shared disk is made once, and each host with a disk of its own makes its own.
 
@@ -143,10 +56,10 @@ def first_then_others(function: Callable[[], T]) -> T:
         try:
             result = function()
         except UserError as error:
-            exchange(f"error: {error}")
+            all_values(f"error: {error}")
             raise
-        exchange("")
+        all_values("")
         return result
-    if problem := exchange("")[0]:
+    if problem := all_values("")[0]:
         raise UserError(problem.removeprefix("error: "))
     return function()

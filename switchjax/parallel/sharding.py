@@ -189,6 +189,12 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for index in held if index for row in range(*index[0].indices(batch_size))})
 
 
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch laid over the mesh, from the rows of it that this process has read (`process_rows`)."""
+    sharding = NamedSharding(mesh, partition_spec("batch"))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Mesh axes of what an optimiser keeps of a parameter; Adafactor keeps it under the name `field`."""
     spec, whole = list(_update_spec(variable)), variable.shape

@@ -3,11 +3,9 @@
 import dataclasses
 import statistics
 import tempfile
-import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,13 @@ from typing import Annotated
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from switchjax.config import Config, EvaluateConfig
+from switchjax.config import Config
 from switchjax.data.prepare import prepare_data
 from switchjax.parallel.mesh import emulate_devices, make_mesh
-from switchjax.studies.disturbed_run import last_step
 from switchjax.studies.flags import LoadConfig, add_repeats
 from switchjax.studies.report import Figure
 from switchjax.studies.timing import Ratio, interleaved_seconds
-from switchjax.studies.train_to_end import train_to_end
+from switchjax.training.run import started_run
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 
@@ -95,24 +92,12 @@ def compile_step(config: Config) -> None:
 
 
 def seconds_to_first_step(config: Config) -> float:
-    """Seconds from prepared data until a new run records its first step."""
-    train = dataclasses.replace(config.train, steps=1, log_every=1)
-    first = dataclasses.replace(config, train=train, evaluate=EvaluateConfig(batches=1))
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as watching:
-        workdir, over, started = Path(name), threading.Event(), time.perf_counter()
-        recorded = watching.submit(_wait_for_record, workdir, over)
-        try:
-            train_to_end(first, workdir)
-        finally:
-            over.set()
-        return recorded.result() - started
-
-
-def _wait_for_record(workdir: Path, over: threading.Event) -> float:
-    """The time at which a run has recorded a step, or is over."""
-    while not last_step(workdir) and not over.wait(0.01):
-        pass
-    return time.perf_counter()
+    """Seconds from prepared data to the end of the first step of a new run."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, started_run(config, Path(folder)) as run:
+        run.advance()
+        run.settle()
+        return time.perf_counter() - started
 
 
 def _time_starts(first: Config) -> list[float]:

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from switchjax.accounting.accounting import account
 from switchjax.config import Config
-from switchjax.inference.evaluation import evaluate_workdir
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.flags import LoadConfig
 from switchjax.studies.report import Row, number, percent, text
 from switchjax.studies.train_to_end import train_to_end
+from switchjax.training.evaluation import evaluate_workdir
 
 PAIRS = ("glam", "mixtral", "pr-moe", "base", "lstm-moe", "v-moe")
 """Arguments of configs/families.py; the twin of each is named after it, with `-dense`."""

@@ -17,14 +17,14 @@ import numpy as np
 from switchjax.config import Config, EvaluateConfig, TrainConfig
 from switchjax.data.prepare import prepare_data
 from switchjax.data.rows import HostBatch
-from switchjax.models.model import Batch as Placed
+from switchjax.models.model import Batch
 from switchjax.parallel.mesh import emulate_devices, make_mesh, one_at_a_time
+from switchjax.parallel.sharding import place_batch
 from switchjax.studies.flags import LoadConfig, add_repeats
 from switchjax.studies.report import Figure, percent
 from switchjax.studies.timing import Ratio, interleaved_seconds
 from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.clock import Clock
-from switchjax.training.loop import place_batch
 from switchjax.training.metrics import read_metrics
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
@@ -100,8 +100,8 @@ class Consumer:
     """A train step and the text pipeline that feeds it, to be timed alone and together."""
 
     batches: grain.DatasetIterator[HostBatch]
-    place: Callable[[HostBatch], Placed]
-    compiled: Callable[[TrainState, Placed], tuple[TrainState, Metrics]]
+    place: Callable[[HostBatch], Batch]
+    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     state: TrainState
 
     def read(self, count: int) -> list[int]:

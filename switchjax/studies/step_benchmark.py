@@ -16,10 +16,10 @@ from switchjax.accounting.utilization import model_flops
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from switchjax.models.families import FAMILIES
 from switchjax.parallel.mesh import check_fit, emulate_devices, make_mesh
+from switchjax.parallel.sharding import place_batch
 from switchjax.studies.flags import LoadConfig, add_repeats
 from switchjax.studies.report import Row, number, text
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
-from switchjax.training.loop import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 

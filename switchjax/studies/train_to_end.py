@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from switchjax.accounting.utilization import step_cost
 from switchjax.config import Config, UserError
-from switchjax.inference.evaluation import perplexity_evaluator
-from switchjax.training.loop import train
+from switchjax.training.run import train
 
 
 def train_to_end(config: Config, workdir: Path) -> dict[str, Any]:
@@ -16,7 +14,7 @@ def train_to_end(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: as `train`, or if the run was told to stop.
     """
-    summary = train(config, workdir, perplexity_evaluator, step_cost)
+    summary = train(config, workdir)
     if summary.get("interrupted"):
         raise UserError(f"stopped at step {summary['steps']} of {workdir}; the same command resumes")
     return json.loads((workdir / "summary.json").read_text())

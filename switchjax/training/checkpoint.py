@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
-from switchjax.parallel.processes import exchange, first_then_others, process_index
+from switchjax.parallel.processes import all_values, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.parallel.shutdown import another_has_gone
 from switchjax.training.state import StatePlan, TrainState
@@ -180,7 +180,7 @@ class Checkpoints:
         """The newest step that every process can read: damage may be in the part of one of them."""
         passed_over: list[str] = []
         misfit: UserError | None = None
-        steps: list[int] = json.loads(exchange(json.dumps(self._numbered()))[0])
+        steps: list[int] = json.loads(all_values(json.dumps(self._numbered()))[0])
         for step in reversed(steps):
             found, problem = None, ""
             try:
@@ -192,7 +192,7 @@ class Checkpoints:
                 problem = f"checkpoint {step} is not of this run and is passed over: {error}"
             except Exception as error:  # whatever a damaged file makes of the reader
                 problem = f"checkpoint {step} cannot be read and is passed over: {_first_line(error)}"
-            problem = next(filter(None, exchange(problem)), "")
+            problem = next(filter(None, all_values(problem)), "")
             if found is not None and not problem:
                 for message in passed_over:
                     _log.warning(message)

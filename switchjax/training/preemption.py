@@ -1,4 +1,4 @@
-"""SIGTERM, which announces that the machine is taken away: what is worth saving is saved."""
+"""What a run does on SIGTERM, which announces that its machine is taken away: it saves and stops."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ from typing import NoReturn
 
 
 class Preempted(Exception):
-    """SIGTERM has come; raised where work can be dropped half-way."""
+    """SIGTERM has arrived; raised where work can be dropped half-way."""
 
 
 class Preemption:
-    """What SIGTERM does to a run.
+    """Handles SIGTERM in a single process.
 
-    Until there are steps to save it ends the process at once: a start that is cut off is repeated, and a compilation
-    may take longer than the time that is left. Within `deferred` it is only noted, and the loop saves first.
+    While there is nothing to save, SIGTERM ends the process at once: the start can be repeated, and a compilation may
+    take longer than the time that is left. Within `deferred` it only sets `requested`, and the loop saves and stops.
 
     Args:
         exit_code: of a process that is ended at once.
@@ -26,13 +26,13 @@ class Preemption:
     def __init__(self, exit_code: int = 0) -> None:
         self._exit_code = exit_code
         self.requested = False
-        """Whether it has come; the step under way is finished first."""
+        """Whether SIGTERM has arrived; the step under way is finished first."""
         self._deferred = False
         self._lock = threading.Lock()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While there is something to save."""
+        """Within it there is something to save, so SIGTERM does not end the process."""
         with self._lock:
             self._deferred = True
         try:
@@ -41,17 +41,17 @@ class Preemption:
             self._deferred = False
 
     def reached(self, step: int) -> bool:
-        """Whether to stop once `step` steps are taken; to be asked before each."""
+        """Whether to stop after `step` steps; the loop asks before each step."""
         del step
         return self.requested
 
     def check(self) -> None:
-        """Raises `Preempted` once it has come."""
+        """Raises `Preempted` if SIGTERM has arrived."""
         if self.requested:
             raise Preempted
 
     def receive(self) -> None:
-        """Notes it, or ends the process."""
+        """Called when SIGTERM arrives: sets `requested`, or ends the process if nothing can be saved."""
         with self._lock:
             self.requested = True
             if not self._deferred:
@@ -59,9 +59,9 @@ class Preemption:
 
 
 class SharedPreemption(Preemption):
-    """Of several processes: SIGTERM in any of them stops all at the same step, which JAX's service agrees on.
+    """Handles SIGTERM in several processes: JAX's service picks one step after which all of them stop.
 
-    Its handler of SIGTERM is there from when the processes have joined, and only notes that it has come.
+    JAX installs its own handler when the processes join. That handler never ends a process.
     """
 
     def reached(self, step: int) -> bool:
@@ -72,7 +72,7 @@ class SharedPreemption(Preemption):
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends the process where there is nothing to save."""
+    """Ends the process, which has nothing to save."""
     with suppress(OSError):  # of a full disk
         print("stopped: there was nothing to save; the same command resumes", flush=True)
     os._exit(code)

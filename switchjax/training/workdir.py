@@ -13,7 +13,7 @@ from typing import Any
 
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
-from switchjax.parallel.processes import exchange, first_then_others, process_count, process_index
+from switchjax.parallel.processes import all_values, first_then_others, process_count, process_index
 from switchjax.training.metrics import METRICS
 
 _log = logging.getLogger(__name__)
@@ -152,16 +152,16 @@ def exclusive_run(workdir: Path) -> Iterator[None]:
 
 def _check_shared(workdir: Path) -> None:
     """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
-    name = exchange(f".shared.{uuid.uuid4().hex}")[0]
+    name = all_values(f".shared.{uuid.uuid4().hex}")[0]
     problem = ""
     if process_index() == 0:
         try:
             (workdir / name).touch()
         except OSError as error:
             problem = f"cannot write to {workdir}: {error.strerror}"
-    if problem := exchange(problem)[0]:
+    if problem := all_values(problem)[0]:
         raise UserError(problem)
-    seen = exchange(str((workdir / name).exists()))
+    seen = all_values(str((workdir / name).exists()))
     if process_index() == 0:
         (workdir / name).unlink()
     if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
@@ -172,7 +172,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 def _check_same(config: Config) -> None:
-    first, *others = map(Config.from_json, exchange(config.to_json()))
+    first, *others = map(Config.from_json, all_values(config.to_json()))
     for index, other in enumerate(others, 1):
         for key, change in differences(first, other).items():
             if key not in _OF_A_HOST:

@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError, load_workdir_config
-from switchjax.inference.evaluation import evaluate_workdir, load_model
 from switchjax.interop.convert import (
     config_of,
     from_huggingface,
@@ -28,6 +27,7 @@ from switchjax.interop.tensors import TensorFolder, write_tensors
 from switchjax.models.families import build
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
+from switchjax.training.evaluation import evaluate_workdir, load_model
 from tests.interop.examples import (
     FIXTURES,
     MODELS,

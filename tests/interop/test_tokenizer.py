@@ -13,7 +13,6 @@ import sentencepiece
 
 from switchjax.config import Config, MeshConfig
 from switchjax.data.vocabulary import EOS, PAD, Vocabulary, train_vocabulary
-from switchjax.inference.evaluation import load_model
 from switchjax.interop.convert import config_of, from_huggingface, to_huggingface
 from switchjax.interop.tokenizer import (
     export_tokenizer,
@@ -25,6 +24,7 @@ from switchjax.interop.tokenizer import (
     vocabulary_sizes,
 )
 from switchjax.models.model import Model
+from switchjax.training.evaluation import load_model
 from tests.interop.examples import FIXTURES, load_fixture, one_device
 from tests.models.families import FAMILIES
 from tests.stories import story

@@ -9,10 +9,10 @@ import pytest
 
 from switchjax.config import Config, MeshConfig, UserError, load_workdir_config
 from switchjax.data.data import Data
-from switchjax.inference.evaluation import evaluate_workdir, load_model
 from switchjax.interop import workdirs
 from switchjax.interop.workdirs import prune_workdir, upcycle_workdir
 from switchjax.parallel.sharding import named_leaves
+from switchjax.training.evaluation import evaluate_workdir, load_model
 from tests.interop.examples import one_device, random_workdir
 from tests.tiny import changed
 from tests.training.full_disk import full_disk

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from switchjax.training import loop
+from switchjax.training import run
 from tests.jobs.sandbox import ROOT
 
 
@@ -30,7 +30,7 @@ def test_an_interrupted_run_is_not_taken_for_complete(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     summary = {"steps": 3} | ({"interrupted": True} if interrupted else {"evaluation": {}})
-    monkeypatch.setattr(loop, "train", lambda *_: summary)
+    monkeypatch.setattr(run, "train", lambda *_: summary)
     arguments = [
         f"--config={ROOT}/configs/quickstart.py:runlocal",
         f"--workdir={tmp_path}",

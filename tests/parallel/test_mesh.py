@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from switchjax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig, UserError
+from switchjax.parallel import mesh
 from switchjax.parallel.mesh import AXES, check_fit, emulate_devices, make_mesh
 
 FITTING = Config(
@@ -158,3 +159,13 @@ def test_emulated_devices_are_there_when_asked_for_in_time() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "(2, 3, 1)"
+
+
+def test_emulated_devices_are_divided_over_the_processes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "process_count", lambda: 3)
+    updates: list[tuple[str, object]] = []
+    monkeypatch.setattr(jax.config, "update", lambda *update: updates.append(update))
+    emulate_devices(MeshConfig(emulated_devices=12))
+    assert updates == [("jax_num_cpu_devices", 4)]
+    with pytest.raises(UserError, match="emulated_devices=8 are those of all processes, and do not divide over 3"):
+        emulate_devices(MeshConfig(emulated_devices=8))

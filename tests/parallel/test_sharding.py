@@ -20,6 +20,8 @@ from switchjax.parallel.sharding import (
     parameter_shardings,
     parameter_specs,
     partition_spec,
+    place_batch,
+    process_rows,
     sharded_spec,
     unshard,
     with_leaves,
@@ -203,3 +205,11 @@ def test_everything_else_of_an_optimizer_is_on_every_device(shapes: Parameters, 
     for path, shape, spec in layouts(optax.adafactor(1e-3), shapes, mesh):
         if shape in ((), (1,)):  # step counts, and the stand-ins for what is not kept
             assert entries(spec, len(shape)) == (None,) * len(shape), path
+
+
+def test_a_batch_lies_over_data_and_expert_in_the_order_of_its_rows() -> None:
+    mesh, rows = make_mesh(MeshConfig(2, 2, 2)), np.arange(24).reshape(12, 2)
+    assert process_rows(mesh, 12) == list(range(12))
+    placed = place_batch({"rows": rows}, mesh)["rows"]
+    np.testing.assert_array_equal(placed, rows)
+    assert [shard.data[0, 0] for shard in placed.addressable_shards] == [0, 0, 6, 6, 12, 12, 18, 18]

@@ -1,6 +1,5 @@
-"""A process that ends says why, even where it cannot; `tests/training/test_processes.py` has several."""
+"""A process that fails or is stuck says why and ends; `tests/training/test_processes.py` has several."""
 
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,17 +14,31 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_killed_process_has_last_words() -> None:
-    done = run("words = LastWords(1, 2); words.update('computing step 3'); os.kill(os.getpid(), 9)")
-    assert done.returncode == -signal.SIGKILL
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: process 1 of 2 has been killed while computing step 3, or ended by JAX because")
+FAILING = """
+from switchjax.config import UserError
+from switchjax.parallel.private_jax import coordination
+
+coordination.process_id, coordination.num_processes = 1, 2
+class Resource:
+    def close(self): print("closed", flush=True)
+with closing_together(Resource()):
+    raise {error}
+"""
 
 
-def test_one_that_says_why_or_ends_in_order_has_none() -> None:
-    done = run("words = LastWords(0, 2); Watchdog(0).mark('resting'); words.say('enough')")
-    assert done.stderr == "\nerror: process 0 of 2: enough\n"
-    assert run("words = LastWords(0, 2); words.close()").stderr == ""
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("UserError('no\\nroom')", 2, "no room"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+        ("ValueError('odd')", 1, "ValueError: odd"),
+    ],
+)
+def test_one_of_several_that_fails_says_why_closes_and_ends(error: str, code: int, line: str) -> None:
+    done = run(FAILING.format(error=error))
+    assert (done.returncode, done.stdout) == (code, "closed\n")
+    assert done.stderr.endswith(f"\nerror: process 1 of 2: {line}\n")
+    assert ("Traceback" in done.stderr) == (code == 1)
 
 
 def test_what_takes_too_long_ends_the_process_and_what_may_take_any_time_does_not() -> None:

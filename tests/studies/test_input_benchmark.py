@@ -6,10 +6,10 @@ import pytest
 from switchjax.config import Config, TrainConfig
 from switchjax.data.text import TextData
 from switchjax.parallel.mesh import make_mesh
+from switchjax.parallel.sharding import place_batch
 from switchjax.studies import input_benchmark
 from switchjax.studies.input_benchmark import Consumer, InputFigures, count_tokens, fraction_beside_steps
 from switchjax.studies.timing import Ratio
-from switchjax.training.loop import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 from tests.studies.written import check_written, measure

@@ -9,10 +9,9 @@ from switchjax import command
 from switchjax.config import Config
 from switchjax.data.rows import ProcessRows, Row
 from switchjax.data.sources import SOURCES
-from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.parallel.joining import joined_processes
 from switchjax.parallel.mesh import emulate_devices
-from switchjax.parallel.processes import joined_processes
-from switchjax.training.loop import train
+from switchjax.training.run import train
 from tests.stories import small_source
 
 
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     with joined_processes(flags.coordinator, flags.process_count, flags.process_index, timeout):
         emulate_devices(config.mesh)
         workdir = flags.workdir.with_name("own") if flags.own_workdir else flags.workdir
-        train(config, workdir, perplexity_evaluator)
+        train(config, workdir)
 
 
 def spy(path: Path | None, stuck_at: int | None) -> None:

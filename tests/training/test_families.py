@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from switchjax.config import Config, DataConfig, UserError
-from switchjax.inference.evaluation import evaluate_workdir, perplexity_evaluator
 from switchjax.parallel.mesh import make_mesh
-from switchjax.training import loop
+from switchjax.training.evaluation import evaluate_workdir
+from switchjax.training.run import train
 from switchjax.training.workdir import vocabulary_path
 from tests.data import pictures
 from tests.models.families import FAMILIES
@@ -42,9 +42,9 @@ def vision(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 def check_run(config: Config, tmp_path: Path) -> None:
     """Four steps at once are two steps and two more; the evaluation of the workdir is that of the run."""
-    summary = loop.train(config, tmp_path / "whole", perplexity_evaluator)
-    loop.train(changed(config, train={"steps": 2}), tmp_path / "halves", perplexity_evaluator)
-    loop.train(config, tmp_path / "halves", perplexity_evaluator)
+    summary = train(config, tmp_path / "whole")
+    train(changed(config, train={"steps": 2}), tmp_path / "halves")
+    train(config, tmp_path / "halves")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     evaluation = summary["evaluation"]
     assert math.isfinite(evaluation["neg_log_perplexity"])
@@ -69,13 +69,13 @@ def test_an_lstm_learns(decoder: Config, tmp_path: Path) -> None:
     model = dataclasses.replace(FAMILIES["lstm"].model, vocab_size=352)
     moe = dataclasses.replace(FAMILIES["lstm"].moe, group_size=32)
     config = dataclasses.replace(decoder, model=model, moe=moe)
-    loop.train(changed(config, train={"steps": 12}), tmp_path, perplexity_evaluator)
+    train(changed(config, train={"steps": 12}), tmp_path)
     assert losses(tmp_path)[12] < losses(tmp_path)[1]
 
 
 def test_images_of_another_size_or_of_more_classes_are_refused(vision: Config, tmp_path: Path) -> None:
     message = r"tiles: images of \(6, 6, 1\) in 3 classes, but the model is for \(9, 9, 1\) in model.num_classes=3"
     with pytest.raises(UserError, match=message):
-        loop.train(changed(vision, model={"image_size": 9}), tmp_path, perplexity_evaluator)
+        train(changed(vision, model={"image_size": 9}), tmp_path)
     with pytest.raises(UserError, match=r"in model.num_classes=2: set model.image_size"):
-        loop.train(changed(vision, model={"num_classes": 2}), tmp_path, perplexity_evaluator)
+        train(changed(vision, model={"num_classes": 2}), tmp_path)

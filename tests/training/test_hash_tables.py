@@ -10,15 +10,14 @@ import pytest
 
 from switchjax.config import Config, UserError
 from switchjax.data.text import TextData
-from switchjax.inference.evaluation import perplexity_evaluator
 from switchjax.models.families import build
 from switchjax.moe.routers.hash import balanced_table, clustered_table
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
-from switchjax.training import loop
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.hash_tables import count_tokens, with_hash_tables
 from switchjax.training.metrics import read_metrics
+from switchjax.training.run import train
 from switchjax.training.state import plan_state
 from tests.tiny import changed
 
@@ -42,7 +41,7 @@ def balanced(tiny: Config) -> Config:
 def workdir(balanced: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run of two steps with balanced tables."""
     workdir = tmp_path_factory.mktemp("balanced")
-    loop.train(balanced, workdir, perplexity_evaluator)
+    train(balanced, workdir)
     return workdir
 
 
@@ -90,7 +89,7 @@ def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workd
         init_from={"workdir": str(workdir)},
         train={"steps": 1, "seed": 5},
     )
-    loop.train(clustered, tmp_path, perplexity_evaluator)
+    train(clustered, tmp_path)
     vectors = weights_of(balanced, workdir, 2)["embedding/vectors"]
     expected = clustered_table(np.asarray(vectors), 4, 5)
     trained = weights_of(clustered, tmp_path, 1)
@@ -109,4 +108,4 @@ def test_a_table_of_the_same_kind_comes_with_the_experts_that_know_it(
 def test_clusters_need_a_run_to_take_embeddings_from(balanced: Config, tmp_path: Path) -> None:
     config = changed(balanced, moe={"options": {"hash_table": "clustered"}})
     with pytest.raises(UserError, match=r"set init_from\.workdir"):
-        loop.train(config, tmp_path, perplexity_evaluator)
+        train(config, tmp_path)

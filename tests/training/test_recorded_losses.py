@@ -17,7 +17,7 @@ import pytest
 
 from switchjax.config import Config
 from switchjax.parallel.mesh import make_mesh
-from switchjax.training.loop import place_batch
+from switchjax.parallel.sharding import place_batch
 from switchjax.training.state import plan_state
 from switchjax.training.step import lower_train_step
 from tests.models import examples, families

@@ -24,8 +24,7 @@ from switchjax.moe.routing import (
     linear_router,
 )
 from switchjax.parallel.mesh import make_mesh, one_at_a_time
-from switchjax.parallel.sharding import named_leaves
-from switchjax.training.loop import place_batch
+from switchjax.parallel.sharding import named_leaves, place_batch
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, train_step
 from tests.tiny import changed

@@ -17,9 +17,8 @@ from switchjax.data.data import Data
 from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch, Model
 from switchjax.parallel.mesh import check_fit, one_at_a_time
-from switchjax.parallel.sharding import process_rows
+from switchjax.parallel.sharding import place_batch, process_rows
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.loop import Evaluator, place_batch
 from switchjax.training.objective import count_batch, sum_over_targets
 from switchjax.training.state import plan_state
 from switchjax.training.step import Metrics
@@ -28,39 +27,54 @@ from switchjax.training.workdir import vocabulary_path
 _log = logging.getLogger(__name__)
 
 
-def perplexity_evaluator(config: Config, data: Data, mesh: Mesh) -> Evaluator:
-    """A function from a model to its metrics on `config.evaluate.split`.
+class Evaluator:
+    """Measures a model on `config.evaluate.split` of the corpora of a run.
 
-    Its results: `neg_log_perplexity` (mean log-likelihood of a target token, nats) over all corpora together and
-    `neg_log_perplexity/CORPUS` of each; `accuracy`, the share of targets that are the most probable; `target_tokens`;
-    for MoE models `fraction_tokens_dropped` at the evaluation's
-    capacity.
+    Args:
+        config: of the run.
+        data: of the run; a corpus that has nothing in that split is left out with a warning.
+        mesh: of the run.
+
+    Raises:
+        UserError: if no corpus has anything in that split.
     """
-    evaluate = config.evaluate
-    step = jax.jit(partial(_sums, config), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    own = process_rows(mesh, config.data.batch_size)
 
-    def batches(corpus: str) -> Iterator[Batch]:
-        rows = data.evaluation_batches(corpus, evaluate.split, evaluate.batches, own)
-        return (place_batch(batch, mesh) for batch in rows)
+    def __init__(self, config: Config, data: Data, mesh: Mesh) -> None:
+        self._config, self._data, self._mesh = config, data, mesh
+        self._own_rows = process_rows(mesh, config.data.batch_size)
+        self._step = jax.jit(partial(_sums, config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._corpora = [corpus for corpus in data.corpora if next(self._batches(corpus), None) is not None]
+        split = config.evaluate.split
+        for corpus in set(data.corpora) - set(self._corpora):
+            _log.warning("corpus %s has nothing in its %s split: not evaluated", corpus, split)
+        if not self._corpora:
+            raise UserError(f"no corpus has anything in its {split} split")
 
-    corpora = [corpus for corpus in data.corpora if next(batches(corpus), None) is not None]
-    for corpus in set(data.corpora) - set(corpora):
-        _log.warning("corpus %s has nothing in its %s split: not evaluated", corpus, evaluate.split)
-    if not corpora:
-        raise UserError(f"no corpus has anything in its {evaluate.split} split")
+    def __call__(self, model: Model, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Metrics of `model`.
 
-    def evaluator(model: Model, check: Callable[[], None]) -> dict[str, float]:
+        Args:
+            model: laid over the mesh.
+            check: called before each batch; may raise to drop the rest.
+
+        Returns:
+            `neg_log_perplexity` (mean log-likelihood of a target token, nats) over all corpora together and
+            `neg_log_perplexity/CORPUS` of each; `accuracy`, the share of targets that are the most probable;
+            `target_tokens`; for MoE models `fraction_tokens_dropped` at the evaluation's capacity.
+        """
         totals = {}
-        for corpus in corpora:
+        for corpus in self._corpora:
             sums = []
-            for batch in batches(corpus):
+            for batch in self._batches(corpus):
                 check()
-                sums.append(one_at_a_time(step(model, batch)))
+                sums.append(one_at_a_time(self._step(model, batch)))
             totals[corpus] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
         return _results(totals)
 
-    return evaluator
+    def _batches(self, corpus: str) -> Iterator[Batch]:
+        evaluate = self._config.evaluate
+        rows = self._data.evaluation_batches(corpus, evaluate.split, evaluate.batches, self._own_rows)
+        return (place_batch(batch, self._mesh) for batch in rows)
 
 
 def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, dict[str, float]]:
@@ -76,7 +90,7 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
         step, (model, fingerprint) = checkpoints.load_model_and_fingerprint(plan_state(config, mesh), step)
         if fingerprint != data.fingerprint:
             _log.warning("the corpora here are not those that %s was trained on", workdir)
-        return step, perplexity_evaluator(config, data, mesh)(model, lambda: None)
+        return step, Evaluator(config, data, mesh)(model)
 
 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:

@@ -11,9 +11,9 @@ import pytest
 
 from switchjax.config import Config, MeshConfig, UserError
 from switchjax.data.text import TextData
-from switchjax.inference.evaluation import evaluate_workdir, load_model, perplexity_evaluator
 from switchjax.parallel.mesh import make_mesh
 from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.evaluation import Evaluator, evaluate_workdir, load_model
 from switchjax.training.state import TrainState, plan_state
 from switchjax.training.workdir import vocabulary_path
 from tests.tiny import changed
@@ -33,8 +33,8 @@ def state(tiny: Config) -> TrainState:
 def results(tiny: Config, data: TextData, state: TrainState) -> dict[str, float]:
     mesh = make_mesh(tiny.mesh)
     with jax.set_mesh(mesh):
-        evaluator = perplexity_evaluator(tiny, data, mesh)
-        once, again = (evaluator(state.model, lambda: None) for _ in range(2))
+        evaluator = Evaluator(tiny, data, mesh)
+        once, again = (evaluator(state.model) for _ in range(2))
     assert once == again
     return once
 
@@ -66,7 +66,7 @@ def test_a_dense_model_drops_nothing_and_says_nothing_of_it(tiny: Config, data: 
     dense = changed(tiny, model={"pattern": ("dense",)})
     mesh = make_mesh(dense.mesh)
     with jax.set_mesh(mesh):
-        results = perplexity_evaluator(dense, data, mesh)(plan_state(dense, mesh).create().model, lambda: None)
+        results = Evaluator(dense, data, mesh)(plan_state(dense, mesh).create().model)
     assert "fraction_tokens_dropped" not in results
 
 

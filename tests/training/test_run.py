@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from switchjax.accounting import utilization
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.sources import SOURCES
 from switchjax.data.text import TextData
-from switchjax.inference.evaluation import perplexity_evaluator
+from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
-from switchjax.training import loop
+from switchjax.training import run
 from switchjax.training.checkpoint import Checkpoints
-from switchjax.training.clock import StepCost
+from switchjax.training.evaluation import Evaluator
 from switchjax.training.metrics import read_metrics
 from switchjax.training.non_finite import NonFiniteError
+from switchjax.training.run import train
 from switchjax.training.state import plan_state
 from tests.stories import small_source
 from tests.tiny import changed, losses
@@ -34,9 +36,11 @@ from tests.training.test_trace import traced_steps
 
 @pytest.fixture(scope="module")
 def complete(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of an undisturbed run of 6 steps."""
+    """The workdir of an undisturbed run of 6 steps, on devices with a peak of 1e12 FLOP/s."""
     workdir = tmp_path_factory.mktemp("complete")
-    loop.train(tiny, workdir, perplexity_evaluator, lambda config, mesh: StepCost(1e6, 1e12 * mesh.size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utilization, "peak_flops", lambda kind: 1e12)
+        train(tiny, workdir)
     return workdir
 
 
@@ -70,9 +74,9 @@ def test_every_record_holds_the_metrics_that_are_promised(tiny: Config, complete
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
-    loop.train(tiny, tmp_path / "again", perplexity_evaluator)
+    train(tiny, tmp_path / "again")
     assert losses(tmp_path / "again") == losses(complete)
-    loop.train(changed(tiny, train={"seed": 1, "steps": 2}), tmp_path / "other", perplexity_evaluator)
+    train(changed(tiny, train={"seed": 1, "steps": 2}), tmp_path / "other")
     assert losses(tmp_path / "other")[2] != losses(complete)[2]
 
 
@@ -80,42 +84,42 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint_bit_for_bit_traced_or_not
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
     short = changed(tiny, train={"steps": 3, "trace_first_step": 2, "trace_steps": 5})
-    loop.train(short, tmp_path, perplexity_evaluator)
+    train(short, tmp_path)
     assert traced_steps(tmp_path) == {"step_2": [2, 3]}
-    loop.train(tiny, tmp_path, perplexity_evaluator)
+    train(tiny, tmp_path)
     assert losses(tmp_path) == losses(complete)
 
 
 def test_a_complete_run_started_again_does_nothing_but_say_so(tiny: Config, complete: Path) -> None:
     before = (complete / "metrics.jsonl").read_text()
-    assert loop.train(tiny, complete, perplexity_evaluator)["steps"] == 6
+    assert train(tiny, complete)["steps"] == 6
     assert (complete / "metrics.jsonl").read_text() == before
 
 
 def test_another_config_is_refused_with_the_key_that_differs(tiny: Config, complete: Path) -> None:
     with pytest.raises(UserError, match=r"moe\.num_experts: 4 -> 8"):
-        loop.train(changed(tiny, moe={"num_experts": 8}), complete, perplexity_evaluator)
+        train(changed(tiny, moe={"num_experts": 8}), complete)
 
 
 def test_what_does_not_change_a_step_may_change_and_a_start_that_failed_leaves_nothing_in_the_way(
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
-    assert loop.train(changed(tiny, train={"log_every": 2}), complete, perplexity_evaluator)["steps"] == 6
+    assert train(changed(tiny, train={"log_every": 2}), complete)["steps"] == 6
     with pytest.raises(UserError, match="unknown value 'swich'"):
-        loop.train(changed(tiny, moe={"router": "swich"}), tmp_path, perplexity_evaluator)
-    assert loop.train(changed(tiny, train={"steps": 1}), tmp_path, perplexity_evaluator)["steps"] == 1
+        train(changed(tiny, moe={"router": "swich"}), tmp_path)
+    assert train(changed(tiny, train={"steps": 1}), tmp_path)["steps"] == 1
 
 
 def test_other_data_is_refused_and_leaves_the_vocabulary_of_the_run(tiny: Config, tmp_path: Path) -> None:
     short = changed(tiny, train={"steps": 1})
-    loop.train(short, tmp_path, perplexity_evaluator)
+    train(short, tmp_path)
     before = (tmp_path / "vocabulary.model").read_bytes()
     # As on a machine where one of the corpora cannot be had.
     config_path = tmp_path / "config.json"
     fewer = changed(tiny, data={"corpora": ("tales",)})
     config_path.write_text(fewer.to_json())
     with pytest.raises(UserError, match="corpora or vocabulary have changed"):
-        loop.train(fewer, tmp_path, perplexity_evaluator)
+        train(fewer, tmp_path)
     assert (tmp_path / "vocabulary.model").read_bytes() == before
 
 
@@ -126,28 +130,26 @@ def test_a_run_keeps_to_the_corpora_that_it_was_begun_with(
     data = {"corpora": ("lost", "tales"), "rates": (0.9, 0.1), "directory": str(tmp_path / "data")}
     config = changed(tiny, data=data, train={"steps": 1})
     workdir = tmp_path / "run"
-    loop.train(config, workdir, perplexity_evaluator)
+    train(config, workdir)
     saved = load_workdir_config(workdir).data
     assert (saved.corpora, saved.rates) == (("tales",), (0.1,))
 
     monkeypatch.setitem(SOURCES, "lost", small_source("lost", 2000))  # it is found
     longer = changed(config, train={"steps": 2})
-    assert loop.train(longer, workdir, perplexity_evaluator)["corpora"] == ["tales"]
+    assert train(longer, workdir)["corpora"] == ["tales"]
     assert list(losses(workdir)) == [1, 2]
     assert f"{workdir} was begun without lost, and goes on so" in caplog.messages
-    assert loop.train(longer, tmp_path / "other", perplexity_evaluator)["corpora"] == ["lost", "tales"]
+    assert train(longer, tmp_path / "other")["corpora"] == ["lost", "tales"]
 
     with pytest.raises(UserError, match=r"data\.rates: \(0\.1,\) -> \(0\.2,\)"):
-        loop.train(changed(longer, data={"rates": (0.8, 0.2)}), workdir, perplexity_evaluator)
+        train(changed(longer, data={"rates": (0.8, 0.2)}), workdir)
     with pytest.raises(UserError, match=r"it was trained with data\.corpora=\('lost', 'tales'\)"):
-        loop.train(
-            changed(longer, data={"corpora": ("tales",), "rates": (0.1,)}), tmp_path / "other", perplexity_evaluator
-        )
+        train(changed(longer, data={"corpora": ("tales",), "rates": (0.1,)}), tmp_path / "other")
 
 
 def test_the_objective_is_not_changed_half_way(tiny: Config, complete: Path) -> None:
     with pytest.raises(UserError, match=r"train\.z_loss_weight"):
-        loop.train(changed(tiny, train={"z_loss_weight": 0.5}), complete, perplexity_evaluator)
+        train(changed(tiny, train={"z_loss_weight": 0.5}), complete)
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +164,14 @@ def wild(tiny: Config) -> Config:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(wild: Config, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step 2: not finite: loss .* parameters .*: model|step 2: .*: \w+/"):
-        loop.train(wild, tmp_path, perplexity_evaluator)
+        train(wild, tmp_path)
     assert Checkpoints(tmp_path).steps() == [1]
 
 
 def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing(wild: Config, tmp_path: Path) -> None:
     skipping = changed(wild, train={"non_finite": "skip", "max_skipped_steps": 2})
     with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row were skipped before it"):
-        loop.train(skipping, tmp_path, perplexity_evaluator)
+        train(skipping, tmp_path)
     assert [record["skipped_steps"] for record in read_metrics(tmp_path, "train")] == [0, 1, 2]
     checkpoints, plan = Checkpoints(tmp_path), plan_state(wild, make_mesh(wild.mesh))
     assert checkpoints.steps() == [1, 2, 3]
@@ -179,31 +181,31 @@ def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing
         np.testing.assert_array_equal(third[name], leaf, err_msg=name)
     # The count goes on where it was, and the answer may change.
     with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row"):
-        loop.train(skipping, tmp_path, perplexity_evaluator)
+        train(skipping, tmp_path)
     with pytest.raises(NonFiniteError, match=r"step 4: .*; checkpoints of earlier steps are intact"):
-        loop.train(wild, tmp_path, perplexity_evaluator)
+        train(wild, tmp_path)
 
 
 @pytest.mark.parametrize(("every", "step"), [(3, 3), (0, 6)], ids=["on the way", "at the end"])
 def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
-    tiny: Config, complete: Path, tmp_path: Path, every: int, step: int
+    tiny: Config, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int
 ) -> None:
-    def make_evaluator(config: Config, data: TextData, mesh: object) -> loop.Evaluator:
-        def evaluator(model: object, check: Callable[[], None]) -> dict[str, float]:
+    class Terminated(Evaluator):
+        def __call__(self, model: Model, check: Callable[[], None]) -> dict[str, float]:
             os.kill(os.getpid(), signal.SIGTERM)
             for _ in range(1000):
                 check()
                 time.sleep(0.01)
             raise AssertionError("SIGTERM was not noticed")
 
-        return evaluator
-
     config = changed(tiny, evaluate={"every": every})
-    for _ in range(2):  # the second does nothing but begin the evaluation again
-        assert loop.train(config, tmp_path, make_evaluator) == {"steps": step, "interrupted": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Evaluator", Terminated)
+        for _ in range(2):  # the second does nothing but begin the evaluation again
+            assert train(config, tmp_path) == {"steps": step, "interrupted": True}
     assert Checkpoints(tmp_path).steps()[-1] == step
     assert read_metrics(tmp_path, "evaluate") == []
-    assert loop.train(config, tmp_path, perplexity_evaluator)["evaluation"]["neg_log_perplexity"] < 0
+    assert train(config, tmp_path)["evaluation"]["neg_log_perplexity"] < 0
     expected = read_metrics(complete, "evaluate")
     assert read_metrics(tmp_path, "evaluate") == (expected if every else expected[1:])
     assert losses(tmp_path) == losses(complete)
@@ -212,7 +214,7 @@ def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
 def test_a_run_whose_records_are_lost_is_complete_all_the_same(tiny: Config, complete: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(complete, tmp_path / "copy")
     (workdir / "metrics.jsonl").unlink()
-    summary = loop.train(tiny, workdir, perplexity_evaluator)
+    summary = train(tiny, workdir)
     assert summary == json.loads((workdir / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["loss"] is summary["tokens_per_second"] is None
@@ -221,14 +223,14 @@ def test_a_run_whose_records_are_lost_is_complete_all_the_same(tiny: Config, com
 
 def test_weights_are_taken_from_another_run(tiny: Config, complete: Path, tmp_path: Path) -> None:
     continued = changed(tiny, init_from={"workdir": str(complete)}, train={"steps": 1})
-    loop.train(continued, tmp_path, perplexity_evaluator)
+    train(continued, tmp_path)
     assert losses(tmp_path)[1] < losses(complete)[1]
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tiny: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        loop.train(tiny, tmp_path / "file" / "workdir", perplexity_evaluator)
+        train(tiny, tmp_path / "file" / "workdir")
 
 
 def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes]:

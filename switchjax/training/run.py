@@ -1,0 +1,310 @@
+"""The run: start or resume, then step, log, evaluate and save until the last step."""
+
+import dataclasses
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from switchjax.accounting.utilization import step_cost
+from switchjax.config import Config, UserError
+from switchjax.data.data import Data
+from switchjax.data.images import ImageData
+from switchjax.data.prepare import prepare_data
+from switchjax.models.model import Batch
+from switchjax.models.parameters import count_trained
+from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
+from switchjax.parallel.processes import all_values, first_then_others, process_index
+from switchjax.parallel.sharding import place_batch, process_rows
+from switchjax.parallel.shutdown import Watchdog, closing_together
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.clock import Clock, device_memory
+from switchjax.training.evaluation import Evaluator
+from switchjax.training.hash_tables import with_hash_tables
+from switchjax.training.metrics import MetricsWriter, Progress, read_metrics
+from switchjax.training.non_finite import SkippedSteps
+from switchjax.training.preemption import Preempted, preemption
+from switchjax.training.state import StatePlan, TrainState, plan_state
+from switchjax.training.step import Metrics, lower_train_step
+from switchjax.training.trace import Trace
+from switchjax.training.workdir import (
+    exclusive_run,
+    load_vocabulary,
+    open_workdir,
+    record_run,
+    vocabulary_path,
+    with_corpora,
+    write_summary,
+)
+
+_log = logging.getLogger(__name__)
+
+CompiledStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def train(config: Config, workdir: Path, interrupted_exit_code: int = 0) -> dict[str, Any]:
+    """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
+
+    SIGTERM, to any of several processes, saves a checkpoint and returns early; while there is nothing to save, it ends
+    the process.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        interrupted_exit_code: of the process, where SIGTERM ends it.
+
+    Returns:
+        What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
+        it has reached.
+
+    Raises:
+        UserError: if the config does not fit the devices, the data or what `workdir` holds, if `workdir` cannot be
+            written (a full disk) or another process trains in it, or (`NonFiniteError`) the loss is no longer finite.
+    """
+    with started_run(config, workdir, interrupted_exit_code) as run:
+        return run.train()
+
+
+@contextmanager
+def started_run(config: Config, workdir: Path, interrupted_exit_code: int = 0) -> Iterator["TrainingRun"]:
+    """A run that is ready for its next step, closed in the end. Arguments and errors are those of `train`."""
+    with (
+        ExitStack() as held,
+        closing_together(TrainingRun(config, workdir, held, interrupted_exit_code)) as run,
+    ):
+        yield run
+
+
+class TrainingRun:
+    """A run on its way. The constructor is the start, in the order in which things happen.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        held: takes what the run holds until it is over: the workdir's lock, SIGTERM, the mesh in context.
+        interrupted_exit_code: as in `train`.
+    """
+
+    def __init__(self, config: Config, workdir: Path, held: ExitStack, interrupted_exit_code: int = 0) -> None:
+        # 1. The mesh and the model's shapes: what cannot work is refused before anything is written.
+        mesh = make_mesh(config.mesh)
+        check_fit(config, mesh)
+        plan = plan_state(config, mesh)
+
+        # 2. The workdir, which the first process locks for all, and the data.
+        config = open_workdir(workdir, config)
+        first_then_others(lambda: process_index() or held.enter_context(exclusive_run(workdir)))
+        self._stop = held.enter_context(preemption(interrupted_exit_code))
+        data = prepare_data(config.data)
+        # The corpora that were found are recorded: one that is missing today may be there when the run is resumed.
+        config = with_corpora(config, data.corpora)
+        plan = dataclasses.replace(plan, config=config)
+        _check_data(config, data)
+        held.enter_context(jax.set_mesh(mesh))
+        self._clock = Clock(step_cost(config, mesh))
+        self._batches = data.train_batches(process_rows(mesh, config.data.batch_size))
+
+        # 3. The state: from the newest checkpoint, or else with the weights of init_from, or else fresh.
+        self._checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        restored = self._checkpoints.restore_latest(plan, data.fingerprint)
+        self._skipped = SkippedSteps()
+        if restored is None:
+            self.state = _initial_state(config, plan, data)
+        else:
+            self.state, saved = restored
+            self._batches.set_state(saved["iterator"])
+            self._skipped = SkippedSteps(**saved.get("skipped", {}))
+            _log.info("resuming %s from step %d", workdir, int(self.state.step))
+        self.step = int(self.state.step)
+
+        # 4. The program. Nothing speaks against the run any more, so it is recorded.
+        self._compiled: CompiledStep | None = None
+        if self.step < config.train.steps:
+            record_run(workdir, config, data.vocabulary)
+            self._compiled = _compile(config, plan, mesh)
+            all_values("compiled")  # the first to enter a step would give up waiting for the others after a while
+
+        self.config, self.workdir, self._data, self._mesh = config, workdir, data, mesh
+        self._writer = MetricsWriter(workdir, self.step)
+        self._progress = Progress(self.step, config.train.steps)
+        self._watchdog = Watchdog(config.train.step_timeout)
+        self._trace = Trace(workdir, config.train)
+        self._evaluated = _last_evaluation(workdir)
+        # Metrics of steps that the devices may still be working on.
+        self._pending: deque[tuple[int, Metrics]] = deque()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are taken and the last is evaluated."""
+        return self.step >= self.config.train.steps and self._evaluated == self.step
+
+    def train(self) -> dict[str, Any]:
+        """Takes the steps that are left, evaluates and saves on the way, and returns what `train` does."""
+        if self.complete:
+            return self._finish()
+        every, last = self.config.train.checkpoint_every, self.config.train.steps
+        # On real devices the next step is dispatched before the metrics of the last one are waited for.
+        in_flight = 0 if jax.default_backend() == "cpu" else 1
+        evaluator = Evaluator(self.config, self._data, self._mesh)
+        self._clock.lap()
+        with self._stop.deferred():
+            self._evaluate_if_due(evaluator)  # what SIGTERM had cut short
+            while self.step < last and not self._stop.reached(self.step):
+                with self._trace.step(self.step + 1):
+                    self.advance()
+                    self.settle(in_flight)
+                self._trace.stop_after(self.step, self.state)
+                self._checkpoints.check()
+                self._evaluate_if_due(evaluator)
+                if self.step % every == 0 and self.step < last:
+                    self._save()
+            self._trace.close()
+            self._save()
+            self._checkpoints.wait()
+        return self._finish() if self.complete else {"steps": self.step, "interrupted": True}
+
+    def advance(self) -> None:
+        """Takes one step; does not wait for the devices to finish it."""
+        assert self._compiled is not None, "the run is complete"
+        self._watchdog.mark(f"reading the batch of step {self.step + 1}")
+        with self._clock.measure("data_wait"):
+            batch = next(self._batches)
+        self._watchdog.mark(f"computing step {self.step + 1}")
+        with self._clock.measure("step"):
+            self.state, metrics = one_at_a_time(self._compiled(self.state, place_batch(batch, self._mesh)))
+        self.step += 1
+        self._pending.append((self.step, metrics))
+
+    def settle(self, keep: int = 0) -> None:
+        """Waits for all steps but the last `keep`, logs them, and refuses or counts what is not finite."""
+        train = self.config.train
+        while len(self._pending) > keep:
+            step, metrics = self._pending.popleft()
+            with self._clock.measure("step"):
+                values = jax.device_get(metrics)
+            norms, finite = values.pop("gradient_norms"), bool(values.pop("finite"))
+            skipped = self._skipped.count(step, finite, values, norms, train)
+            if skipped:
+                self._progress.say(skipped)
+            if train.non_finite == "skip":
+                values["skipped_steps"] = self._skipped.total
+            self._clock.count_step(int(values["tokens"]))
+            shown = None
+            if step % train.log_every == 0 or step == train.steps:
+                speed = self._clock.lap()
+                with self._clock.measure("logging"):
+                    self._writer.write("train", step, values | speed | device_memory())
+                shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{speed['tokens_per_second']:.0f}"}
+            self._progress.update(step, shown)
+
+    def _evaluate_if_due(self, evaluator: Evaluator) -> None:
+        """Evaluates the present parameters after the steps for which `config.evaluate` asks for it.
+
+        SIGTERM cuts it short: then it is done when the run is resumed.
+        """
+        every, last = self.config.evaluate.every, self.config.train.steps
+        due = self.step >= last or (every and self.step and self.step % every == 0)
+        if not due or self._evaluated == self.step:
+            return
+        self.settle()
+        self._watchdog.mark(None)
+        with self._clock.measure("evaluation"):
+            try:
+                results = evaluator(self.state.model, self._stop.check)
+            except Preempted:
+                return
+            self._writer.write("evaluate", self.step, results)
+            self._evaluated = self.step
+            self._progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
+
+    def _save(self) -> None:
+        """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
+        self.settle()
+        self._watchdog.mark(None)
+        with self._clock.measure("checkpoint"):
+            data = {
+                "iterator": self._batches.get_state(),
+                "fingerprint": self._data.fingerprint,
+                "skipped": dataclasses.asdict(self._skipped),
+            }
+            self._checkpoints.save(self.state, data, self.config)
+
+    def _finish(self) -> dict[str, Any]:
+        """Writes and returns `summary.json`; a value is null where no record tells it, as after fewer steps than
+        `train.log_every`."""
+        self._checkpoints.wait()
+        if process_index():
+            return {"steps": self.step}
+        train, evaluate = read_metrics(self.workdir, "train"), read_metrics(self.workdir, "evaluate")
+        last = evaluate[-1] if evaluate else {}
+        summary = {
+            "steps": self.step,
+            "parameters": count_trained(self.state.model),
+            "corpora": list(self._data.corpora),
+            "devices": self._mesh.size,
+            "loss": train[-1]["loss"] if train else None,
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in train) if train else None,
+            "evaluation": {name: value for name, value in last.items() if name not in ("kind", "step")},
+        }
+        write_summary(self.workdir, summary)
+        return summary
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written and closes the files."""
+        self._watchdog.close()
+        with closing(self._progress), closing(self._writer), closing(self._trace):
+            self._checkpoints.close()
+
+
+def _check_data(config: Config, data: Data) -> None:
+    """Refuses data of more ids or classes, or of other images, than the model has been built for."""
+    model = config.model
+    if data.vocabulary is not None and data.vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the vocabulary has {data.vocabulary.size} ids, model.vocab_size={model.vocab_size} is too small"
+        )
+    if isinstance(data, ImageData):
+        wanted = (model.image_size, model.image_size, model.image_channels)
+        if data.image_shape != wanted or data.num_classes > model.num_classes:
+            raise UserError(
+                f"{', '.join(data.corpora)}: images of {data.image_shape} in {data.num_classes} classes, but the model "
+                f"is for {wanted} in model.num_classes={model.num_classes}: set model.image_size, model.image_channels"
+            )
+
+
+def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
+    state = plan.create()
+    model = state.model
+    if config.init_from.workdir:
+        source = Path(config.init_from.workdir)
+        vocabulary = data.vocabulary
+        if vocabulary is not None and load_vocabulary(source, config).fingerprint != vocabulary.fingerprint:
+            raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
+        with closing(Checkpoints(source)) as checkpoints:
+            _, model = checkpoints.load_model(plan, config.init_from.step)
+    return TrainState(state.step, with_hash_tables(model, config, data), state.opt_state)
+
+
+def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> CompiledStep:
+    """The train step, compiled ahead of its first batch; says how long that took and what memory a device needs."""
+    started = time.perf_counter()
+    compiled = lower_train_step(config, plan, mesh).compile()
+    _log.info("compiled the train step in %.1f s", time.perf_counter() - started)
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        state, temporary = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
+        _log.info("memory of a device: %.1f MB of state and batch, %.1f MB of temporaries", state, temporary)
+    return compiled
+
+
+def _last_evaluation(workdir: Path) -> int:
+    """The step of the last evaluation that is recorded; process 0, which has the records, tells all."""
+    records = read_metrics(workdir, "evaluate") if process_index() == 0 else []
+    return int(all_values(str(max((record["step"] for record in records), default=0)))[0])
