@@ -1,4 +1,4 @@
-"""The harness' adapter, against a stand-in for lm-eval's base class, so that it is tested where that is not installed."""
+"""The harness' adapter, with a stand-in for lm-eval's base class: it is tested where lm-eval is not installed, too."""
 
 import importlib
 import sys
