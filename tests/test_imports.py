@@ -56,12 +56,11 @@ def test_a_room_imports_only_itself_and_those_before_it(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "slots",
+        "capacity",
         "gather",
         "dispatch",
         "losses",
         "routing",
-        "choice",
         "ragged",
         *(f"routers/{path.stem}" for path in (PACKAGE / "moe" / "routers").glob("[a-z]*.py")),
     ],

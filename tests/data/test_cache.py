@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from switchjax.data.cache import UnusableCache, cached
-from switchjax.data.directory import exclusive
+from switchjax.data.cache import cached
+from switchjax.data.directory import locked
 
 NAME = Path("tokens") / "tales"
 
@@ -13,7 +13,7 @@ NAME = Path("tokens") / "tales"
 def load(path: Path) -> str:
     text = (path / "text").read_text()
     if text == "damaged":
-        raise UnusableCache("it does not hold what was written")
+        raise ValueError("it does not hold what was written")
     return text
 
 
@@ -31,12 +31,12 @@ class Writer:
 
 def test_it_is_made_once_and_again_where_it_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write = Writer()
-    with exclusive(tmp_path):
+    with locked(tmp_path):
         assert [cached(tmp_path, NAME, load, write) for _ in range(2)] == ["made 1", "made 1"]
         assert not caplog.messages
         (tmp_path / NAME / "text").write_text("damaged")
         assert cached(tmp_path, NAME, load, write) == "made 2"
-    assert caplog.messages == [f"{NAME} is made again: it does not hold what was written"]
+    assert caplog.messages == [f"rebuilding {NAME}, which is damaged: ValueError('it does not hold what was written')"]
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["tales"]
 
 
@@ -45,8 +45,8 @@ def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
         Writer()(path)
         raise OSError("disk full")
 
-    with exclusive(tmp_path):
+    with locked(tmp_path):
         with pytest.raises(OSError, match="disk full"):
             cached(tmp_path, NAME, load, fail)
         assert not (tmp_path / NAME).exists()
-        assert not list(tmp_path.glob("unfinished-*"))
+        assert not list(tmp_path.glob("unfinished*"))

@@ -4,10 +4,10 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from switchjax.studies.layouts import LAYOUTS
 
 from switchjax.config import Config, UserError
 from switchjax.planning.layout_picture import draw_layouts, layout_arrays
+from switchjax.studies.layout_study import LAYOUTS
 from tests.test_configs import config_of
 
 SVG = "{http://www.w3.org/2000/svg}"
