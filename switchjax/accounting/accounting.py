@@ -13,7 +13,7 @@ from switchjax.accounting.training_cost import six_nd
 from switchjax.accounting.weights import Weight, layer_weights, list_weights, slots_per_sequence
 from switchjax.config import Config, Layer
 from switchjax.config.model import GATED, ROUTED
-from switchjax.models.scan_periods import find_runs
+from switchjax.models.scan_periods import scan_periods
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import AXIS_RULES, partition_spec, sharded_spec
 
@@ -207,7 +207,7 @@ def _kept(config: Config, stack: str, layer: Layer) -> _Kept:
 def _activation_bytes(config: Config, mesh: Mapping[str, int]) -> int:
     numbers = 0
     for stack, length in config.stack_lengths.items():
-        for run in find_runs(config.layers(stack)):
+        for run in scan_periods(config.layers(stack)):
             kept = [_kept(config, stack, layer) for layer in run.period]
             period = sum(layer.whole + layer.sliced // mesh[MODEL] for layer in kept)
             # Recomputed, a period keeps its input alone, and one at a time all the rest.

@@ -112,7 +112,7 @@ def test_a_first_save_compiles_next_to_nothing(tiny: Config, state: TrainState, 
 
 def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
     stored = Checkpoints(workdir).shapes(3)
-    assert stored["model/encoder/runs/0/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
+    assert stored["model/encoder/1/ff/experts/w_in"] == (4, 16, 32)
     assert stored["step"] == ()
 
 
@@ -166,7 +166,7 @@ def damage(workdir: Path, step: int) -> None:
 
 def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
     wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
-    with pytest.raises(UserError, match=r"w_in is \(1, 16, 32\) there and \(1, 16, 64\) here"):
+    with pytest.raises(UserError, match=r"model/decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here"):
         Checkpoints(workdir).load_model(wider)
 
 
