@@ -16,13 +16,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
-from switchjax.config.formats import FORMAT, format_of
 from switchjax.models.model import Model
+from switchjax.models.parameter_paths import names_by_layer
 from switchjax.parallel.processes import exchange, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.parallel.shutdown import another_has_gone
 from switchjax.training.checkpoint_arrays import Wanted, read_stacked, unstacked, with_shardings
-from switchjax.training.checkpoint_names import MIGRATIONS, StoredArray, StoredArrays, exact_sources, matching_sources
+from switchjax.training.checkpoint_names import StoredArrays, current_names, exact_sources, matching_sources, parameters
 from switchjax.training.state import StatePlan, TrainState
 from switchjax.training.workdir import check_same_run, with_corpora
 
@@ -80,11 +80,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
+        arrays = unstacked(config, named_leaves(state))
         with self._writing():
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(unstacked(config, named_leaves(state))),
+                    state=ocp.args.PyTreeSave(arrays),
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(config.to_saved()),
                 ),
@@ -267,31 +268,29 @@ class Checkpoints:
         Raises:
             UserError: naming the first array that is missing, has another shape or is one too many.
         """
-        return with_leaves(plan.shapes, self._restore_exactly(step, plan, plan.shapes, plan.shardings))
+        return self._restore_exactly(step, plan, plan.shapes, plan.shardings, self._stored(step))
 
     def restore_model(self, step: int, plan: StatePlan) -> Model:
         """The model of a step alone, without its optimiser.
 
         Raises:
-            UserError: naming the first parameter that is missing or has another shape.
+            UserError: naming the first parameter that is missing, has another shape or is one too many.
         """
-        shapes, shardings = {"model": plan.shapes.model}, {"model": plan.shardings.model}
-        return with_leaves(shapes, self._restore_exactly(step, plan, shapes, shardings))["model"]
+        return self._restore_exactly(
+            step, plan, plan.shapes.model, plan.shardings.model, parameters(self._stored(step))
+        )
 
-    def _restore_exactly(self, step: int, plan: StatePlan, shapes: Any, shardings: Any) -> dict[str, jax.Array]:
-        wanted, complete = with_shardings(shapes, shardings), shapes is plan.shapes
-        sources = exact_sources(plan.config, wanted, self._stored(step), complete, f"checkpoint {step}")
-        return read_stacked(wanted, sources, partial(self._restore_arrays, step), {})
+    def _restore_exactly(self, step: int, plan: StatePlan, shapes: Any, shardings: Any, stored: StoredArrays) -> Any:
+        wanted = with_shardings(shapes, shardings)
+        sources = exact_sources(plan.config, wanted, stored, f"checkpoint {step}")
+        return with_leaves(shapes, read_stacked(wanted, sources, partial(self._restore_arrays, step), {}))
 
     def _restore_matching(self, step: int, plan: StatePlan, model: Model) -> tuple[Model, set[str]]:
-        wanted = with_shardings({"model": plan.shapes.model}, {"model": plan.shardings.model})
-        stored = {name: array for name, array in self._stored(step).items() if name.startswith("model/")}
+        wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
         saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
         sources = matching_sources(plan.config, wanted, stored, saved, found)
-        fresh = {"model": model}
-        leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(fresh))
-        taken = {name.removeprefix("model/") for name in names_by_layer(plan.config, wanted) if name in stored}
-        return with_leaves(fresh, leaves)["model"], taken
+        leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
+        return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
 
     def _restore_arrays(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
         arguments = ocp.args.PyTreeRestore(
@@ -300,12 +299,7 @@ class Checkpoints:
         return self._restore_item(step, "state", arguments)
 
     def _stored(self, step: int) -> StoredArrays:
-        """The arrays of a checkpoint, under the names of this version's format."""
-        tree, saved = self._manager.item_metadata(step)["state"].tree, self._saved_config(step)
-        arrays = {name: StoredArray(name, tuple(leaf.shape)) for name, leaf in tree.items()}
-        for number in range(format_of(saved), FORMAT):
-            arrays = MIGRATIONS[number](Config.from_saved(saved), arrays)
-        return arrays
+        return current_names(self._manager.item_metadata(step)["state"].tree, self._saved_config(step))
 
     def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
         # The manager would wait for the other processes, which may have failed where this one has not.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from switchjax.config import Config, UserError
+from switchjax.config.formats import FORMAT, format_of
 from switchjax.models.parameter_paths import names_by_layer, parameter_paths
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,28 @@ MIGRATIONS: dict[int, Callable[[Config, StoredArrays], StoredArrays]] = {0: _fro
 """Older format -> what gives arrays their names in the next format; the config is the checkpoint's."""
 
 
+def current_names(arrays: Mapping[str, Any], saved: Mapping[str, Any]) -> StoredArrays:
+    """The arrays of a checkpoint under the names of this version's format.
+
+    Args:
+        arrays: what has their shapes, under the names in the checkpoint.
+        saved: the checkpoint's config, as it is saved.
+
+    Raises:
+        UserError: as `Config.from_saved`.
+    """
+    stored = {name: StoredArray(name, tuple(array.shape)) for name, array in arrays.items()}
+    for number in range(format_of(saved), FORMAT):
+        stored = MIGRATIONS[number](Config.from_saved(saved), stored)
+    return stored
+
+
+def parameters(stored: StoredArrays) -> StoredArrays:
+    """The arrays of a checkpoint's model, under their names in it."""
+    model = "model/"
+    return {name.removeprefix(model): array for name, array in stored.items() if name.startswith(model)}
+
+
 def _layers(config: Config, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Each array in memory, its names by layer, and the shape of a layer."""
     for name, path in parameter_paths(config, leaves).items():
@@ -59,20 +82,17 @@ def _layers(config: Config, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tu
         yield name, path.by_layer, shape[1:] if path.layers else shape
 
 
-def exact_sources(
-    config: Config, leaves: Mapping[str, Any], stored: StoredArrays, complete: bool, found: str
-) -> Sources:
-    """Where a checkpoint of this very model holds some arrays.
+def exact_sources(config: Config, leaves: Mapping[str, Any], stored: StoredArrays, found: str) -> Sources:
+    """Where a checkpoint of this very model holds its arrays.
 
     Args:
         config: of the run.
         leaves: the arrays in memory, or their shapes.
         stored: the arrays of the checkpoint.
-        complete: whether `leaves` are all that a checkpoint has.
         found: what messages call the checkpoint.
 
     Raises:
-        UserError: naming the first array that is missing, has another shape or, if they are all, is one too many.
+        UserError: naming the first array that is missing, has another shape or is one too many.
     """
     sources: Sources = {}
     for name, layers, shape in _layers(config, leaves):
@@ -85,7 +105,7 @@ def exact_sources(
                 )
         sources[name] = [stored[layer] for layer in layers]
     surplus = min(stored.keys() - names_by_layer(config, leaves), default=None)
-    if complete and surplus is not None:
+    if surplus is not None:
         raise UserError(f"{found} does not fit the config: it has {surplus} besides")
     return sources
 

@@ -61,5 +61,5 @@ def test_rows_of_a_vocabulary_go_by_their_ids() -> None:
 def test_parameters_without_a_place_are_named() -> None:
     config = changed(pattern=("moe_dense",))
     shapes = named_leaves(jax.eval_shape(lambda: build(config, jax.random.key(0))))
-    with pytest.raises(UserError, match=r"no place for .*encoder/0/extra"):
+    with pytest.raises(UserError, match=r"no place for .*decoder/0/extra"):
         match(config, t5_table(config.model), shapes)

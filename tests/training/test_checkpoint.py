@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError
+from switchjax.models.parameter_paths import parameter_paths
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
@@ -166,7 +167,7 @@ def damage(workdir: Path, step: int) -> None:
 
 def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
     wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
-    with pytest.raises(UserError, match=r"model/decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here"):
+    with pytest.raises(UserError, match=r"decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here"):
         Checkpoints(workdir).load_model(wider)
 
 
@@ -248,3 +249,47 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match=r"cannot use .*checkpoints for checkpoints"):
         Checkpoints(tmp_path, keep=2)
+
+
+def named_layers(config: Config, model: object) -> dict[str, np.ndarray]:
+    """The parameters of a model by layer."""
+    leaves = named_leaves(model)
+    return {
+        layer: np.asarray(leaves[name][position] if path.layers else leaves[name])
+        for name, path in parameter_paths(config, leaves).items()
+        for position, layer in enumerate(path.by_layer)
+    }
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param({"num_encoder_layers": 6}, id="deeper"),
+        pytest.param({"pattern": ("moe",)}, id="another pattern"),
+    ],
+)
+def test_another_model_takes_the_layers_that_it_has_too(
+    model: dict[str, object],
+    workdir: Path,
+    tiny: Config,
+    state: TrainState,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = changed(tiny, model=model, train={"seed": 1})
+    plan = plan_state(config, make_mesh(config.mesh))
+    fresh = plan.create().model
+    with caplog.at_level(logging.INFO, "switchjax"):
+        started, taken = Checkpoints(workdir).load_matching(plan, fresh)
+    there, here, before = named_layers(tiny, state.model), named_layers(config, started), named_layers(config, fresh)
+    assert taken == there.keys() & here.keys()
+    assert "encoder/1/ff/experts/w_in" in taken
+    for name, leaf in here.items():
+        np.testing.assert_array_equal(leaf, there[name] if name in taken else before[name], err_msg=name)
+    for leaf, sharding in zip(jax.tree.leaves(started), jax.tree.leaves(plan.shardings.model), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for message in (
+        f"takes {len(taken)} parameters of checkpoint 3",
+        f"leaves {len(there.keys() - taken)} parameters of checkpoint 3",
+        f"makes {len(here.keys() - taken)} parameters new: encoder/",
+    ):
+        assert message in caplog.text
