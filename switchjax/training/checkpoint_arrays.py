@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Shaped
 
 from switchjax.config import Config
@@ -161,7 +161,10 @@ def _to_read(leaf: jax.ShapeDtypeStruct, source: StoredArray) -> jax.ShapeDtypeS
     sharding = leaf.sharding
     if len(source.shape) < len(leaf.shape):
         spec = _trailing_spec(sharding, len(leaf.shape), len(source.shape))
-        sharding = _on_host(NamedSharding(sharding.mesh, spec if source.layer is None else PartitionSpec(None, *spec)))
+        sharding = NamedSharding(sharding.mesh, spec if source.layer is None else PartitionSpec(None, *spec))
+        if sharding.is_fully_replicated:  # one copy serves all devices of this process
+            sharding = SingleDeviceSharding(sharding.mesh.local_devices[0])
+        sharding = _on_host(sharding)
     return jax.ShapeDtypeStruct(source.stored_shape, leaf.dtype, sharding=sharding)
 
 

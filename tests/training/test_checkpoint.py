@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError
+from switchjax.config.formats import FORMAT
 from switchjax.models.parameter_paths import parameter_paths
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import StatePlan, TrainState, plan_state
+from tests.models.families import FAMILIES
 from tests.tiny import changed
+from tests.training.make_fixture import FIXTURES
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,14 @@ def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
         Checkpoints(workdir, keep=2).restore_latest(gated, "text")
 
 
+def test_a_surplus_parameter_is_named(workdir: Path, tiny: Config) -> None:
+    unbiased = plan_state(changed(tiny, model={"positions": "rotary"}), make_mesh(tiny.mesh))
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has decoder/bias/bias besides"):
+        Checkpoints(workdir).load_model(unbiased)
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has model/decoder/bias/bias besides"):
+        Checkpoints(workdir, keep=2).restore_latest(unbiased, "text")
+
+
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7 .* \[2, 3\]"):
         Checkpoints(workdir).load_model(plan, 7)
@@ -290,6 +301,21 @@ def test_another_model_takes_the_layers_that_it_has_too(
     for message in (
         f"takes {len(taken)} parameters of checkpoint 3",
         f"leaves {len(there.keys() - taken)} parameters of checkpoint 3",
-        f"makes {len(here.keys() - taken)} parameters new: encoder/",
+        f"makes {len(here.keys() - taken)} parameters new: ",
     ):
         assert message in caplog.text
+
+
+def test_a_model_of_other_sizes_is_not_started_from(workdir: Path, tiny: Config, state: TrainState) -> None:
+    wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
+    message = r"decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here; its sizes are model.d_ff=32: set those"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(workdir).load_matching(wider, state.model)
+
+
+def test_a_model_without_a_parameter_in_common_is_not_started_from(state: TrainState) -> None:
+    vision = FAMILIES["v_moe"]
+    with pytest.raises(UserError, match="it has none of the model's parameters, such as "):
+        Checkpoints(FIXTURES / f"format_{FORMAT}" / "peer").load_matching(
+            plan_state(vision, make_mesh(vision.mesh)), state.model
+        )

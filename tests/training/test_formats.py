@@ -52,7 +52,7 @@ def test_a_model_is_evaluated_and_started_from_on_another_mesh(
     written: Path, tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = load_workdir_config(written)
-    config = changed(saved, mesh={"data": 1, "expert": 2}, data={"directory": tiny.data.directory})
+    config = changed(saved, mesh={"data": 4, "expert": 2}, data={"directory": tiny.data.directory})
     step, metrics = evaluate_workdir(config, written, make_mesh(config.mesh))
     assert step == 4
     # Untrained, it is some 6.2; what the run has learnt is there.
