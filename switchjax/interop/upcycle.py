@@ -65,7 +65,8 @@ def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArra
 
 def _by_layer(model: Model, config: Config) -> dict[str, Array]:
     """The parameters of each layer."""
-    leaves, parts = named_leaves(model), {}
+    leaves = named_leaves(model)
+    parts: dict[str, Array] = {}
     for name, path in parameter_paths(config, leaves).items():
         layers = leaves[name] if path.layers else [leaves[name]]
         parts |= dict(zip(path.by_layer, layers, strict=True))

@@ -52,7 +52,7 @@ def parameter_paths(
         names: of arrays in memory.
         attributes: what stacks call their scanned periods, and these their layers.
     """
-    scanned = {}
+    scanned: dict[tuple[str, ...], tuple[tuple[int, ...], int]] = {}
     for stack in config.model.stacks:
         first = 0
         for scan, (period, repeats) in enumerate(scan_periods(config.layers(stack))):

@@ -6,6 +6,7 @@ and no device holds a layer beside its stack.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ class _HostCopy:
         for shard in array.addressable_shards:
             bounds = self._bounds(shard.index)
             if bounds not in self._shards:  # other devices hold the same
-                self._shards[bounds] = np.asarray(shard.data)
+                # Pinned memory is fast to copy to, NumPy views it, and the device's array keeps no copy of it.
+                self._shards[bounds] = np.asarray(jax.device_put(shard.data, _on_host(shard.data.sharding)))
 
     def _bounds(self, index: Index) -> tuple[tuple[int, int], ...]:
         return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
@@ -46,13 +48,13 @@ class _HostCopy:
         for bounds, shard in self._shards.items():
             pairs = list(zip(wanted, bounds, strict=True))
             if all(low <= start and stop <= high for (start, stop), (low, high) in pairs):
-                # The ellipsis makes an array, not a scalar, of an array without dimensions.
-                return shard[(*(slice(start - low, stop - low) for (start, stop), (low, _) in pairs), ...)]
+                part = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
+                return np.asarray(shard[part])  # NumPy makes a scalar of an array without dimensions
         raise KeyError(index)
 
     def layer(self, position: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
         """A part of what stands at a position along the first axis; None: of the whole array."""
-        return self[index] if position is None else self[(slice(position, position + 1), *index)][0, ...]
+        return self[index] if position is None else self[(slice(position, position + 1), *index)].squeeze(0)
 
 
 def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -60,11 +62,11 @@ def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.
     arrays = {}
     for stack, path in parameter_paths(config, leaves).items():
         leaf, copy = leaves[stack], _HostCopy(leaves[stack])
+        shape = leaf.shape[1:] if path.layers else leaf.shape
+        sharding = _sharding_to_write(leaf, shape)
         for position, name in enumerate(path.by_layer):
             layer = position if path.layers else None
-            shape = leaf.shape[1:] if path.layers else leaf.shape
-            sharding = _sharding_to_write(leaf, shape)
-            arrays[name] = make_array(shape, sharding, lambda index, copy=copy, layer=layer: copy.layer(layer, index))
+            arrays[name] = make_array(shape, sharding, partial(copy.layer, layer))
     return arrays
 
 

@@ -126,7 +126,8 @@ def matching_sources(
         UserError: naming the first parameter that has another shape, or if there is none of the same name.
     """
     sources: Sources = {}
-    taken, new = [], []
+    taken: list[str] = []
+    new: list[str] = []
     for name, layers, shape in _layers(config, leaves):
         for layer in layers:
             if layer in stored and stored[layer].shape != shape:
