@@ -11,7 +11,7 @@ from math import prod
 
 from switchjax.accounting.traced_model import TracedWeight, trace_model
 from switchjax.config import Config
-from switchjax.models.scan_periods import find_runs
+from switchjax.models.scan_periods import scan_periods
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import partition_spec, sharded_spec
 
@@ -164,7 +164,7 @@ def _activation_bytes(config: Config, weights: Sequence[TracedWeight], mesh: Map
     numbers = sum(_kept(config, weight, mesh) * (1 if recomputed else weight.layers) for weight in layers)
     if recomputed:  # a period keeps its input alone, and one at a time all the rest
         for stack, length in config.stack_lengths.items():
-            periods = sum(run.repeats for run in find_runs(config.layers(stack)))
+            periods = sum(run.repeats for run in scan_periods(config.layers(stack)))
             numbers += length * config.model.d_model * periods
     return numbers * _local_rows(config, mesh) * _BYTES[config.model.dtype]
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from switchjax.config.checks import UserError, require, suggest
 from switchjax.config.data import DataConfig
+from switchjax.config.formats import FORMAT, migrate
 from switchjax.config.layers import KINDS, Layer
 from switchjax.config.model import ModelConfig
 from switchjax.config.moe import MoEConfig
@@ -123,7 +124,21 @@ class Config:
             values = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"the config is not valid JSON: {error}") from None
-        return cls.from_dict(values)
+        require(isinstance(values, dict), f"config must hold keys and values, got {values!r}")
+        return cls.from_saved(values)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_saved`; also reads what older formats saved.
+
+        Raises:
+            UserError: as `from_dict`, or for an unknown format.
+        """
+        return cls.from_dict(migrate(values))
+
+    def to_saved(self) -> dict[str, Any]:
+        """The format number and sections of plain values: what config.json and checkpoints hold."""
+        return {"format": FORMAT, **self.to_dict()}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Sections of plain values."""
@@ -135,7 +150,7 @@ class Config:
 
     def to_json(self) -> str:
         """The resolved config as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(self.to_saved(), indent=2) + "\n"
 
 
 def check_key(key: str) -> None:

@@ -116,7 +116,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class InitFromConfig:
-    """Where a new run takes its weights from; an empty `workdir` means random initialisation."""
+    """Where a new run takes its weights from; an empty `workdir` means random initialisation.
+
+    It takes parameters of the same name by layer (`encoder/3/ff/experts/w_in`), whatever the depth and the pattern
+    there, and makes the others new; the log tells which.
+    """
 
     workdir: str = ""
     step: int = -1

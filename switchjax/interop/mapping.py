@@ -11,8 +11,9 @@ from jaxtyping import Int, Shaped
 from switchjax.config import Config, UserError
 from switchjax.interop.family import LOGITS, VECTORS, Table
 from switchjax.interop.layouts import Layout, axis_sizes
-from switchjax.interop.places import Place, place_of
 from switchjax.interop.tensors import TensorFolder
+from switchjax.models.parameter_paths import ParameterPath, parameter_paths
+from switchjax.parallel.sharding import make_array
 
 _LISTED = 5
 """Names of one kind that a message lists."""
@@ -23,27 +24,36 @@ class Entry:
     """A parameter, stacked over layers and experts, and the tensors that hold its parts.
 
     Attributes:
-        place: where it stands in the model.
+        path: its layers.
         theirs: name of the tensors.
         layout: of each.
         shape: of the parameter.
         ids: where the tensors' first axis is the vocabulary, their id of each of ours; None: the same.
     """
 
-    place: Place
+    path: ParameterPath
     theirs: str
     layout: Layout
     shape: tuple[int, ...]
     ids: Int[np.ndarray, "V"] | None
 
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        """Sizes of the parameter's axes of layers and of experts."""
+        return self.shape[: bool(self.path.layers) + self.path.of_experts]
+
     def tensors(self) -> dict[tuple[int, ...], str]:
-        """Position along the leading axes -> tensor."""
-        return {index: self.theirs.format(**self.place.numbers(index)) for index in self.place.indices()}
+        """Position along the axes of layers and of experts -> tensor."""
+        layers, names = self.path.layers or (0,), {}
+        for index in np.ndindex(*self._leading):
+            layer, expert, *_ = (*index, 0, 0)
+            names[index] = self.theirs.format(layer=layers[layer], expert=expert)
+        return names
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Of one layer's, or expert's."""
-        return self.shape[len(self.place.leading) :]
+        """The shape of one layer's part, or one expert's."""
+        return self.shape[len(self._leading) :]
 
     @property
     def their_shape(self) -> tuple[int, ...]:
@@ -52,8 +62,8 @@ class Entry:
 
     def gather(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
         """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
-        count = len(self.place.leading)
-        ranges = [range(size)[part] for size, part in zip(self.place.leading, index[:count], strict=True)]
+        count = len(self._leading)
+        ranges = [range(size)[part] for size, part in zip(self._leading, index[:count], strict=True)]
         sizes = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
         names, out = self.tensors(), np.empty(sizes, dtype)
         for place in np.ndindex(*sizes[:count]):
@@ -87,16 +97,16 @@ def match(
         UserError: naming the parameters that the table has no place for.
     """
     rules, sizes = {rule.ours: rule for rule in table.rules}, axis_sizes(config.model)
-    places = {name: place_of(config, name) for name in shapes}
-    if unknown := [name for name in shapes if places[name].name not in rules]:
+    paths = parameter_paths(config, shapes)
+    if unknown := [layer for path in paths.values() if path.name not in rules for layer in path.by_layer]:
         raise UserError(f"Hugging Face's model has no place for {_some(unknown)}")
 
-    def entry(name: str, place: Place) -> Entry:
-        rule = rules[place.name]
+    def entry(name: str, path: ParameterPath) -> Entry:
+        rule = rules[path.name]
         of_vocabulary = rule.layout in (VECTORS, LOGITS)
-        return Entry(place, rule.theirs, Layout(rule.layout, sizes), shapes[name].shape, ids if of_vocabulary else None)
+        return Entry(path, rule.theirs, Layout(rule.layout, sizes), shapes[name].shape, ids if of_vocabulary else None)
 
-    return {name: entry(name, place) for name, place in places.items()}
+    return {name: entry(name, path) for name, path in paths.items()}
 
 
 def check_tensors(entries: Mapping[str, Entry], table: Table, source: TensorFolder) -> None:
@@ -130,14 +140,6 @@ def _some(names: list[str]) -> str:
 
 def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """A parameter, each device given its own part; the host holds that parameter, and not the model."""
-    parts: dict[str, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None, "it is for arrays without a shape"
-        key = str(index)  # several devices may hold the same part
-        if key not in parts:
-            parts[key] = entry.gather(source, index, dtype)
-        return parts[key]
-
+    array = make_array(entry.shape, sharding, lambda index: entry.gather(source, index, dtype))
     # Waited for: a transfer under way would keep the host's copy while the next parameter is read.
-    return jax.block_until_ready(jax.make_array_from_callback(entry.shape, sharding, part))
+    return jax.block_until_ready(array)

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from switchjax.config import Config, UserError
-from switchjax.interop.places import Place, place_of
 from switchjax.models.families import build
 from switchjax.models.inputs import metrics_by_layer
 from switchjax.models.model import Batch, Model
+from switchjax.models.parameter_paths import ParameterPath, parameter_paths
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
 Usage = Mapping[str, Float[np.ndarray, "layers E"]]
@@ -55,41 +55,37 @@ def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArra
     fresh = named_leaves(build(config, key))  # compiled, all of it but the routers is dropped
     parts = _by_layer(dense, dense_config)
     leaves = {}
-    for number, (name, leaf) in enumerate(fresh.items()):
-        place = place_of(config, name)
-        if "router" in place.name.split("/"):
-            leaves[name] = leaf
+    for number, (name, path) in enumerate(parameter_paths(config, fresh).items()):
+        if "router" in name.split("/"):
+            leaves[name] = fresh[name]
             continue
-        copied = _copy(place, parts, leaf)
-        leaves[name] = _disturb(copied, noise, jax.random.fold_in(key, number)) if place.num_experts else copied
+        copied = _copy(path, parts, fresh[name])
+        leaves[name] = _disturb(copied, noise, jax.random.fold_in(key, number)) if path.of_experts else copied
     return with_leaves(jax.eval_shape(lambda: build(config, key)), leaves)
 
 
 def _by_layer(model: Model, config: Config) -> dict[str, Array]:
-    """The parameters of each layer under names such as `encoder/3/ff/w_in`."""
-    parts = {}
-    for name, leaf in named_leaves(model).items():
-        place = place_of(config, name)
-        if not place.layers:
-            parts[name] = leaf
-        for i, layer in enumerate(place.layers):
-            parts[place.name.format(layer=layer)] = leaf[i]
+    """The parameters of each layer."""
+    leaves = named_leaves(model)
+    parts: dict[str, Array] = {}
+    for name, path in parameter_paths(config, leaves).items():
+        layers = leaves[name] if path.layers else [leaves[name]]
+        parts |= dict(zip(path.by_layer, layers, strict=True))
     return parts
 
 
-def _copy(place: Place, parts: Mapping[str, Array], like: Array) -> Array:
-    """What stands there in the dense model, once for each layer and expert."""
-    name = place.name.replace("/ff/experts/", "/ff/")
-    sources = [name.format(layer=layer) for layer in place.layers] or [name]
+def _copy(path: ParameterPath, parts: Mapping[str, Array], like: Array) -> Array:
+    """The dense model's parameters of the same layers, once for each expert."""
+    sources = [name.replace("/ff/experts/", "/ff/") for name in path.by_layer]
     if missing := next((source for source in sources if source not in parts), None):
         raise UserError(f"the dense model has no {missing}")
-    shape = like.shape[len(place.leading) :]
+    shape = like.shape[bool(path.layers) + path.of_experts :]
     if other := next((source for source in sources if parts[source].shape != shape), None):
         raise UserError(f"{other} is {parts[other].shape} in the dense model and {shape} here")
-    if not place.layers:
-        return parts[name].astype(like.dtype)
+    if not path.layers:
+        return parts[path.name].astype(like.dtype)
     stacked = jnp.stack([parts[source] for source in sources]).astype(like.dtype)
-    return jnp.broadcast_to(stacked[:, None], like.shape) if place.num_experts else stacked
+    return jnp.broadcast_to(stacked[:, None], like.shape) if path.of_experts else stacked
 
 
 def _disturb(experts: Array, noise: float, key: PRNGKeyArray) -> Array:
@@ -152,9 +148,9 @@ def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model
     kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items()}
     smaller = jax.eval_shape(lambda: build(pruned, jax.random.key(0)))
     shapes, leaves = named_leaves(smaller), named_leaves(model)
+    paths = parameter_paths(config, leaves)
     return with_leaves(
-        smaller,
-        {name: _select(place_of(config, name), leaf, shapes[name].shape, kept) for name, leaf in leaves.items()},
+        smaller, {name: _select(paths[name], leaf, shapes[name].shape, kept) for name, leaf in leaves.items()}
     )
 
 
@@ -168,12 +164,12 @@ def _kept_experts(
 
 
 def _select(
-    place: Place, leaf: Array, shape: tuple[int, ...], kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]
+    path: ParameterPath, leaf: Array, shape: tuple[int, ...], kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]
 ) -> Array:
     """The kept part of a parameter along the axis in which it is larger than `shape`: that of experts, if any is."""
     axis = next((axis for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True)) if old != new), None)
     if axis is None:
         return leaf
-    stack, *_ = place.name.split("/")
-    chosen = jnp.stack([jnp.asarray(kept[stack][layer]) for layer in place.layers])
+    stack, *_ = path.name.split("/")
+    chosen = jnp.stack([jnp.asarray(kept[stack][layer]) for layer in path.layers])
     return jax.vmap(lambda part, experts: jnp.take(part, experts, axis=axis - 1))(leaf, chosen)

@@ -17,7 +17,7 @@ from switchjax.models.blocks import make_block
 from switchjax.models.cache import Cache, LayerCache, State
 from switchjax.models.inputs import CrossInputs, Reports, StackInputs
 from switchjax.models.layers import Norm, dropout, split_key
-from switchjax.models.scan_periods import find_runs
+from switchjax.models.scan_periods import scan_periods
 from switchjax.moe.expert_parallel import EXCHANGE
 from switchjax.moe.routers import noncausal_because
 from switchjax.parallel.sharding import unshard
@@ -105,7 +105,7 @@ class Stack(nnx.Module):
         bias_key, period_key = jax.random.split(key)
         relative = config.model.positions == "relative"
         self.bias = RelativePositionBias(config.model, not causal, bias_key) if relative else None
-        runs = find_runs(layers)
+        runs = scan_periods(layers)
         self.repeats = tuple(run.repeats for run in runs)
         run_keys = jax.random.split(period_key, len(runs))
         self.runs = nnx.List(

@@ -7,13 +7,13 @@ The table says how a parameter lies while it is used. With `mesh.sharded`, param
 smaller parts (`sharded_spec`), and `unshard` brings the parts together before each use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import DictKey, GetAttrKey
 
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
@@ -123,6 +123,22 @@ def _from_to(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.A
     by columns, for which every device needs all tokens.
     """
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
+
+
+def make_array(
+    shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array laid out as `sharding` says; `part` gives each part of it once, however many devices hold that."""
+    parts: dict[str, np.ndarray] = {}
+
+    def cached(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "it is for arrays without a shape"
+        key = str(index)
+        if key not in parts:
+            parts[key] = part(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, cached)
 
 
 def named_leaves(tree: object) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
+from switchjax.models.model import Model
+from switchjax.models.parameter_paths import names_by_layer
 from switchjax.parallel.processes import all_values, first_then_others, process_index
 from switchjax.parallel.sharding import named_leaves, with_leaves
 from switchjax.parallel.shutdown import another_has_gone
+from switchjax.training.checkpoint_arrays import Wanted, read_stacked, unstacked, with_shardings
+from switchjax.training.checkpoint_names import StoredArrays, current_names, exact_sources, matching_sources, parameters
 from switchjax.training.state import StatePlan, TrainState
 from switchjax.training.workdir import check_same_run, with_corpora
 
@@ -26,24 +31,11 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-_REPLICA_BYTES = 2**20
-"""What a replica of an array writes, if several share that, at least."""
-
-
-def _array_handler() -> Any:
-    """orbax's, but arrays of less than `_REPLICA_BYTES` are written whole, by one of their replicas.
-
-    Cutting each into a part for every replica compiles a slice for every shape and part, seconds at a run's first save.
-    """
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_REPLICA_BYTES)
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
-
-
 class Checkpoints:
     """The checkpoints of a workdir, newest last, at most `keep` of them.
 
-    Arrays are stored flat under their names (`model/decoder/norm/scale`), so that a checkpoint can be listed and
-    inspected without the config that made it.
+    Arrays are stored flat under their names by layer (`model/encoder/3/ff/experts/w_in`,
+    `switchjax.models.parameter_paths`), in the format `switchjax.config.formats.FORMAT`.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
@@ -57,8 +49,11 @@ class Checkpoints:
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
+        # orbax's own division of what several devices hold compiles a slice for each part.
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._handlers = {
-            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_array_handler()),
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
@@ -85,13 +80,14 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
+        arrays = unstacked(config, named_leaves(state))
         with self._writing():
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(named_leaves(state)),
+                    state=ocp.args.PyTreeSave(arrays),
                     data=ocp.args.JsonSave(data),
-                    config=ocp.args.JsonSave(config.to_dict()),
+                    config=ocp.args.JsonSave(config.to_saved()),
                 ),
             )
         self._in_progress = True
@@ -117,7 +113,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
-            state, data, saved = self.restore_state(step, plan), self.restore_data(step), self._restore_config(step)
+            state, data = self.restore_state(step, plan), self.restore_data(step)
+            saved = Config.from_saved(self._saved_config(step))
             found = f"checkpoint {step} in {self._directory}"
             if data["fingerprint"] != fingerprint:
                 raise UserError(
@@ -152,6 +149,22 @@ class Checkpoints:
             UserError: if there is no such checkpoint, it cannot be read or belongs to another model.
         """
         return self._load(lambda step: self.restore_model(step, plan), step)
+
+    def load_matching(self, plan: StatePlan, model: Model, step: int = -1) -> tuple[Model, set[str]]:
+        """`model` with every parameter that a checkpoint, perhaps of another model, has under the same name by layer.
+
+        Args:
+            plan: of the run.
+            model: its fresh model.
+            step: of the checkpoint; -1: the newest that can be read.
+
+        Returns:
+            The model, and the names by layer of the parameters taken.
+
+        Raises:
+            UserError: as `load_model`, but only if no parameter fits, or one of the same name has another shape.
+        """
+        return self._load(lambda step: self._restore_matching(step, plan, model), step)[1]
 
     def load_model_and_fingerprint(self, plan: StatePlan, step: int = -1) -> tuple[int, tuple[Any, str]]:
         """As `load_model`, with the fingerprint of the data that the model was trained on.
@@ -246,49 +259,55 @@ class Checkpoints:
         """The data iterator's state of a step."""
         return self._restore_item(step, "data", ocp.args.JsonRestore())
 
-    def _restore_config(self, step: int) -> Config:
-        return Config.from_dict(self._restore_item(step, "config", ocp.args.JsonRestore()))
+    def _saved_config(self, step: int) -> dict[str, Any]:
+        return self._restore_item(step, "config", ocp.args.JsonRestore())
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
         """The state of a step, laid out as `plan` says.
 
         Raises:
-            UserError: naming the first parameter that differs in name or shape.
+            UserError: naming the first array that is missing, has another shape or is one too many.
         """
-        return with_leaves(plan.shapes, self._restore_named(step, plan.shapes, plan.shardings, ""))
+        return self._restore_exactly(step, plan, plan.shapes, plan.shardings, self._stored(step))
 
-    def restore_model(self, step: int, plan: StatePlan) -> Any:
+    def restore_model(self, step: int, plan: StatePlan) -> Model:
         """The model of a step alone, without its optimiser.
 
         Raises:
-            UserError: naming the first parameter that differs in name or shape.
+            UserError: naming the first parameter that is missing, has another shape or is one too many.
         """
-        named = self._restore_named(step, plan.shapes.model, plan.shardings.model, "model/")
-        return with_leaves(plan.shapes.model, {name.removeprefix("model/"): leaf for name, leaf in named.items()})
+        return self._restore_exactly(
+            step, plan, plan.shapes.model, plan.shardings.model, parameters(self._stored(step))
+        )
 
-    def _restore_named(self, step: int, shapes: Any, shardings: Any, prefix: str) -> dict[str, jax.Array]:
-        wanted = {
-            prefix + name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for (name, leaf), sharding in zip(
-                named_leaves(shapes).items(), named_leaves(shardings).values(), strict=True
-            )
-        }
-        _check_same(self.shapes(step), wanted, step, complete=not prefix)
+    def _restore_exactly(self, step: int, plan: StatePlan, shapes: Any, shardings: Any, stored: StoredArrays) -> Any:
+        wanted = with_shardings(shapes, shardings)
+        sources = exact_sources(plan.config, wanted, stored, f"checkpoint {step}")
+        return with_leaves(shapes, read_stacked(wanted, sources, partial(self._restore_arrays, step), {}))
+
+    def _restore_matching(self, step: int, plan: StatePlan, model: Model) -> tuple[Model, set[str]]:
+        wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
+        saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
+        sources = matching_sources(plan.config, wanted, stored, saved, found)
+        leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
+        return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
+
+    def _restore_arrays(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
         arguments = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=bool(prefix),
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
         return self._restore_item(step, "state", arguments)
+
+    def _stored(self, step: int) -> StoredArrays:
+        return current_names(self._manager.item_metadata(step)["state"].tree, self._saved_config(step))
 
     def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
         # The manager would wait for the other processes, which may have failed where this one has not.
         return self._handlers[item].restore(epath.Path(self._directory) / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every array of a checkpoint, read without any config."""
-        metadata = self._manager.item_metadata(step)["state"]
-        return {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+        """Name by layer and shape of every array of a checkpoint."""
+        return {name: array.shape for name, array in self._stored(step).items()}
 
     def check(self) -> None:
         """Notices at once, and not at the next save, that the one in progress has failed; waits for nothing.
@@ -317,19 +336,6 @@ class Checkpoints:
         """
         with suppress(Exception) if self._failed else self._writing():
             self._manager.close()
-
-
-def _check_same(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], step: int, complete: bool) -> None:
-    for name, leaf in wanted.items():
-        if name not in stored:
-            raise UserError(f"checkpoint {step} does not fit the config: it has no {name}")
-        if stored[name] != leaf.shape:
-            raise UserError(
-                f"checkpoint {step} does not fit the config: {name} is {stored[name]} there and {leaf.shape} here"
-            )
-    extra = next((name for name in stored if name not in wanted), None)
-    if complete and extra is not None:
-        raise UserError(f"checkpoint {step} does not fit the config: it has {extra} besides")
 
 
 def _first_line(error: Exception) -> str:

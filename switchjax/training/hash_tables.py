@@ -1,6 +1,6 @@
 """The tables of hash layers that follow from data: by token counts, or by the embeddings of another run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.data import Data
 from switchjax.data.rows import HostBatch
 from switchjax.models.model import Model
+from switchjax.models.parameter_paths import parameter_paths
 from switchjax.moe.routers import router_options
 from switchjax.moe.routers.hash import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
@@ -23,12 +24,18 @@ _COUNTED_TOKENS = 1_000_000
 """Enough for the frequent tokens, on which balance depends."""
 
 
-def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
+def with_hash_tables(model: Model, config: Config, data: Data, taken: Collection[str] = ()) -> Model:
     """A new run's model with the table that `hash_table` asks for in every hash layer, for its number of experts.
 
     balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
-    which are those of `init_from`. A model taken from a run with the same kind of table keeps the tables that its
+    which are those of `init_from`. Layers taken from a run with the same kind of table keep the table that their
     experts were trained with.
+
+    Args:
+        model: the fresh model.
+        config: of the run.
+        data: of the run.
+        taken: names by layer of the parameters that come from `init_from`.
 
     Raises:
         UserError: if `moe.options.hash_table` is clustered and there is no run to take vectors from.
@@ -43,9 +50,13 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
         raise UserError("hash_table=clustered clusters the embeddings of a trained model: set init_from.workdir")
     if source:
         there = load_workdir_config(Path(source)).moe
-        if there.router == "hash" and router_options(there).hash_table == kind:
-            return model
+        if there.router != "hash" or router_options(there).hash_table != kind:
+            taken = ()
     leaves = named_leaves(model)
+    paths = parameter_paths(config, (name for name in leaves if name.endswith("router/table")))
+    fresh = {name: np.array([layer not in taken for layer in path.by_layer]) for name, path in paths.items()}
+    if not any(map(np.any, fresh.values())):
+        return model
     make_table: Callable[[int], Any]  # E -> [V]
     if kind == "balanced":
         make_table = partial(balanced_table, count_tokens(data.train_batches(), config.model.vocab_size))
@@ -53,21 +64,18 @@ def with_hash_tables(model: Model, config: Config, data: Data) -> Model:
         vectors = process_allgather(leaves["embedding/vectors"], tiled=True)
         make_table = partial(clustered_table, vectors, seed=config.train.seed)
     table_for = cache(make_table)
-    tables = {name: leaf for name, leaf in leaves.items() if name.endswith("router/table")}
-    filled = {name: _fill(leaf, table_for(_num_experts(name, leaves))) for name, leaf in tables.items()}
+    filled = {name: _fill(leaves[name], table_for(path.num_experts), fresh[name]) for name, path in paths.items()}
     return with_leaves(model, leaves | filled)
 
 
-def _num_experts(table: str, leaves: Mapping[str, Array]) -> int:
-    """E of the layers whose router has the table: experts, beside it, are stacked over layers and then over E."""
-    experts = table.removesuffix("router/table") + "experts/"
-    return next(leaf.shape[1] for name, leaf in leaves.items() if name.startswith(experts))
-
-
-def _fill(leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"]) -> Float[Array, "N V"]:
-    """The table in each of N layers, laid over the mesh as `leaf` is."""
-    stack = partial(jnp.broadcast_to, shape=leaf.shape)
-    return jax.jit(lambda table: stack(table.astype(leaf.dtype)[None]), out_shardings=leaf.sharding)(table)
+def _fill(
+    leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"], fresh: Bool[np.ndarray, "N"]
+) -> Float[Array, "N V"]:
+    """The table in each of N layers that is fresh, laid over the mesh as `leaf` is."""
+    fill = jax.jit(
+        lambda leaf, table: jnp.where(fresh[:, None], table.astype(leaf.dtype)[None], leaf), out_shardings=leaf.sharding
+    )
+    return fill(leaf, table)
 
 
 def count_tokens(

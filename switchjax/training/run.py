@@ -281,15 +281,15 @@ def _check_data(config: Config, data: Data) -> None:
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
     state = plan.create()
-    model = state.model
+    model, taken = state.model, set[str]()
     if config.init_from.workdir:
         source = Path(config.init_from.workdir)
         vocabulary = data.vocabulary
         if vocabulary is not None and load_vocabulary(source, config).fingerprint != vocabulary.fingerprint:
             raise UserError(f"{source} has another vocabulary: set data.vocabulary={vocabulary_path(source)}")
         with closing(Checkpoints(source)) as checkpoints:
-            _, model = checkpoints.load_model(plan, config.init_from.step)
-    return TrainState(state.step, with_hash_tables(model, config, data), state.opt_state)
+            model, taken = checkpoints.load_matching(plan, model, config.init_from.step)
+    return TrainState(state.step, with_hash_tables(model, config, data, taken), state.opt_state)
 
 
 def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> CompiledStep:

@@ -192,7 +192,7 @@ def test_json_that_describes_no_config_is_refused(text: str) -> None:
 
 def test_json_is_plain_and_has_every_key() -> None:
     values = json.loads(Config().to_json())
-    assert values == json.loads(json.dumps(Config().to_dict()))
+    assert values == {"format": 1, **json.loads(json.dumps(Config().to_dict()))}
     assert set(values["mesh"]) == {entry.name for entry in dataclasses.fields(MeshConfig)}
 
 

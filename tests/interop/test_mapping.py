@@ -8,15 +8,19 @@ from switchjax.config import UserError
 from switchjax.interop.family import MATRIX, VECTORS
 from switchjax.interop.layouts import Layout
 from switchjax.interop.mapping import Entry, match
-from switchjax.interop.places import Place
 from switchjax.interop.t5 import t5_table
 from switchjax.interop.tensors import TensorFolder
 from switchjax.models.families import build
+from switchjax.models.parameter_paths import ParameterPath
 from switchjax.parallel.sharding import named_leaves
 from tests.models.examples import changed
 
 EXPERTS = Entry(
-    Place("e/{layer}/w", (1, 3), 3), "layer.{layer}.expert.{expert}", Layout(MATRIX, {}), (2, 3, 4, 5), None
+    ParameterPath("decoder/{layer}/ff/experts/w_in", (1, 3), 3),
+    "layer.{layer}.expert.{expert}",
+    Layout(MATRIX, {}),
+    (2, 3, 4, 5),
+    None,
 )
 
 
@@ -44,7 +48,9 @@ def test_a_part_is_gathered_from_no_other_tensors_than_its_own() -> None:
 
 
 def test_rows_of_a_vocabulary_go_by_their_ids() -> None:
-    entry = Entry(Place("embedding"), "shared", Layout(VECTORS, {}), (3, 2), np.array([1, 2, 0], np.int32))
+    entry = Entry(
+        ParameterPath("embedding/vectors"), "shared", Layout(VECTORS, {}), (3, 2), np.array([1, 2, 0], np.int32)
+    )
     ours = np.arange(6, dtype=np.float32).reshape(3, 2)
     theirs = dict(entry.split(jax.numpy.asarray(ours)))
     np.testing.assert_array_equal(theirs["shared"], ours[[2, 0, 1]])
@@ -55,5 +61,5 @@ def test_rows_of_a_vocabulary_go_by_their_ids() -> None:
 def test_parameters_without_a_place_are_named() -> None:
     config = changed(pattern=("moe_dense",))
     shapes = named_leaves(jax.eval_shape(lambda: build(config, jax.random.key(0))))
-    with pytest.raises(UserError, match=r"no place for .*blocks/0/extra"):
+    with pytest.raises(UserError, match=r"no place for .*decoder/0/extra"):
         match(config, t5_table(config.model), shapes)

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 from switchjax.config import Config, MeshConfig, UserError
+from switchjax.config.formats import FORMAT
+from switchjax.models.parameter_paths import parameter_paths
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import StatePlan, TrainState, plan_state
+from tests.models.families import FAMILIES
 from tests.tiny import changed
+from tests.training.make_fixture import FIXTURES
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_a_first_save_compiles_next_to_nothing(tiny: Config, state: TrainState, 
 
 def test_names_and_shapes_can_be_read_without_the_config(workdir: Path, state: TrainState) -> None:
     stored = Checkpoints(workdir).shapes(3)
-    assert stored["model/encoder/runs/0/blocks/1/ff/experts/w_in"] == (1, 4, 16, 32)
+    assert stored["model/encoder/1/ff/experts/w_in"] == (4, 16, 32)
     assert stored["step"] == ()
 
 
@@ -166,7 +170,7 @@ def damage(workdir: Path, step: int) -> None:
 
 def test_another_shape_is_named(workdir: Path, tiny: Config) -> None:
     wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
-    with pytest.raises(UserError, match=r"w_in is \(1, 16, 32\) there and \(1, 16, 64\) here"):
+    with pytest.raises(UserError, match=r"decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here"):
         Checkpoints(workdir).load_model(wider)
 
 
@@ -174,6 +178,14 @@ def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
     gated = plan_state(changed(tiny, model={"activation": "geglu"}), make_mesh(tiny.mesh))
     with pytest.raises(UserError, match=r"it has no .*w_gate"):
         Checkpoints(workdir, keep=2).restore_latest(gated, "text")
+
+
+def test_a_surplus_parameter_is_named(workdir: Path, tiny: Config) -> None:
+    unbiased = plan_state(changed(tiny, model={"positions": "rotary"}), make_mesh(tiny.mesh))
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has decoder/bias/bias besides"):
+        Checkpoints(workdir).load_model(unbiased)
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has model/decoder/bias/bias besides"):
+        Checkpoints(workdir, keep=2).restore_latest(unbiased, "text")
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir: Path, plan: StatePlan) -> None:
@@ -248,3 +260,62 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match=r"cannot use .*checkpoints for checkpoints"):
         Checkpoints(tmp_path, keep=2)
+
+
+def named_layers(config: Config, model: object) -> dict[str, np.ndarray]:
+    """The parameters of a model by layer."""
+    leaves = named_leaves(model)
+    return {
+        layer: np.asarray(leaves[name][position] if path.layers else leaves[name])
+        for name, path in parameter_paths(config, leaves).items()
+        for position, layer in enumerate(path.by_layer)
+    }
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param({"num_encoder_layers": 6}, id="deeper"),
+        pytest.param({"pattern": ("moe",)}, id="another pattern"),
+    ],
+)
+def test_another_model_takes_the_layers_that_it_has_too(
+    model: dict[str, object],
+    workdir: Path,
+    tiny: Config,
+    state: TrainState,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = changed(tiny, model=model, train={"seed": 1})
+    plan = plan_state(config, make_mesh(config.mesh))
+    fresh = plan.create().model
+    with caplog.at_level(logging.INFO, "switchjax"):
+        started, taken = Checkpoints(workdir).load_matching(plan, fresh)
+    there, here, before = named_layers(tiny, state.model), named_layers(config, started), named_layers(config, fresh)
+    assert taken == there.keys() & here.keys()
+    assert "encoder/1/ff/experts/w_in" in taken
+    for name, leaf in here.items():
+        np.testing.assert_array_equal(leaf, there[name] if name in taken else before[name], err_msg=name)
+    for leaf, sharding in zip(jax.tree.leaves(started), jax.tree.leaves(plan.shardings.model), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for message in (
+        f"takes {len(taken)} parameters of checkpoint 3",
+        f"leaves {len(there.keys() - taken)} parameters of checkpoint 3",
+        f"makes {len(here.keys() - taken)} parameters new: ",
+    ):
+        assert message in caplog.text
+
+
+def test_a_model_of_other_sizes_is_not_started_from(workdir: Path, tiny: Config, state: TrainState) -> None:
+    wider = plan_state(changed(tiny, model={"d_ff": 64}), make_mesh(tiny.mesh))
+    message = r"decoder/0/ff/w_in is \(16, 32\) there and \(16, 64\) here; its sizes are model.d_ff=32: set those"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(workdir).load_matching(wider, state.model)
+
+
+def test_a_model_without_a_parameter_in_common_is_not_started_from(state: TrainState) -> None:
+    vision = FAMILIES["v_moe"]
+    with pytest.raises(UserError, match="it has none of the model's parameters, such as "):
+        Checkpoints(FIXTURES / f"format_{FORMAT}" / "peer").load_matching(
+            plan_state(vision, make_mesh(vision.mesh)), state.model
+        )

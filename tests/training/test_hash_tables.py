@@ -97,12 +97,26 @@ def test_clusters_are_those_of_the_source_runs_embedding(balanced: Config, workd
         np.testing.assert_array_equal(trained[name], expected[None], err_msg=name)
 
 
-def test_a_table_of_the_same_kind_comes_with_the_experts_that_know_it(
+def test_layers_taken_from_a_run_with_the_same_kind_of_table_keep_theirs(
     balanced: Config, workdir: Path, data: TextData
 ) -> None:
-    config = changed(balanced, init_from={"workdir": str(workdir)})
-    model = plan_state(config, make_mesh(config.mesh)).shapes.model
-    assert with_hash_tables(model, config, data) is model
+    config = changed(
+        balanced, model={"pattern": ("moe",), "num_encoder_layers": 3}, init_from={"workdir": str(workdir)}
+    )
+    model = jax.jit(lambda: build(config, jax.random.key(0)))()
+    name, taken = "encoder/runs/0/blocks/0/ff/router/table", {"encoder/1/ff/router/table"}
+    before, after = (named_leaves(m)[name] for m in (model, with_hash_tables(model, config, data, taken)))
+    expected = balanced_table(count_tokens(data.train_batches(), 352), 4)
+    np.testing.assert_array_equal(after, [expected, before[1], expected])
+    assert (
+        with_hash_tables(
+            model,
+            config,
+            data,
+            {*taken, *(f"{s}/{i}/ff/router/table" for s in ("encoder", "decoder") for i in range(3))},
+        )
+        is model
+    )
 
 
 def test_clusters_need_a_run_to_take_embeddings_from(balanced: Config, tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""Arrays of a checkpoint, one for each layer, to and from the stacks of layers that a run has in memory.
+
+Stacks are divided and built in the memory of the host, from a NumPy view of each device's part: nothing is compiled,
+and no device holds a layer beside its stack.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Shaped
+
+from switchjax.config import Config
+from switchjax.models.parameter_paths import parameter_paths
+from switchjax.parallel.sharding import make_array, named_leaves
+from switchjax.training.checkpoint_names import Sources, StoredArray
+
+_PART_BYTES = 2**16
+"""Devices that hold the same part of an array write a share of it each, if that has as many bytes as this."""
+_READ_BYTES = 2**28
+"""What is read at once, for each device: all that a restore needs beside the state."""
+
+Index = tuple[slice, ...]
+
+
+class _HostCopy:
+    """What this process has of an array, in the memory of the host; on CPU devices, a view of theirs."""
+
+    def __init__(self, array: jax.Array):
+        self._shape = array.shape
+        self._shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        for shard in array.addressable_shards:
+            bounds = self._bounds(shard.index)
+            if bounds not in self._shards:  # other devices hold the same
+                # Pinned memory is fast to copy to, NumPy views it, and the device's array keeps no copy of it.
+                self._shards[bounds] = np.asarray(jax.device_put(shard.data, _on_host(shard.data.sharding)))
+
+    def _bounds(self, index: Index) -> tuple[tuple[int, int], ...]:
+        return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
+
+    def __getitem__(self, index: Index) -> Shaped[np.ndarray, "..."]:
+        """A part of the array that lies within one device's."""
+        wanted = self._bounds(index)
+        for bounds, shard in self._shards.items():
+            pairs = list(zip(wanted, bounds, strict=True))
+            if all(low <= start and stop <= high for (start, stop), (low, high) in pairs):
+                part = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
+                return np.asarray(shard[part])  # NumPy makes a scalar of an array without dimensions
+        raise KeyError(index)
+
+    def layer(self, position: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
+        """A part of what stands at a position along the first axis; None: of the whole array."""
+        return self[index] if position is None else self[(slice(position, position + 1), *index)].squeeze(0)
+
+
+def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays of `named_leaves` by layer, in host memory, with what is to be written divided between the devices."""
+    arrays = {}
+    for stack, path in parameter_paths(config, leaves).items():
+        leaf, copy = leaves[stack], _HostCopy(leaves[stack])
+        shape = leaf.shape[1:] if path.layers else leaf.shape
+        sharding = _sharding_to_write(leaf, shape)
+        for position, name in enumerate(path.by_layer):
+            layer = position if path.layers else None
+            arrays[name] = make_array(shape, sharding, partial(copy.layer, layer))
+    return arrays
+
+
+def _sharding_to_write(leaf: jax.Array, shape: tuple[int, ...]) -> Sharding:
+    """That of `leaf`, or of one of its layers, with large parts shared out between the devices that hold the same."""
+    if not isinstance(leaf.sharding, NamedSharding):
+        return _on_host(leaf.sharding)
+    mesh = leaf.sharding.mesh
+    spec = [_axes(entry) for entry in _trailing_spec(leaf.sharding, leaf.ndim, len(shape))]
+    part = list(leaf.sharding.shard_shape(leaf.shape)[leaf.ndim - len(shape) :])
+    for axis in mesh.axis_names:
+        count = mesh.shape[axis]
+        if any(axis in axes for axes in spec) or math.prod(part) * leaf.dtype.itemsize < _PART_BYTES * count:
+            continue
+        dimension = next((i for i, size in enumerate(part) if size % count == 0), None)
+        if dimension is not None:
+            spec[dimension] += (axis,)
+            part[dimension] //= count
+    return _on_host(NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _trailing_spec(sharding: NamedSharding, ndim: int, kept: int) -> PartitionSpec:
+    """The mesh axes of the last `kept` of an array's `ndim` dimensions."""
+    spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    return PartitionSpec(*spec[ndim - kept :])
+
+
+def _on_host(sharding: Sharding) -> Sharding:
+    """The sharding with each device's part in the memory of its host."""
+    return sharding if jax.default_backend() == "cpu" else sharding.with_memory_kind("pinned_host")
+
+
+Wanted = Mapping[str, jax.ShapeDtypeStruct]
+"""Arrays in memory, with their shardings."""
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Wanted:
+    """`named_leaves` of shapes, each with its sharding."""
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for (name, leaf), sharding in zip(named_leaves(shapes).items(), named_leaves(shardings).values(), strict=True)
+    }
+
+
+def read_stacked(
+    wanted: Wanted,
+    sources: Sources,
+    read: Callable[[Wanted], Mapping[str, jax.Array]],
+    present: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Arrays as memory has them, read a few at a time.
+
+    Args:
+        wanted: the arrays, stacked.
+        sources: where each of their layers is stored; None: it stays as it is in `present`.
+        read: reads stored arrays.
+        present: the arrays that have such layers.
+    """
+    arrays = {name: present[name] for name in wanted if not any(sources[name])}
+    for names in _portions({name: leaf for name, leaf in wanted.items() if name not in arrays}):
+        stored: dict[str, jax.ShapeDtypeStruct] = {}
+        for name in names:
+            for source in sources[name]:
+                if source is not None:
+                    stored[source.name] = _to_read(wanted[name], source)
+        parts = read(stored)
+        for name in names:
+            arrays[name] = _stack(wanted[name], sources[name], parts, present.get(name))
+    return arrays
+
+
+def _portions(wanted: Wanted) -> Iterator[list[str]]:
+    """The names in groups of arrays that are read at once: the same in all processes."""
+    names: list[str] = []
+    size = 0
+    for name, leaf in wanted.items():
+        names.append(name)
+        size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if size >= _READ_BYTES:
+            yield names
+            names, size = [], 0
+    yield names
+
+
+def _to_read(leaf: jax.ShapeDtypeStruct, source: StoredArray) -> jax.ShapeDtypeStruct:
+    """A stored array, each device given the part that it has of `leaf`: on the host, if that is yet to be stacked."""
+    sharding = leaf.sharding
+    if len(source.shape) < len(leaf.shape):
+        spec = _trailing_spec(sharding, len(leaf.shape), len(source.shape))
+        sharding = NamedSharding(sharding.mesh, spec if source.layer is None else PartitionSpec(None, *spec))
+        if sharding.is_fully_replicated:  # one copy serves all devices of this process
+            sharding = SingleDeviceSharding(sharding.mesh.local_devices[0])
+        sharding = _on_host(sharding)
+    return jax.ShapeDtypeStruct(source.stored_shape, leaf.dtype, sharding=sharding)
+
+
+def _stack(
+    leaf: jax.ShapeDtypeStruct,
+    sources: list[StoredArray | None],
+    parts: Mapping[str, jax.Array],
+    present: jax.Array | None,
+) -> jax.Array:
+    first = sources[0]
+    if first is not None and len(first.shape) == len(leaf.shape):
+        return parts[first.name]
+    copies = {source.name: _HostCopy(parts[source.name]) for source in sources if source is not None}
+    here = None if present is None else _HostCopy(present)
+
+    def layer(position: int, source: StoredArray | None, index: Index) -> np.ndarray:
+        if source is not None:
+            return copies[source.name].layer(source.layer, index)
+        assert here is not None, "a layer that is not stored is present"
+        return here.layer(position, index)
+
+    def part(index: Index) -> np.ndarray:
+        return np.stack([layer(position, source, index[1:]) for position, source in enumerate(sources)])
+
+    return make_array(leaf.shape, leaf.sharding, part)
