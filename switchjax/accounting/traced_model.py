@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -142,7 +143,7 @@ def _weight(name: str, variable: nnx.Variable, experts_per_token: float, compute
     return TracedWeight(name, stack, layers, axes, shape, variable.dtype, trained, active, computed_flops)
 
 
-def _experts_per_token(config: Config, name: str, leaves: Mapping[str, jax.Array]) -> float:
+def _experts_per_token(config: Config, name: str, leaves: Mapping[str, Any]) -> float:
     """Experts that a token meets in the layer of a weight; on average where experts choose or slots mix tokens."""
     moe, layer = config.moe, name.rpartition("/")[0]
     if (phi := leaves.get(f"{name.partition('/experts/')[0]}/phi")) is not None:  # soft MoE: E x P slots a row

@@ -9,11 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from switchjax.inference.evaluation import perplexity_evaluator
-from switchjax.training.loop import train
 
 from switchjax.config import Config
 from switchjax.config.formats import FORMAT
+from switchjax.training.run import train
 from tests.tiny import changed, losses
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -24,13 +23,17 @@ def config_of(name: str, tiny: Config) -> Config:
     """The config of a fixture, with the corpora of `tiny`."""
     kept = changed(tiny, train={"checkpoint_every": 4}, evaluate={"every": 0})
     if name == "encoder_decoder":
-        moe = {"router": "sigmoid", "bias_update_rate": 0.01, "router_z_loss_weight": 0.001}
+        moe = {
+            "router": "sigmoid",
+            "options": {"bias_update_rate": 0.01},
+            "loss_weights": {"router_z_loss": 0.001},
+        }
         return changed(kept, model={"num_encoder_layers": 4}, moe=moe)
     return changed(
         kept,
         data={"objective": "causal"},
         model={"family": "decoder_only", "pattern": ("dense", "peer"), "positions": "rotary", "scale_scores": True},
-        moe={"num_experts": 64, "num_selected_experts": 2, "peer_heads": 2, "peer_query": 8},
+        moe={"num_experts": 64, "num_selected_experts": 2, "options": {"peer_heads": 2, "peer_query": 8}},
         optimizer={"name": "adamw", "learning_rate": 0.01, "schedule": "constant", "warmup_steps": 1},
     )
 
@@ -39,7 +42,7 @@ def config_of(name: str, tiny: Config) -> Config:
 def test_write(name: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     workdir = Path(name)
-    train(config_of(name, changed(tiny, data={"directory": "data"})), workdir, perplexity_evaluator)
+    train(config_of(name, changed(tiny, data={"directory": "data"})), workdir)
     (workdir / "losses.json").write_text(
         json.dumps({step: loss.hex() for step, loss in losses(workdir).items()}) + "\n"
     )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from switchjax.inference.evaluation import evaluate_workdir, perplexity_evaluator
 
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.config.formats import FORMAT, MIGRATIONS
 from switchjax.parallel.mesh import make_mesh
-from switchjax.training import checkpoint_names, loop
+from switchjax.training import checkpoint_names
 from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.evaluation import evaluate_workdir
+from switchjax.training.run import train
 from tests.tiny import changed, losses
 from tests.training.make_fixture import FIXTURES, NAMES, config_of
 from tests.training.test_recorded_losses import RECORDED, processor
@@ -36,7 +37,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(written: Path, tiny: Config) -
     expected = {
         int(step): float.fromhex(loss) for step, loss in json.loads((written / "losses.json").read_text()).items()
     }
-    loop.train(config_of(written.name, tiny), written, perplexity_evaluator)
+    train(config_of(written.name, tiny), written)
     found = losses(written)
     assert sorted(found) == sorted(expected) == [1, 2, 3, 4, 5, 6]
     if json.loads(RECORDED.read_text())["processor"] == processor():
@@ -65,7 +66,7 @@ def test_a_model_is_evaluated_and_started_from_on_another_mesh(
         train={"steps": 1},
     )
     with caplog.at_level(logging.INFO, "switchjax"):
-        loop.train(deeper, tmp_path / "deeper", perplexity_evaluator)
+        train(deeper, tmp_path / "deeper")
     assert "leaves 0 parameters of checkpoint 4" in caplog.text
     assert "parameters new: decoder/" in caplog.text or "parameters new: encoder/" in caplog.text
 
