@@ -1,10 +1,10 @@
 """A run's FLOPs are the papers', and its devices' peak is told only where it is known."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
-import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from switchjax.accounting import utilization
 from switchjax.accounting.accounting import account
@@ -34,11 +34,20 @@ def test_an_unknown_device_has_no_peak(kind: str) -> None:
     assert peak_flops(kind) is None
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What is asked of a device that is not there."""
+
+    device_kind: str
+    id: int
+    process_index: int = 0
+    platform: str = "tpu"
+
+
 def test_the_peak_of_a_mesh_is_that_of_all_its_devices_or_unknown(tiny: Config) -> None:
     mesh = make_mesh(tiny.mesh)
     assert step_cost(tiny, mesh) == utilization.StepCost(model_flops(tiny), None)
-    grid = np.array([SimpleNamespace(device_kind="TPU v4")] * 8)
-    on_tpus = SimpleNamespace(devices=grid)
-    assert step_cost(tiny, on_tpus).peak_flops == 8 * 275e12
-    grid[3] = jax.devices()[0]
-    assert step_cost(tiny, on_tpus).peak_flops is None
+    chips = np.array([Chip("TPU v4", number) for number in range(8)], object)
+    assert step_cost(tiny, Mesh(chips, "data")).peak_flops == 8 * 275e12
+    chips[3] = Chip("cpu", 3)
+    assert step_cost(tiny, Mesh(chips, "data")).peak_flops is None

@@ -60,3 +60,13 @@ def test_the_seed_decides_the_order_of_texts_their_spans_and_which_share_a_row(
     assert len(set(alone[0][1]) & set(alone[1][1])) < 0.1 * len(alone[0][1])  # short texts have few spans
     packed = [set(map(frozenset, texts_and_rows(replace(data_config, seed=seed), data)[0])) for seed in (0, 1)]
     assert packed[0] != packed[1]
+
+
+def test_the_seed_decides_the_spans_of_a_text_wherever_it_stands(data: TextData, data_config: DataConfig) -> None:
+    tales = data._documents["tales"]
+    one = replace(tales["train"], tokens=tales["train"].tokens[:80], offsets=np.array([0, 80]))
+    inputs = []
+    for seed in (0, 1):
+        alone = TextData(replace(data_config, seed=seed), data.vocabulary, {"tales": {**tales, "train": one}})
+        inputs.append(next(alone.train_batches())["encoder_tokens"])
+    assert not np.array_equal(*inputs)
