@@ -22,15 +22,17 @@ from switchjax.config import user_cache
 _TPUS, _GPUS = ("accel[0-9]*", "vfio/[0-9]*"), ("nvidia[0-9]*", "kfd")  # under /dev
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
-_REPEATED_ERRORS = {
+_LEFT_OUT = {
     # orbax logs an error that its background threads hand on, and hands it on.
     "absl": r"\[process=\w+\].*(_SignalingThread\.run\(\) raised an exception"
     r"|Failed to run \d+ Handler Commit operations"
-    r"|Save Finalize thread \(\w+\) failed)",
+    r"|Save Finalize thread \(\w+\) failed)"
+    # A checkpoint that is only read is opened so, which needs no warning.
+    r"|Given directory is read only=",
     # asyncio logs what becomes of orbax's other reads or writes when one of them has failed.
     "asyncio": r"(Task|Future|_GatheringFuture) exception was never retrieved.*(orbax|tensorstore)",
 }
-"""Logger -> messages, each with a traceback, about an error that orbax raises as well and `Checkpoints` reports."""
+"""Logger -> the messages of orbax that are left out."""
 
 
 def log_to_stderr() -> None:
@@ -51,7 +53,7 @@ def hide_repeated_checkpoint_errors() -> None:
     """
     if os.environ.get("SWITCHJAX_SHOW_ALL_ERRORS") == "1":
         return
-    for name, pattern in _REPEATED_ERRORS.items():
+    for name, pattern in _LEFT_OUT.items():
         logging.getLogger(name).addFilter(_AllBut(pattern))
     report = sys.unraisablehook
 

@@ -43,6 +43,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             read_only=keep is None,
+            create=keep is not None,  # this and the next are what a read-only manager sets, with a warning
+            save_interval_steps=0 if keep is None else 1,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut off
             lightweight_initialize=True,  # times of checkpoints are of no use here, and may not be readable

@@ -245,6 +245,7 @@ def test_a_process_that_is_killed_or_stopped_ends_the_other_with_a_line(
             process.kill()
     assert_says_that_another_is_gone(tmp_path, survivor)
     assert Checkpoints(tmp_path / "run").steps()[-1] >= 2
+    processes[lost].wait()
 
 
 def assert_says_that_another_is_gone(folder: Path, index: int) -> None:
