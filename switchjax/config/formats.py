@@ -36,14 +36,18 @@ def _from_0(values: Values) -> Values:
 
     Format 1 also names the arrays of checkpoints by layer.
     """
-    moe = dict(values.get("moe", {}))
-    router, peer = moe.get("router", "switch"), "peer" in values.get("model", {}).get("pattern", ())
+    moe, model = values.get("moe", {}), values.get("model", {})
+    if not isinstance(moe, Mapping) or not isinstance(model, Mapping):
+        return values  # no config of any format, which is for others to say
+    router, peer = str(moe.get("router", "switch")), "'peer'" in str(model.get("pattern", ()))
     options = _PEER if peer else _OPTIONS.get(router, ())
     losses = () if peer else _LOSSES.get(router, _BALANCE)
     moved = {
         "options": {name: moe[name] for name in options if name in moe},
         "loss_weights": {name: moe[f"{name}_weight"] for name in losses if f"{name}_weight" in moe},
     }
+    # A file written by hand has no number, and may hold what format 1 has.
+    moved = {name: values or moe.get(name, {}) for name, values in moved.items()}
     gone = {*_PEER, *(name for names in _OPTIONS.values() for name in names)}
     gone |= {f"{name}_weight" for names in _LOSSES.values() for name in names}
     return values | {"moe": {name: value for name, value in moe.items() if name not in gone} | moved}

@@ -1,12 +1,17 @@
 """The families of models, by the names that `model.family` takes."""
 
+import dataclasses
+
 from jaxtyping import PRNGKeyArray
 
-from switchjax.config import Config
+from switchjax.config import Config, from_mapping
 from switchjax.models.encoder_decoder import EncoderDecoder
 from switchjax.models.language_model import LanguageModel
 from switchjax.models.model import Model
 from switchjax.models.vision import VisionTransformer
+from switchjax.moe.peer import PEEROptions
+from switchjax.moe.routers import loss_weights, router_options
+from switchjax.moe.soft import SoftMoEOptions
 from switchjax.parallel.sharding import mark_sharded
 
 FAMILIES: dict[str, type[Model]] = {
@@ -16,6 +21,9 @@ FAMILIES: dict[str, type[Model]] = {
     "vision": VisionTransformer,
 }
 
+_OPTIONS = {"peer": PEEROptions, "soft": SoftMoEOptions}
+"""Feed-forward layer -> the dataclass of its options; other experts stand behind a router, which has its own."""
+
 TextModel = EncoderDecoder | LanguageModel
 """Models that write: `start` gives the cache of a batch, `extend` reads further tokens into it."""
 
@@ -23,3 +31,22 @@ TextModel = EncoderDecoder | LanguageModel
 def build(config: Config, key: PRNGKeyArray) -> Model:
     """The model that `config.model.family` names, freshly initialised."""
     return mark_sharded(FAMILIES[config.model.family](config, key), config.mesh.sharded)
+
+
+def with_all_options(config: Config) -> Config:
+    """`config` with every value of `moe.options` and `moe.loss_weights` written out, defaults too.
+
+    So two configs of the same model are equal, and a saved one says all that a run depends on.
+
+    Raises:
+        UserError: for an option or a loss that the router, PEER or soft MoE does not have.
+    """
+    if not config.model.has_experts:
+        return config
+    known = next((_OPTIONS[kind.feed_forward] for kind in config.model.kinds if kind.feed_forward in _OPTIONS), None)
+    if known is None:
+        options, weights = router_options(config.moe), loss_weights(config.moe)
+    else:
+        options, weights = from_mapping(known, config.moe.options, "moe.options"), {}
+    moe = dataclasses.replace(config.moe, options=dataclasses.asdict(options), loss_weights=weights)
+    return dataclasses.replace(config, moe=moe)

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switchjax.config import Config, UserError
+from switchjax.models.families import with_all_options
 from switchjax.models.model import Model
 from switchjax.models.parameter_paths import names_by_layer
 from switchjax.parallel.processes import all_values, first_then_others, process_index
@@ -116,7 +117,7 @@ class Checkpoints:
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
             state, data = self.restore_state(step, plan), self.restore_data(step)
-            saved = Config.from_saved(self._saved_config(step))
+            saved = with_all_options(Config.from_saved(self._saved_config(step)))
             found = f"checkpoint {step} in {self._directory}"
             if data["fingerprint"] != fingerprint:
                 raise UserError(

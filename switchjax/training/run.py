@@ -97,6 +97,7 @@ class TrainingRun:
         mesh = make_mesh(config.mesh)
         check_fit(config, mesh)
         plan = plan_state(config, mesh)
+        config = plan.config  # with every option written out
 
         # 2. The workdir, which the first process locks for all, and the data.
         config = open_workdir(workdir, config)

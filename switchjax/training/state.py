@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchjax.config import Config
-from switchjax.models.families import build
+from switchjax.models.families import build, with_all_options
 from switchjax.models.model import Model
 from switchjax.parallel.sharding import named_leaves, optimizer_shardings, parameter_shardings
 from switchjax.training.optimizer import make_optimizer
@@ -49,6 +49,7 @@ class StatePlan:
 
 def plan_state(config: Config, mesh: Mesh) -> StatePlan:
     """The state that `config` asks for, laid out over `mesh`; nothing is allocated."""
+    config = with_all_options(config)
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
     optimizer = make_optimizer(config, model)
     opt_state = jax.eval_shape(optimizer.init, named_leaves(model))

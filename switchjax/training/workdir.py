@@ -13,6 +13,7 @@ from typing import Any
 
 from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
+from switchjax.models.families import with_all_options
 from switchjax.parallel.processes import all_values, first_then_others, process_count, process_index
 from switchjax.training.metrics import METRICS
 
@@ -75,7 +76,7 @@ def _open(workdir: Path, config: Config) -> Config:
     # A run that was killed before its first checkpoint starts anew, but over nobody else's files.
     if resumes or any((workdir / name).exists() for name in _REPLACED):
         try:
-            saved = load_workdir_config(workdir)
+            saved = with_all_options(load_workdir_config(workdir))
         except UserError as error:
             raise UserError(f"{workdir} holds no run that could go on ({error}); {_ELSEWHERE}") from None
         # One that has not come to its first record, as for want of memory, may be tried with another config.

@@ -29,7 +29,7 @@ def test_input_dropout_zeroes_what_the_router_sees_and_scales_up_the_rest() -> N
 
 
 def test_sinkhorn_takes_as_many_iterations_as_it_is_told() -> None:
-    config = router_config("sinkhorn", sinkhorn_iterations=2, num_experts=8)
+    config = router_config("sinkhorn", options={"sinkhorn_iterations": 2}, num_experts=8)
     tokens, weights = random_tokens(tokens=64, capacity=64, training=True), random_weights(config)
     logits = tokens.x @ weights["logits"]
     plan = jax.jit(sinkhorn, static_argnums=2)
@@ -39,7 +39,7 @@ def test_sinkhorn_takes_as_many_iterations_as_it_is_told() -> None:
 
 
 def test_an_auction_ends_after_as_many_rounds_as_it_is_told() -> None:
-    config = router_config("base", auction_rounds=3)
+    config = router_config("base", options={"auction_rounds": 3})
     tokens, weights = random_tokens(tokens=32, capacity=32, training=True), random_weights(config)
     scores = tokens.x @ weights["logits"]
     assign = jax.jit(balanced_assignment, static_argnums=(2, 3))
