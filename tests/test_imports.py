@@ -57,7 +57,7 @@ def test_a_room_imports_only_itself_and_those_before_it(path: Path) -> None:
     "name",
     [
         "capacity",
-        "gather",
+        "gather_sum",
         "dispatch",
         "losses",
         "routing",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from switchjax.config import Config, ModelConfig, UserError
-from switchjax.interop.families import FAMILIES, family_of, model_type_of
+from switchjax.interop.families import HUGGINGFACE_FAMILIES, family_of, model_type_of
 from switchjax.interop.family import Values
 from switchjax.interop.patterns import find_pattern
 from switchjax.interop.tensors import DTYPES, TensorFolder
@@ -119,7 +119,7 @@ def write_config(config: Config) -> Values:
         UserError: names the feature that transformers' model lacks.
     """
     kind = model_type_of(config)
-    family = FAMILIES[kind]
+    family = HUGGINGFACE_FAMILIES[kind]
     config = replace(config, model=_simplest(config.model))
     for key, wanted in family.ours.items():
         if (value := _get(config, key)) != wanted:

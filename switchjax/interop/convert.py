@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike, Int, Shaped
 
 from switchjax.config import Config, load_workdir_config
 from switchjax.interop.config import read_config, read_json, write_config
-from switchjax.interop.families import FAMILIES, model_type_of
+from switchjax.interop.families import HUGGINGFACE_FAMILIES, model_type_of
 from switchjax.interop.family import Values
 from switchjax.interop.folders import check_new, new_folder
 from switchjax.interop.mapping import check_tensors, load, match
@@ -64,7 +64,7 @@ def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarr
     """
     source, plan = TensorFolder(folder), plan_state(config, mesh)
     shapes, shardings = named_leaves(plan.shapes.model), named_leaves(plan.shardings.model)
-    table = FAMILIES[model_type_of(config)].table(config.model)
+    table = HUGGINGFACE_FAMILIES[model_type_of(config)].table(config.model)
     entries = match(config, table, shapes, ids)
     check_tensors(entries, table, source)
     leaves = {name: load(entry, source, shapes[name].dtype, shardings[name]) for name, entry in entries.items()}
@@ -153,7 +153,7 @@ def huggingface_tensors(
         UserError: names the parameters that transformers' model lacks.
     """
     leaves, dtype = named_leaves(model), jnp.dtype(config.model.param_dtype)
-    table = FAMILIES[model_type_of(config)].table(config.model)
+    table = HUGGINGFACE_FAMILIES[model_type_of(config)].table(config.model)
     entries = match(config, table, leaves, ids)
     copies: dict[str, list[str]] = {}
     for copy in table.written:

@@ -10,7 +10,7 @@ from switchjax.interop.switch import SWITCH
 from switchjax.interop.t5 import T5
 from switchjax.interop.vit import VIT
 
-FAMILIES: dict[str, Family] = {"t5": T5, "switch_transformers": SWITCH, "mixtral": MIXTRAL, "vit": VIT}
+HUGGINGFACE_FAMILIES: dict[str, Family] = {"t5": T5, "switch_transformers": SWITCH, "mixtral": MIXTRAL, "vit": VIT}
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
@@ -20,8 +20,8 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
         UserError: if `model_type` is unknown or the model has another output head than the converted one.
     """
     kind = str(theirs.get("model_type"))
-    check_choice("config.json: model_type", kind, FAMILIES)
-    family = FAMILIES[kind]
+    check_choice("config.json: model_type", kind, HUGGINGFACE_FAMILIES)
+    family = HUGGINGFACE_FAMILIES[kind]
     architectures = theirs.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise UserError(f"config.json: architectures={architectures} is not supported, only {family.architecture}")

@@ -60,7 +60,7 @@ class Entry:
         """Of each tensor."""
         return self.layout.their_shape(self.part_shape)
 
-    def gather(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+    def read(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
         """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
         count = len(self._leading)
         ranges = [range(size)[part] for size, part in zip(self._leading, index[:count], strict=True)]
@@ -140,6 +140,6 @@ def _some(names: list[str]) -> str:
 
 def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """A parameter, each device given its own part; the host holds that parameter, and not the model."""
-    array = make_array(entry.shape, sharding, lambda index: entry.gather(source, index, dtype))
+    array = make_array(entry.shape, sharding, lambda index: entry.read(source, index, dtype))
     # Waited for: a transfer under way would keep the host's copy while the next parameter is read.
     return jax.block_until_ready(array)

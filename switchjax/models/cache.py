@@ -105,7 +105,7 @@ class Cache:
         def take(tree: Any, axis: int) -> Any:
             return jax.tree.map(lambda x: _take_rows(x, beams, axis), tree)
 
-        layers = [[replace(layer, state=take(layer.state, axis=1)) for layer in run] for run in self.layers]
+        layers = [[replace(layer, state=take(layer.state, axis=1)) for layer in scan] for scan in self.layers]
         return replace(self, lengths=take(self.lengths, axis=0), layers=layers)
 
 

@@ -11,7 +11,7 @@ from switchjax.moe.routing import RoutingReport
 
 Reports = dict[str, RoutingReport]
 """The reports of a model's layers with experts, by the names of these modules as in `named_leaves`, such as
-`decoder/runs/0/blocks/1/ff`. Arrays have a first axis of layers where modules are stacked."""
+`decoder/scans/0/blocks/1/ff`. Arrays have a first axis of layers where modules are stacked."""
 
 
 def metrics_by_layer(reports: Reports) -> dict[str, list[RoutingMetrics]]:

@@ -1,6 +1,6 @@
 """Names of parameters by layer, such as `encoder/3/ff/experts/w_in`: one name however memory stacks the layers.
 
-For `lax.scan`, memory holds the parameter of several layers as one array, `encoder/runs/0/blocks/1/ff/experts/w_in`.
+For `lax.scan`, memory holds the parameter of several layers as one array, `encoder/scans/0/blocks/1/ff/experts/w_in`.
 Which layers those are depends on the depth and the pattern of the whole stack. Whatever outlives a run (checkpoints,
 weights from and to Hugging Face, messages) names parameters by layer.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from switchjax.config import Config
 from switchjax.models.scan_periods import scan_periods
 
-_ATTRIBUTES = ("runs", "blocks")
+_ATTRIBUTES = ("scans", "blocks")
 """How `Stack` calls its scanned periods, and `Period` its layers."""
 
 
@@ -45,7 +45,7 @@ def parameter_paths(
 ) -> dict[str, ParameterPath]:
     """The path of each name of `named_leaves`: of a model, or of a tree whose names end with a model's.
 
-    Such a tree is an optimiser's state: `mu/encoder/runs/0/blocks/1/ff/w_in` has the path `mu/encoder/{layer}/ff/w_in`.
+    In an optimiser's state, `mu/encoder/scans/0/blocks/1/ff/w_in` has the path `mu/encoder/{layer}/ff/w_in`.
 
     Args:
         config: of the model.

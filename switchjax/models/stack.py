@@ -1,4 +1,4 @@
-"""The transformer stack: runs of repeating periods, one period of which is the body of a `lax.scan`."""
+"""The stack of a model: its layers repeat in periods, and a period is the body of a `lax.scan`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -105,13 +105,13 @@ class Stack(nnx.Module):
         bias_key, period_key = jax.random.split(key)
         relative = config.model.positions == "relative"
         self.bias = RelativePositionBias(config.model, not causal, bias_key) if relative else None
-        runs = scan_periods(layers)
-        self.repeats = tuple(run.repeats for run in runs)
-        run_keys = jax.random.split(period_key, len(runs))
-        self.runs = nnx.List(
+        scans = scan_periods(layers)
+        self.repeats = tuple(scan.repeats for scan in scans)
+        scan_keys = jax.random.split(period_key, len(scans))
+        self.scans = nnx.List(
             [
-                stack(partial(Period, config, run.period, cross), jax.random.split(key, run.repeats), "layer")
-                for run, key in zip(runs, run_keys, strict=True)
+                stack(partial(Period, config, scan.period, cross), jax.random.split(key, scan.repeats), "layer")
+                for scan, key in zip(scans, scan_keys, strict=True)
             ]
         )
         self.norm = Norm(config.model)
@@ -162,7 +162,7 @@ class Stack(nnx.Module):
             encoded: what cross-attention attends to.
             encoded_segments: 0 for padding of it.
         """
-        layers = [jax.vmap(lambda period: period.start(rows, max_length, encoded))(run) for run in self.runs]
+        layers = [jax.vmap(lambda period: period.start(rows, max_length, encoded))(scan) for scan in self.scans]
         return Cache(jnp.zeros(rows, jnp.int32), layers, encoded_segments, max_length)
 
     def extend(
@@ -205,22 +205,22 @@ class Stack(nnx.Module):
         x = dropout(x, self.config.dropout, first_key)
         reports: Reports = {}
         layers: list[list[LayerCache]] = []
-        known: Sequence[list[LayerCache] | None] = caches or [None] * len(self.runs)
-        keys = split_key(key, len(self.runs))
-        first = 0  # number of the run's first layer
-        for i, (run, repeats, run_key, cache) in enumerate(zip(self.runs, self.repeats, keys, known, strict=True)):
-            x, found, states = self._apply_run(run, repeats, x, inputs, run_key, cache)
-            period = len(run.blocks)
+        known: Sequence[list[LayerCache] | None] = caches or [None] * len(self.scans)
+        keys = split_key(key, len(self.scans))
+        first = 0  # number of the first layer of the scan
+        for i, (scan, repeats, scan_key, cache) in enumerate(zip(self.scans, self.repeats, keys, known, strict=True)):
+            x, found, states = self._apply_scan(scan, repeats, x, inputs, scan_key, cache)
+            period = len(scan.blocks)
             for name, report in found.items():
                 numbers = tuple(first + report.layers[0] + n * period for n in range(repeats))
-                reports[f"runs/{i}/{name}"] = replace(report, layers=numbers)
+                reports[f"scans/{i}/{name}"] = replace(report, layers=numbers)
             layers += [] if cache is None else [[replace(c, state=s) for c, s in zip(cache, states, strict=True)]]
             first += period * repeats
         return dropout(self.norm(x), self.config.dropout, last_key), reports, layers
 
-    def _apply_run(
+    def _apply_scan(
         self,
-        run: Period,
+        scan: Period,
         repeats: int,
         x: Float[Array, "B L D"],
         inputs: StackInputs,
@@ -238,5 +238,5 @@ class Stack(nnx.Module):
             )
         keys = None if key is None else jax.random.split(key, repeats)
         unroll = 1 if self.config.scan_layers else repeats
-        x, (reports, states) = jax.lax.scan(body, x, (run, keys, caches), unroll=unroll)
+        x, (reports, states) = jax.lax.scan(body, x, (scan, keys, caches), unroll=unroll)
         return x, reports, states

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import MoEConfig, UserError
-from switchjax.moe.gather import gather_sum
+from switchjax.moe.gather_sum import gather_sum
 from switchjax.moe.losses import load_balance_loss, router_z_loss, sum_metrics
 from switchjax.moe.routing import Routing, Tokens, is_chosen, values_of_chosen
 

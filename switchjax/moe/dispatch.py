@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from switchjax.moe.gather import gather_sum
+from switchjax.moe.gather_sum import gather_sum
 from switchjax.moe.routing import Routing
 
 

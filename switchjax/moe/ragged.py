@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
-from switchjax.moe.gather import gather_sum
+from switchjax.moe.gather_sum import gather_sum
 from switchjax.moe.routing import Routing
 
 

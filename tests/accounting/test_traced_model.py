@@ -78,7 +78,7 @@ def test_parts_are_those_of_the_architecture(tiny: Config) -> None:
 def test_a_weight_of_unknown_place_is_another_part(tiny: Config) -> None:
     weight = find(tiny, "ff/w_in")
     assert weight.part == "feed_forward"
-    assert replace(weight, name="decoder/runs/0/blocks/0/mixer/w").part == "other"
+    assert replace(weight, name="decoder/scans/0/blocks/0/mixer/w").part == "other"
 
 
 def test_base_layers_have_a_norm_in_each_expert(tiny: Config) -> None:

@@ -85,7 +85,7 @@ def test_each_device_is_given_its_own_part(tmp_path: Path) -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     whole = named_leaves(load_huggingface(tmp_path, config, one_device()))
     divided = named_leaves(load_huggingface(tmp_path, config, mesh))
-    experts = divided["decoder/runs/0/blocks/0/ff/experts/w_in"]
+    experts = divided["decoder/scans/0/blocks/0/ff/experts/w_in"]
     assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 2, 16, 12)}
     for name, leaf in divided.items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole[name]), err_msg=name)

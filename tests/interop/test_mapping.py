@@ -42,7 +42,7 @@ def test_a_part_is_gathered_from_no_other_tensors_than_its_own() -> None:
     assert list(source.tensors)[:4] == ["layer.1.expert.0", "layer.1.expert.1", "layer.1.expert.2", "layer.3.expert.0"]
     assert EXPERTS.their_shape == (5, 4) == source.tensors["layer.3.expert.2"].shape
     index = (slice(1, 2), slice(0, 2), slice(None), slice(2, 5))
-    part = EXPERTS.gather(source, index, np.float32)
+    part = EXPERTS.read(source, index, np.float32)
     np.testing.assert_array_equal(part, whole[index])
     assert source.was_read == ["layer.3.expert.0", "layer.3.expert.1"]
 
@@ -54,7 +54,7 @@ def test_rows_of_a_vocabulary_go_by_their_ids() -> None:
     ours = np.arange(6, dtype=np.float32).reshape(3, 2)
     theirs = dict(entry.split(jax.numpy.asarray(ours)))
     np.testing.assert_array_equal(theirs["shared"], ours[[2, 0, 1]])
-    back = entry.gather(Recorder(theirs), (slice(None), slice(None)), np.float32)
+    back = entry.read(Recorder(theirs), (slice(None), slice(None)), np.float32)
     np.testing.assert_array_equal(back, ours)
 
 

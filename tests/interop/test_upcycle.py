@@ -40,12 +40,12 @@ def test_an_upcycled_model_computes_what_the_dense_model_does(name: str) -> None
 def test_experts_are_copies_of_their_own_layers_network_and_routers_are_new() -> None:
     model = examples.make_model(dense(T5))
     old, new = named_leaves(model), named_leaves(upcycle(model, dense(T5), T5, KEY))
-    experts = new["encoder/runs/0/blocks/1/ff/experts/w_in"]
+    experts = new["encoder/scans/0/blocks/1/ff/experts/w_in"]
     for i, layer in enumerate((1, 3)):
         for expert in range(4):
-            np.testing.assert_array_equal(experts[i, expert], old["encoder/runs/0/blocks/0/ff/w_in"][layer])
-    router = np.asarray(new["encoder/runs/0/blocks/1/ff/router/logits"])
-    fresh = named_leaves(build(T5, KEY))["encoder/runs/0/blocks/1/ff/router/logits"]
+            np.testing.assert_array_equal(experts[i, expert], old["encoder/scans/0/blocks/0/ff/w_in"][layer])
+    router = np.asarray(new["encoder/scans/0/blocks/1/ff/router/logits"])
+    fresh = named_leaves(build(T5, KEY))["encoder/scans/0/blocks/1/ff/router/logits"]
     np.testing.assert_allclose(router, fresh, rtol=1e-6)
     np.testing.assert_array_equal(new["embedding/vectors"], old["embedding/vectors"])
 
@@ -88,9 +88,9 @@ def test_pruning_keeps_the_most_used_experts() -> None:
     for layer, counts in enumerate(usage["decoder"]):
         kept = [expert for expert in range(4) if expert != np.argmin(counts)]
         for name in ("w_in", "w_gate", "w_out"):
-            path = f"decoder/runs/0/blocks/0/ff/experts/{name}"
+            path = f"decoder/scans/0/blocks/0/ff/experts/{name}"
             np.testing.assert_array_equal(new[path][layer], old[path][layer][np.array(kept)])
-        path = "decoder/runs/0/blocks/0/ff/router/logits"
+        path = "decoder/scans/0/blocks/0/ff/router/logits"
         np.testing.assert_array_equal(new[path][layer], old[path][layer][:, np.array(kept)])
     assert families.forward(small, batch, None).shape == families.forward(model, batch, None).shape
 

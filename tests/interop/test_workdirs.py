@@ -58,7 +58,7 @@ def test_a_pruned_run_has_fewer_experts(upcycled: Path) -> None:
     pruned = load_workdir_config(workdir)
     assert pruned == changed(config, moe={"num_experts": 2})
     _, model = load_model(pruned, workdir, one_device())
-    assert named_leaves(model)["encoder/runs/0/blocks/1/ff/experts/w_in"].shape == (1, 2, 16, 32)
+    assert named_leaves(model)["encoder/scans/0/blocks/1/ff/experts/w_in"].shape == (1, 2, 16, 32)
 
 
 def test_pruning_needs_the_runs_own_vocabulary_and_held_out_data(

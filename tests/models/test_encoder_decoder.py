@@ -98,9 +98,9 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_reports_name_their_layers_and_count_the_tokens_of_their_stack() -> None:
     batch, model = make_batch(), make_model()
     reports = jax.jit(lambda model, batch: model(batch, None)[1])(model, batch)
-    assert reports.keys() == {f"{stack}/runs/0/blocks/1/ff" for stack in ("encoder", "decoder")}  # one MoE layer in 2
+    assert reports.keys() == {f"{stack}/scans/0/blocks/1/ff" for stack in ("encoder", "decoder")}  # one MoE layer in 2
     for stack, segments in model.segments({name: jnp.asarray(values) for name, values in batch.items()}).items():
-        report = reports[f"{stack}/runs/0/blocks/1/ff"]
+        report = reports[f"{stack}/scans/0/blocks/1/ff"]
         assert report.layers == (1,)
         np.testing.assert_array_equal(report.metrics.tokens, [np.sum(segments > 0)])
         assert report.metrics.expert_load.shape == (1, TINY.moe.num_experts)

@@ -24,21 +24,21 @@ def path_of(config: Config, name: str) -> ParameterPath:
 
 def test_the_first_axis_counts_layers() -> None:
     config = deep(("dense", "moe"), 6)
-    path = path_of(config, "decoder/runs/0/blocks/1/ff/experts/w_in")
+    path = path_of(config, "decoder/scans/0/blocks/1/ff/experts/w_in")
     assert path == ParameterPath("decoder/{layer}/ff/experts/w_in", (1, 3, 5), 4)
     assert path.of_experts
     assert path.by_layer == tuple(f"decoder/{layer}/ff/experts/w_in" for layer in (1, 3, 5))
-    router = path_of(config, "decoder/runs/0/blocks/1/ff/router/logits")
+    router = path_of(config, "decoder/scans/0/blocks/1/ff/router/logits")
     assert router.num_experts == 4
     assert not router.of_experts
-    assert path_of(config, "decoder/runs/0/blocks/0/ff/w_in") == ParameterPath("decoder/{layer}/ff/w_in", (0, 2, 4))
+    assert path_of(config, "decoder/scans/0/blocks/0/ff/w_in") == ParameterPath("decoder/{layer}/ff/w_in", (0, 2, 4))
     assert path_of(config, "decoder/norm/scale") == ParameterPath("decoder/norm/scale")
     assert path_of(config, "decoder/norm/scale").by_layer == ("decoder/norm/scale",)
 
 
 def test_what_belongs_to_a_parameter_is_named_after_it() -> None:
     config = deep(("dense", "moe"), 4)
-    names = ["step", "opt_state/0/mu/decoder/runs/0/blocks/0/ff/w_in", "opt_state/0/mu/embedding/vectors"]
+    names = ["step", "opt_state/0/mu/decoder/scans/0/blocks/0/ff/w_in", "opt_state/0/mu/embedding/vectors"]
     assert names_by_layer(config, names) == [
         "step",
         "opt_state/0/mu/decoder/0/ff/w_in",
@@ -67,5 +67,5 @@ def test_every_layer_has_each_parameter_once(pattern: tuple[str, ...], layers: i
 
 def test_scans_after_the_first_count_on() -> None:
     config = FAMILIES["pyramid"]  # 6 layers of which 1 and 3 have 4 experts, 5 has 8
-    path = path_of(config, "decoder/runs/1/blocks/1/ff/routed/experts/w_in")
+    path = path_of(config, "decoder/scans/1/blocks/1/ff/routed/experts/w_in")
     assert path == ParameterPath("decoder/{layer}/ff/routed/experts/w_in", (5,), 8)

@@ -99,6 +99,6 @@ def test_each_weight_starts_with_its_standard_deviation(created: EncoderDecoder)
 
 
 def test_no_two_layers_or_experts_start_the_same(created: EncoderDecoder) -> None:
-    experts = np.asarray(named_leaves(created)["encoder/runs/0/blocks/1/ff/experts/w_in"])
+    experts = np.asarray(named_leaves(created)["encoder/scans/0/blocks/1/ff/experts/w_in"])
     flat = experts.reshape(-1, *experts.shape[-2:])
     assert len({values.tobytes() for values in flat}) == len(flat) == 8

@@ -48,7 +48,7 @@ def test_one_expert_is_dense_attention() -> None:
 def test_a_model_reports_both_routers_of_each_layer() -> None:
     _, reports = jax.jit(lambda model, batch: model(batch, None))(make_model(ROUTED), make_batch(ROUTED))
     assert {name: report.layers for name, report in reports.items()} == {
-        f"{stack}/runs/0/blocks/1/self_attention/{router}": (1,)
+        f"{stack}/scans/0/blocks/1/self_attention/{router}": (1,)
         for stack in ("encoder", "decoder")
         for router in ("query", "key_value")
     }

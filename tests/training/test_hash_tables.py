@@ -21,7 +21,7 @@ from switchjax.training.run import train
 from switchjax.training.state import plan_state
 from tests.tiny import changed
 
-TABLES = [f"{stack}/runs/0/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
+TABLES = [f"{stack}/scans/0/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
 SEGMENTS = ("encoder_segments", "decoder_segments")
 
 
@@ -78,7 +78,7 @@ def test_in_a_pyramid_each_layer_has_a_table_for_its_own_experts(balanced: Confi
     model = jax.jit(lambda: build(config, jax.random.key(0)))()
     leaves, counts = named_leaves(with_hash_tables(model, config, data)), count_tokens(data.train_batches(), 352)
     for stack, (run, experts) in itertools.product(("encoder", "decoder"), enumerate((4, 8))):
-        table = leaves[f"{stack}/runs/{run}/blocks/0/ff/router/table"]
+        table = leaves[f"{stack}/scans/{run}/blocks/0/ff/router/table"]
         np.testing.assert_array_equal(table, [balanced_table(counts, experts)])
 
 
@@ -104,7 +104,7 @@ def test_layers_taken_from_a_run_with_the_same_kind_of_table_keep_theirs(
         balanced, model={"pattern": ("moe",), "num_encoder_layers": 3}, init_from={"workdir": str(workdir)}
     )
     model = jax.jit(lambda: build(config, jax.random.key(0)))()
-    name, taken = "encoder/runs/0/blocks/0/ff/router/table", {"encoder/1/ff/router/table"}
+    name, taken = "encoder/scans/0/blocks/0/ff/router/table", {"encoder/1/ff/router/table"}
     before, after = (named_leaves(m)[name] for m in (model, with_hash_tables(model, config, data, taken)))
     expected = balanced_table(count_tokens(data.train_batches(), 352), 4)
     np.testing.assert_array_equal(after, [expected, before[1], expected])

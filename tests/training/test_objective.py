@@ -30,8 +30,8 @@ def report(layers: tuple[int, ...], **losses: Any) -> RoutingReport:
 
 THREE_LAYERS = {
     # Two layers of an encoder of 10 tokens, one of a decoder of 5.
-    "encoder/runs/0/blocks/1/ff": report((1, 3), load_balance_loss=[12.0, 18.0], router_z_loss=[4.0, 6.0]),
-    "decoder/runs/0/blocks/1/ff": report((1,), load_balance_loss=[10.0], router_z_loss=[5.0]),
+    "encoder/scans/0/blocks/1/ff": report((1, 3), load_balance_loss=[12.0, 18.0], router_z_loss=[4.0, 6.0]),
+    "decoder/scans/0/blocks/1/ff": report((1,), load_balance_loss=[10.0], router_z_loss=[5.0]),
 }
 SUMS = Sums(nll=jnp.asarray(8.0), z_loss=jnp.asarray(20.0), correct=jnp.asarray(1), reports=THREE_LAYERS)
 COUNTS = Counts(jnp.asarray(4), {"encoder": jnp.asarray(10), "decoder": jnp.asarray(5)})

@@ -160,7 +160,7 @@ def test_router_state_moves_by_the_routers_own_rule_and_nothing_else_moves_it(
     kept = {name for name in parameters if name.rpartition("/")[2] in ("frozen", "counter")}
     assert len(kept) == 4  # two weights in one MoE layer a stack
     for stack in ("encoder", "decoder"):
-        segments, router_name = batch[f"{stack}_segments"], f"{stack}/runs/0/blocks/1/ff/router"
+        segments, router_name = batch[f"{stack}_segments"], f"{stack}/scans/0/blocks/1/ff/router"
         groups = segments.size // tiny.moe.tokens_per_group(12, segments.shape[1])
         seen = 2 * np.array([np.sum(segments > 0), groups])  # of two steps, each in two micro-batches
         np.testing.assert_allclose(parameters[f"{router_name}/counter"], [1 + 0.25 * seen], rtol=1e-6)
@@ -185,9 +185,9 @@ def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_
     assert -np.log(4) - 1e-5 <= with_policy["policy_entropy_loss"] < 0
     norms, plain = with_policy["gradient_norms"], without["gradient_norms"]
     # What comes after the last router bears on the reward alone: the same program but for the order of sums.
-    for name in ("decoder/norm/scale", "decoder/runs/0/blocks/1/ff/experts/w_out"):
+    for name in ("decoder/norm/scale", "decoder/scans/0/blocks/1/ff/experts/w_out"):
         np.testing.assert_allclose(norms[name], plain[name], rtol=1e-4, err_msg=name)
     for stack in ("encoder", "decoder"):
-        router = f"{stack}/runs/0/blocks/1/ff/router"
+        router = f"{stack}/scans/0/blocks/1/ff/router"
         assert norms[f"{router}/logits"] > 10 * plain[f"{router}/logits"]
         assert norms[f"{router}/baseline"] > 0 == plain[f"{router}/baseline"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from switchjax.moe.gather import gather_sum
+from switchjax.moe.gather_sum import gather_sum
 
 
 def random_relation(rng: np.random.Generator, rows: int, outputs: int, most: int) -> tuple[np.ndarray, np.ndarray]:
