@@ -1,18 +1,43 @@
 """What holds for every router, also for one from outside the package."""
 
 import dataclasses
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.config import MoEConfig, UserError
+from switchjax.accounting.accounting import account
+from switchjax.accounting.hardware import parse_slice
+from switchjax.config import Config, MoEConfig, UserError
+from switchjax.models.families import build
+from switchjax.models.parameters import count_trained
 from switchjax.moe.capacity import token_choice
 from switchjax.moe.layer import MoELayer
+from switchjax.moe.losses import count_choices
 from switchjax.moe.routers import ROUTERS, check_router, loss_weights, noncausal_because, router_options
-from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weights, router_logits
+from switchjax.moe.routing import (
+    BALANCE,
+    NoOptions,
+    Router,
+    RouterSizes,
+    Routing,
+    Tokens,
+    Weight,
+    Weights,
+    linear_router,
+    router_logits,
+    select_experts,
+)
+from switchjax.planning.plan import plan_step
+from switchjax.training.checkpoint import Checkpoints
+from switchjax.training.metrics import read_metrics
+from switchjax.training.run import train
 from tests.moe.layers import TinyExpert, make_inputs, make_layer, run, run_with_gradients
 from tests.moe.reports import contents_of, means_of, sums_of
 from tests.moe.routers.examples import (
@@ -25,6 +50,7 @@ from tests.moe.routers.examples import (
     route,
     router_config,
 )
+from tests.tiny import changed
 
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 SIZES = RouterSizes(D, 4, VOCAB)
@@ -330,3 +356,90 @@ def test_a_router_that_returns_a_loss_without_a_default_weight_is_refused_by_nam
     message = rf"(?m)^router forgetful returns {missing} without a default weight: name it in Router\.losses$"
     with pytest.raises(UserError, match=message):
         run(layer, x, mask, jax.random.key(0) if training else None)
+
+
+# A router from outside the package, with an option, a weight, a loss and a state of its own: all that it needs.
+@dataclass(frozen=True)
+class PricedOptions:
+    strength: float = 1.0
+
+
+def priced_weights(sizes: RouterSizes, options: PricedOptions, key: jax.Array) -> dict[str, Weight]:
+    scale = Weight(jnp.ones(sizes.num_experts), (None,))
+    price = Weight(jnp.zeros(sizes.num_experts), (None,), trained=False)
+    return linear_router(sizes, options, key) | {"scale": scale, "price": price}
+
+
+def route_priced(weights: Weights, tokens: Tokens, config: MoEConfig, options: PricedOptions) -> Routing:
+    """Top-1 by scaled logits less a price, which follows the share of tokens that an expert gets."""
+    logits = router_logits(tokens.x, weights["logits"]) * weights["scale"][None, None]
+    probs = jax.nn.softmax(logits, axis=-1)
+    index = select_experts(tokens, config, logits - options.strength * weights["price"][None, None])
+    return token_choice(
+        tokens,
+        config,
+        logits=logits,
+        probs=probs,
+        gates=probs,
+        expert_index=index,
+        losses={
+            "scale_loss": jnp.sum(tokens.mask, axis=1, dtype=jnp.float32) * jnp.sum(jnp.square(weights["scale"] - 2))
+        },
+        state_sums={"load": count_choices(index, tokens.mask[..., None], config.num_experts)},
+    )
+
+
+def next_price(weights: Weights, sums: dict[str, jax.Array], options: PricedOptions) -> dict[str, jax.Array]:
+    return {"price": 0.9 * weights["price"] + 0.1 * sums["load"] / jnp.maximum(jnp.sum(sums["load"]), 1)}
+
+
+PRICED = Router(
+    route_priced, priced_weights, PricedOptions, losses={**BALANCE, "scale_loss": 0.1}, next_state=next_price
+)
+
+
+@pytest.fixture
+def priced(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setitem(ROUTERS, "priced", PRICED)
+    return changed(
+        tiny,
+        moe={"router": "priced", "options": {"strength": 0.5}, "loss_weights": {"scale_loss": 0.2}},
+        train={"accumulation_steps": 2, "checkpoint_every": 3},
+        data={"batch_size": 48},
+        evaluate={"every": 0},
+    )
+
+
+def test_a_router_from_outside_trains_is_saved_and_resumes_on_a_mesh(priced: Config, tmp_path: Path) -> None:
+    def records(name: str) -> list[dict[str, Any]]:
+        timed = ("tokens_per_second", "fraction", "flops", "mfu")
+        found = read_metrics(tmp_path / name, "train")
+        return [{key: value for key, value in row.items() if not key.endswith(timed)} for row in found]
+
+    train(priced, tmp_path / "whole")
+    for steps in (3, 6):
+        train(changed(priced, train={"steps": steps}), tmp_path / "twice")
+    assert records("twice")[3:] == records("whole")[3:]
+    first, last = records("whole")[0], records("whole")[-1]
+    assert first["scale_loss"] == pytest.approx(4)  # (1 - 2)^2 for each of 4 experts
+    assert last["scale_loss"] < first["scale_loss"]
+    with closing(Checkpoints(tmp_path / "whole")) as checkpoints:
+        assert checkpoints.shapes(6)["model/decoder/1/ff/router/price"] == (4,)
+        assert checkpoints.shapes(6)["model/decoder/1/ff/router/scale"] == (4,)
+
+
+def test_a_router_from_outside_is_accounted_for_and_its_options_are_checked(priced: Config) -> None:
+    model = jax.eval_shape(lambda: build(priced, jax.random.key(0)))
+    plain = account(changed(priced, moe={"router": "switch", "options": {}, "loss_weights": {}}))
+    assert account(priced).total == count_trained(model) == plain.total + 2 * 4  # a scale in one layer a stack
+    assert account(priced).parameters["routers"] == plain.parameters["routers"] + 2 * 4
+    misspelt = changed(priced, moe={"options": {"strenght": 0.5}})
+    with pytest.raises(UserError, match=r"unknown config key 'moe\.options\.strenght' \(did you mean 'strength'\?\)"):
+        build(misspelt, jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_a_router_from_outside_is_planned_on_tpus(priced: Config) -> None:
+    plan = plan_step(changed(priced, mesh={"data": 1, "expert": 4}), parse_slice("v5e:2x2"))
+    assert plan.collectives["all-to-all"].count == 2 * 2 * 4  # MoE layers, micro-batches, 4 a layer
+    assert plan.memory_per_device.total < plan.memory_per_device.capacity
