@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from switchjax.config.checks import UserError, require, suggest
+from switchjax.config.checks import UserError, check_choice, require, suggest
 from switchjax.config.data import DataConfig
 from switchjax.config.formats import FORMAT, migrate
 from switchjax.config.layers import KINDS, Layer
@@ -181,10 +181,7 @@ def from_mapping(cls: type, values: Any, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; only int -> float and list -> tuple are converted.
-
-    The section itself checks the choices of a `Literal`, as it does where Python builds it.
-    """
+    """`value` as the annotated type; only int -> float and list -> tuple are converted."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, key)
     if typing.get_origin(hint) is Mapping:
@@ -198,7 +195,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return tuple(_convert(hint.__args__[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
-    hint = str if typing.get_origin(hint) is Literal else hint
+    if typing.get_origin(hint) is Literal:
+        require(type(value) is str, f"{key} must be of type str, got {value!r}")
+        check_choice(key, value, typing.get_args(hint))
+        return value
     require(type(value) is hint, f"{key} must be of type {hint.__name__}, got {value!r}")
     require(hint is not float or math.isfinite(value), f"{key} must be finite, got {value}")
     return value

@@ -30,6 +30,7 @@ TextModel = EncoderDecoder | LanguageModel
 
 def build(config: Config, key: PRNGKeyArray) -> Model:
     """The model that `config.model.family` names, freshly initialised."""
+    config = with_all_options(config)  # so that models of equal configs are equal pytrees
     return mark_sharded(FAMILIES[config.model.family](config, key), config.mesh.sharded)
 
 
