@@ -73,7 +73,7 @@ def sum_metrics(
     dispatched: Int[Array, "G"],
     token_mask: Bool[Array, "G S"],
 ) -> RoutingMetrics:
-    """The metrics of each group; `taken` is True for choices that ask for a slot, `dispatched` counts those that found one."""
+    """The metrics of each group, where `taken` choices asked for a slot and `dispatched` is how many found one."""
     probs = jax.lax.stop_gradient(router_probs)
     entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs), 0.0), axis=-1)
     return RoutingMetrics(

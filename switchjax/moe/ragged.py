@@ -27,8 +27,8 @@ def apply_ragged(experts: Any, x: Float[Array, "G S D"], routing: Routing) -> Fl
     selected = routing.token_slot.shape[-1]
     expert = (routing.token_slot // capacity).reshape(-1)  # E: padding, or a choice given up
     rows = expert.shape[0]
-    # Row t * K + k is the k-th choice of token t. `order` sorts rows by expert and `place` is its inverse. With both, the
-    # way to the experts and the way back are gathers, in the forward and in the backward pass.
+    # Row t * K + k is the k-th choice of token t. `order` sorts rows by expert, and `place` is its inverse. With both,
+    # the way to the experts and the way back are gathers, in the forward and the backward pass.
     order = jnp.argsort(expert, stable=True)
     place = jnp.where(expert < num_experts, jnp.argsort(order), rows)
     token = jnp.where(expert[order] < num_experts, order // selected, rows // selected)
@@ -48,8 +48,9 @@ def grouped_product(
     rows: Float[Array, "N D"], weights: Float[Array, "E D M"], sizes: Int[Array, "E"]
 ) -> Float[Array, "N M"]:
     """Each expert's run of `sizes[e]` rows times its matrix; zeros after the last run."""
-    # On TPUs, `jax.lax.ragged_dot` has a kernel for the forward pass, but computes the weights' gradient for every expert
-    # and row: with 64 experts, 22 times the FLOPs of both passes (jax 0.10). So JAX's MegaBlocks kernels serve there.
+    # On TPUs, `jax.lax.ragged_dot` has a kernel for the forward pass, but computes the weights' gradient for every
+    # expert and row: with 64 experts, 22 times the FLOPs of both passes (jax 0.10). So JAX's MegaBlocks kernels serve
+    # there.
     return jax.lax.platform_dependent(rows, weights, sizes, tpu=megablox_product, default=jax.lax.ragged_dot)
 
 
@@ -87,7 +88,7 @@ def _run(kernel: Any, left: Array, right: Array, sizes: Array, dtype: Any, inter
 
 
 def _tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    """Tile sizes of a product's three dimensions: large, to read rows and weights seldom, but within a chip's 16 MiB."""
+    """Tile sizes of a product's three dimensions: large to reread little, but within a chip's 16 MiB."""
     return math.gcd(rows, 4 * _TILE), min(inputs, 4 * _TILE), min(outputs, 8 * _TILE)
 
 

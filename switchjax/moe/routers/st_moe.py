@@ -1,4 +1,4 @@
-"""ST-MoE: two experts a token, the second of them above a threshold."""
+"""ST-MoE: two experts per token, the second one only above a threshold."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class STMoEOptions:
 def route_st_moe(weights: Weights, tokens: Tokens, config: MoEConfig, options: STMoEOptions) -> Routing:
     """ST-MoE's top-2 (Zoph et al. 2022): GShard's gates, the second expert only if its gate exceeds a threshold.
 
-    The threshold holds in training and in evaluation. The router is to be trained with the router z-loss.
+    The threshold applies in training and in evaluation. The paper trains this router with the router z-loss.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
