@@ -34,6 +34,8 @@ ELSEWHERE = {
     "models/model": "models/test_families.py",
     "models/stack": "models/test_encoder_decoder.py",
     "moe/expert_parallel": "moe/test_layer_on_meshes.py",
+    # Every router goes through the contract.
+    "moe/routing": "moe/routers/test_every_router.py",
     # A family of Hugging Face's is one table, read by the same tests as the others.
     "interop/family": "interop/test_families.py",
     "interop/mixtral": "interop/test_families.py",

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import is_chosen, values_of_chosen
 from switchjax.moe.gather_sum import gather_sum
 from switchjax.moe.losses import load_balance_loss, router_z_loss, sum_metrics
-from switchjax.moe.routing import Routing, Tokens, is_chosen, values_of_chosen
+from switchjax.moe.routing import Routing, Tokens
 
 
 def capacity_of(config: MoEConfig, num_experts: int, group_size: int, training: bool) -> int:

@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError
 from switchjax.moe.capacity import capacity_of
+from switchjax.moe.choice import jitter
 from switchjax.moe.dispatch import DISPATCHERS
 from switchjax.moe.expert_parallel import apply_experts, apply_experts_over_mesh, are_sliced, group_keys
 from switchjax.moe.ragged import apply_ragged
 from switchjax.moe.routers import check_router, router_of, router_options
-from switchjax.moe.routing import RouterSizes, RoutingReport, Tokens, jitter
+from switchjax.moe.routing import RouterSizes, RoutingReport, Tokens
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 from switchjax.parallel.sharding import parameter_specs, partition_spec
 from switchjax.parallel.stacking import stack

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from switchjax.moe.choice import router_logits
 from switchjax.moe.layer import MoELayer
-from switchjax.moe.routing import RoutingReport, router_logits
+from switchjax.moe.routing import RoutingReport
 
 
 class SharedMoELayer(nnx.Module):

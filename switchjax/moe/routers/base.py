@@ -11,7 +11,8 @@ from jaxtyping import PRNGKeyArray
 from switchjax.config import MoEConfig, check_positive
 from switchjax.moe.assignment import balanced_assignment
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, router_logits, select_experts
+from switchjax.moe.choice import router_logits, select_experts
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import router_logits
 from switchjax.moe.losses import router_z_loss, sum_metrics
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, router_logits
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def check_expert_choice(config: MoEConfig, options: NoOptions) -> None:

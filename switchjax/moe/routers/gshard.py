@@ -5,17 +5,8 @@ import jax.numpy as jnp
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    NoOptions,
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-    values_of_chosen,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts, values_of_chosen
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_gshard(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:

@@ -9,9 +9,10 @@ from jaxtyping import Array, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError, check_positive
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits
 from switchjax.moe.losses import importance_loss, load_loss
 from switchjax.moe.routers.noisy_top_k import IMPORTANCE, noisy_router, noisy_top_k, zeros
-from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, router_logits
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 
 @dataclass(frozen=True)

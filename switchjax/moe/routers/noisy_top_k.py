@@ -9,21 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import is_chosen, normalize_over_chosen, router_logits, select_experts
 from switchjax.moe.losses import importance_loss, load_loss
-from switchjax.moe.routing import (
-    BALANCE,
-    NoOptions,
-    Router,
-    RouterSizes,
-    Routing,
-    Tokens,
-    Weight,
-    Weights,
-    is_chosen,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-)
+from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 MIN_NOISE = 1e-2
 """Smallest standard deviation of the trained noise, as in the released code: the load estimate divides by it."""

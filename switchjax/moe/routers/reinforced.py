@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits, select_experts, values_of_chosen
 from switchjax.moe.routing import (
     BALANCE,
     NoOptions,
@@ -20,9 +21,6 @@ from switchjax.moe.routing import (
     Weight,
     Weights,
     linear_router,
-    router_logits,
-    select_experts,
-    values_of_chosen,
 )
 
 

@@ -9,20 +9,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError, check_positive
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts, values_of_chosen
 from switchjax.moe.losses import count_choices
-from switchjax.moe.routing import (
-    Router,
-    RouterSizes,
-    Routing,
-    Tokens,
-    Weight,
-    Weights,
-    linear_router,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-    values_of_chosen,
-)
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, linear_router
 
 
 @dataclass(frozen=True)

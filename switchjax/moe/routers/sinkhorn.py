@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from switchjax.config import MoEConfig, check_positive
 from switchjax.moe.assignment import sinkhorn
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import Router, Routing, Tokens, Weights, router_logits, select_experts
+from switchjax.moe.choice import router_logits, select_experts
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)

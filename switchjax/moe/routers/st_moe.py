@@ -7,16 +7,8 @@ import jax.numpy as jnp
 
 from switchjax.config import MoEConfig, check_fraction
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-    values_of_chosen,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts, values_of_chosen
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)

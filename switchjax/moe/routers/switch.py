@@ -4,7 +4,8 @@ import jax
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, router_logits, select_experts
+from switchjax.moe.choice import router_logits, select_experts
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_switch(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:

@@ -6,15 +6,8 @@ import jax
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import is_chosen, router_logits, select_experts
 from switchjax.moe.losses import importance_loss, load_loss
 from switchjax.moe.routers.noisy_top_k import IMPORTANCE, add_noise, highest
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, is_chosen, router_logits, select_experts
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_v_moe(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:

@@ -10,9 +10,10 @@ import pytest
 
 from switchjax.config import MoEConfig, UserError
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits
 from switchjax.moe.layer import MoELayer
 from switchjax.moe.routers import ROUTERS, check_router, loss_weights, noncausal_because, router_options
-from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weights, router_logits
+from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weights
 from tests.moe.layers import TinyExpert, make_inputs, make_layer, run, run_with_gradients
 from tests.moe.reports import contents_of, means_of, sums_of
 from tests.moe.routers.examples import (
