@@ -115,11 +115,11 @@ def test_pruning_to_more_or_too_few_is_refused() -> None:
     [
         (dense(T5), r"model.pattern names no layer with experts"),
         (dense(T5, ("dense", "peer")), r"model.pattern=peer does not count which experts are used"),
-        (dense(T5, ("switch_attention",)), r"model.pattern=switch_attention has two routers a layer"),
-        (dataclasses.replace(T5, moe=MoEConfig(router="hash")), r"moe.router=hash knows experts by their numbers"),
+        (dense(T5, ("switch_attention",)), r"model.pattern=switch_attention has two routers in each layer"),
+        (dataclasses.replace(T5, moe=MoEConfig(router="hash")), r"moe.router=hash identifies experts by their numbers"),
         (
             dataclasses.replace(T5, moe=MoEConfig(router="expert_choice")),
-            r"moe.router=expert_choice has each expert take as many tokens as any other",
+            r"moe.router=expert_choice gives all experts equally many tokens",
         ),
     ],
 )
