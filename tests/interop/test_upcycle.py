@@ -1,4 +1,4 @@
-"""Dense models as models with experts: the same function at first; and pruning to the most used experts."""
+"""Upcycled models compute the same as their dense model at first; pruning keeps the most used experts."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A decoder looks at no later token, and refuses routers that would."""
+"""A decoder's output does not depend on later tokens, and routers that would make it so are refused."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""What holds for every router, also for one from outside the package."""
+"""Properties of every router, including one from outside the package."""
 
 import dataclasses
 from functools import partial
@@ -206,7 +206,7 @@ WITH_OPTIONS = [(name, field.name) for name, router in ROUTERS.items() for field
 
 
 def refused(config: MoEConfig) -> str:
-    """The one line with which all that ask a router refuse the section: its check, and a layer."""
+    """The one message with which both the router's check and a layer refuse the section."""
     with pytest.raises(UserError) as of_check:
         check_router(config)
     with pytest.raises(UserError) as of_layer:
@@ -301,7 +301,7 @@ def test_a_router_that_does_not_exist_is_refused_with_the_one_that_was_meant() -
 
 
 def route_by_first_feature(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
-    """A router of one's own: the expert of the highest logit among two."""
+    """A router from outside the package: the expert with the highest of two logits."""
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
     index = (logits[..., 1:2] > logits[..., :1]).astype(jnp.int32)
