@@ -25,6 +25,10 @@ ELSEWHERE = {
     "data/sources/reference": "data/test_sources.py",
     "data/sources/restructured_text": "data/test_sources.py",
     "data/sources/source": "data/test_sources.py",
+    # Whatever a format changes is read in one test.
+    "config/formats": "training/test_formats.py",
+    "training/checkpoint_arrays": "training/test_formats.py",
+    "training/checkpoint_names": "training/test_formats.py",
     # One table, which the layers of every family are built from.
     "config/layers": "models/test_families.py",
     # The layers of a model are seen in its logits.

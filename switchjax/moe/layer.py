@@ -122,9 +122,11 @@ class MoELayer(nnx.Module):
         assert self.config.dispatch != "ragged" or columns == 1, "check_fit refuses this"
         sliced = are_sliced(self.experts)
 
-        def island(layer: MoELayer, *local: Any) -> tuple[Float[Array, "G S M"], RoutingReport]:
+        def island(
+            layer: MoELayer, x: Array, mask: Array, ids: Array | None, key: PRNGKeyArray | None
+        ) -> tuple[Float[Array, "G S M"], RoutingReport]:
             shard = jax.lax.axis_index(DATA) * columns + jax.lax.axis_index(EXPERT)
-            y, report = layer._route_and_apply(*local, shard * local_groups, apply_experts_over_mesh)
+            y, report = layer._route_and_apply(x, mask, ids, key, shard * local_groups, apply_experts_over_mesh)
             # Slices of d_ff are added up here, after combine, and not before the second all-to-all: combine is linear,
             # and there are fewer tokens than slots.
             return jax.lax.psum(y, MODEL) if sliced else y, report

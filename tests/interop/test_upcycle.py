@@ -81,8 +81,10 @@ def test_a_dense_model_that_does_not_fit_is_refused() -> None:
 def test_pruning_keeps_the_most_used_experts() -> None:
     model, batch = families.make_model(DECODER), jax.tree.map(jnp.asarray, families.make_batch(DECODER))
     usage = expert_usage(model, DECODER, [batch, batch])
-    _, routing = model(batch, None)
-    np.testing.assert_allclose(usage["decoder"], 2 * np.asarray(routing["decoder"][0]["expert_load"]))
+    _, reports = model(batch, None)
+    metrics = reports["decoder/scans/0/blocks/0/ff"].metrics
+    assert metrics is not None
+    np.testing.assert_allclose(usage["decoder"], 2 * np.asarray(metrics.expert_load))
     small = prune(model, DECODER, usage, 3)
     old, new = named_leaves(model), named_leaves(small)
     for layer, counts in enumerate(usage["decoder"]):

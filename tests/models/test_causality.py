@@ -33,7 +33,7 @@ def test_routers_that_see_the_future_are_refused_unless_asked_for(
         jax.eval_shape(lambda: build(changed(**moe), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, allow_noncausal_routing=True), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, pattern=("dense",)), jax.random.key(0)))
-    named = dict(re.findall(r"moe\.(\w+)=(\w+)", str(refusal.value).partition("by name")[2]))
+    named = dict(re.findall(r"moe\.(\w+)=(\w+)", str(refusal.value).partition("allows it")[2]))
     assert {f"{key}={value}" for key, value in named.items()} == remedies
     known = {"True": True, "0": 0}
     for key, value in named.items():  # what the message says does help

@@ -252,7 +252,6 @@ def test_an_option_of_another_router_is_refused(name: str) -> None:
         ("sigmoid", "bias_update_rate", 0.0),
         ("base", "auction_rounds", 0),
         ("sinkhorn", "sinkhorn_iterations", 0),
-        ("hash", "hash_table", "balance"),
     ],
 )
 def test_an_option_out_of_range_is_refused(name: str, option: str, value: object) -> None:
