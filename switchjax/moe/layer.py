@@ -162,8 +162,10 @@ class MoELayer(nnx.Module):
             y = apply_ragged(self.experts, x, routing)
         else:
             form = DISPATCHERS[config.dispatch]
-            y = apply(self.experts, form.dispatch(x, routing), key if config.expert_dropout else None)
-            y = form.combine(y, routing)
+            slots = form.dispatch(x, routing)  # [G, S, D] -> [E, G, C, D]
+            # On a mesh, `apply` contains both all-to-alls: slots to their experts, and results back.
+            y = apply(self.experts, slots, key if config.expert_dropout else None)  # -> [E, G, C, M]
+            y = form.combine(y, routing)  # -> [G, S, M]
         return y, RoutingReport(routing.losses, routing.metrics, routing.token_values, routing.state_sums)
 
 
