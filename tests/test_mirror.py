@@ -25,6 +25,10 @@ ELSEWHERE = {
     "data/sources/reference": "data/test_sources.py",
     "data/sources/restructured_text": "data/test_sources.py",
     "data/sources/source": "data/test_sources.py",
+    # Whatever a format changes is read in one test.
+    "config/formats": "training/test_formats.py",
+    "training/checkpoint_arrays": "training/test_formats.py",
+    "training/checkpoint_names": "training/test_formats.py",
     # One table, which the layers of every family are built from.
     "config/layers": "models/test_families.py",
     # The layers of a model are seen in its logits.
@@ -34,6 +38,8 @@ ELSEWHERE = {
     "models/model": "models/test_families.py",
     "models/stack": "models/test_encoder_decoder.py",
     "moe/expert_parallel": "moe/test_layer_on_meshes.py",
+    # Every router goes through the contract.
+    "moe/routing": "moe/routers/test_every_router.py",
     # A family of Hugging Face's is one table, read by the same tests as the others.
     "interop/family": "interop/test_families.py",
     "interop/mixtral": "interop/test_families.py",

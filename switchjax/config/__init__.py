@@ -1,9 +1,8 @@
-"""Typed, frozen configuration, built from `ml_collections` files, flags or a saved `config.json`.
+"""Typed, frozen configuration from `ml_collections` files, flags or a saved `config.json`.
 
-A file in `configs/` builds a `Config` and returns `config.to_config_dict()`, so that
-`--config.section.key=value` can override any field; `Config.from_dict` turns the result back into
-checked dataclasses. An unknown key, a wrong type or a value out of range is a `UserError`.
-This package imports no jax.
+A file in `configs/` builds a `Config` and returns `config.to_config_dict()`, so that `--config.section.key=value` can
+override any field. `Config.from_dict` turns the result back into checked dataclasses; an unknown key, a wrong type or a
+value out of range is a `UserError`. This package imports no jax.
 """
 
 from switchjax.config.cache_dir import user_cache

@@ -1,4 +1,4 @@
-"""The whole configuration, to and from `ml_collections`, dictionaries and JSON."""
+"""The whole configuration, and its conversion to and from `ml_collections`, dictionaries and JSON."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ from switchjax.config.moe import MoEConfig
 from switchjax.config.run import EvaluateConfig, InitFromConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 OPEN_KEYS = ("moe.options.", "moe.loss_weights.")
-"""Keys below these belong to a router; they are checked where it is built."""
+"""Keys below these belong to a router, which checks them."""
 
 _OBJECTIVES = {
     "encoder_decoder": "span_corruption",
@@ -34,7 +34,7 @@ _OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on; `config.json` in its workdir holds it whole."""
+    """Everything that a run depends on; `config.json` in its workdir holds all of it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -47,10 +47,7 @@ class Config:
 
     def __post_init__(self) -> None:
         rows, steps = self.data.batch_size, self.train.accumulation_steps
-        require(
-            rows % steps == 0,
-            f"data.batch_size={rows} is not a multiple of train.accumulation_steps={steps}",
-        )
+        require(rows % steps == 0, f"data.batch_size={rows} is not a multiple of train.accumulation_steps={steps}")
         self._check_objective()
         require(
             self.moe.dispatch != "ragged" or not self.model.biases,
@@ -83,15 +80,15 @@ class Config:
 
     @property
     def stack_lengths(self) -> dict[str, int]:
-        """Tokens in a row of each stack: L, or patches and the class token."""
-        lengths = {"encoder": self.data.encoder_length, "decoder": self.data.decoder_length}
+        """Number of tokens in a row of each stack; in a vision model, patches and the class token."""
         if self.model.family == "vision":
-            lengths["encoder"] = self.model.num_patches + 1
+            return {"encoder": self.model.num_patches + 1}
+        lengths = {"encoder": self.data.encoder_length, "decoder": self.data.decoder_length}
         return {stack: lengths[stack] for stack in self.model.stacks}
 
     @property
     def rows_per_group(self) -> int:
-        """Rows of a batch that go together into micro-batches and onto shards, so that no routing group is divided."""
+        """Rows that must stay together in micro-batches and on shards, so that no routing group is divided."""
         if not self.model.routes_groups:
             return 1
         rows = self.data.batch_size // self.train.accumulation_steps
@@ -99,27 +96,19 @@ class Config:
         return math.lcm(*(max(1, size // length) for size, length in tokens))
 
     def layers(self, stack: str) -> tuple[Layer, ...]:
-        """The layers of a stack, first to last."""
+        """The layers of a stack, in order."""
         kinds = self.model.pattern * (self.model.stacks[stack] // len(self.model.pattern))
         counts = iter(self.moe.experts_per_layer or itertools.repeat(self.moe.num_experts))
         return tuple(Layer(kind, next(counts) if KINDS[kind].has_experts else 0) for kind in kinds)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """Builds and checks a config; sections and keys that are left out take their defaults.
-
-        Raises:
-            UserError: for an unknown key (with a suggestion), a wrong type or a value out of range.
-        """
+        """The checked config of these values, by `from_mapping`; missing sections and keys have their defaults."""
         return from_mapping(cls, values, "")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Config":
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: if `text` is no JSON object or does not describe a config.
-        """
+        """The inverse of `to_json`; raises a `UserError` if `text` is not a JSON object or not a config."""
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -129,15 +118,11 @@ class Config:
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_saved`; also reads what older formats saved.
-
-        Raises:
-            UserError: as `from_dict`, or for an unknown format.
-        """
+        """The inverse of `to_saved`, also for older formats; raises a `UserError` for an unknown format."""
         return cls.from_dict(migrate(values))
 
     def to_saved(self) -> dict[str, Any]:
-        """The format number and sections of plain values: what config.json and checkpoints hold."""
+        """The content of config.json and checkpoints: the format number, and sections of plain values."""
         return {"format": FORMAT, **self.to_dict()}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -145,7 +130,7 @@ class Config:
         return dataclasses.asdict(self)
 
     def to_config_dict(self) -> ConfigDict:
-        """A locked `ConfigDict`, as files in `configs/` return it."""
+        """A locked `ConfigDict`, which files in `configs/` return."""
         return ConfigDict(self.to_dict()).lock()
 
     def to_json(self) -> str:
@@ -164,7 +149,7 @@ def check_key(key: str) -> None:
 
 
 def from_mapping(cls: type, values: Any, path: str) -> Any:
-    """The dataclass `cls` of these values, which messages call `path`.
+    """An instance of the dataclass `cls` with these values; messages call it `path`.
 
     Raises:
         UserError: for an unknown key (with a suggestion), a wrong type or a value out of range.
@@ -175,8 +160,7 @@ def from_mapping(cls: type, values: Any, path: str) -> Any:
     for name, value in values.items():
         key = f"{path}.{name}" if path else str(name)
         require(name in hints, f"unknown config key '{key}'{suggest(str(name), hints)}")
-        hint = hints[name]
-        arguments[name] = _convert(hint, value, key)
+        arguments[name] = _convert(hints[name], value, key)
     return cls(**arguments)
 
 
@@ -205,7 +189,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def differences(old: Config, new: Config) -> dict[str, str]:
-    """`section.key` -> `old -> new`, for every key that differs."""
+    """`section.key` -> `old -> new`, for each key whose value differs."""
     changes: dict[str, str] = {}
     for section, was in old.to_dict().items():
         now = new.to_dict()[section]
@@ -214,11 +198,7 @@ def differences(old: Config, new: Config) -> dict[str, str]:
 
 
 def load_workdir_config(workdir: str | Path) -> Config:
-    """The config that a run saved.
-
-    Raises:
-        UserError: if `workdir` holds no readable `config.json`.
-    """
+    """The config that a run saved; raises a `UserError` if `workdir` has no readable `config.json`."""
     path = Path(workdir) / "config.json"
     try:
         return Config.from_json(path.read_bytes())

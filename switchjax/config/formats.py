@@ -1,4 +1,4 @@
-"""The format number of what a run writes, and how configs of older formats are read."""
+"""The format number of a run's files, and the migration of configs of older formats."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 from switchjax.config.checks import UserError
 
 FORMAT = 1
-"""The format of config.json and checkpoints that this version writes. Files without a number are of format 0."""
+"""The format of config.json and checkpoints that this version writes; files without a number have format 0."""
 
 Values = dict[str, Any]
-
 
 _PEER = ("peer_heads", "peer_query")
 _OPTIONS = {
@@ -32,13 +31,13 @@ _LOSSES = {
 
 
 def _from_0(values: Values) -> Values:
-    """Moves what belongs to a router from the section `moe` into its `options` and `loss_weights`.
+    """Moves a router's settings from the section `moe` into `moe.options` and `moe.loss_weights`.
 
     Format 1 also names the arrays of checkpoints by layer.
     """
     moe, model = values.get("moe", {}), values.get("model", {})
     if not isinstance(moe, Mapping) or not isinstance(model, Mapping):
-        return values  # no config of any format, which is for others to say
+        return values  # not a config of any format; `Config.from_dict` reports that
     router, peer = str(moe.get("router", "switch")), "'peer'" in str(model.get("pattern", ()))
     options = _PEER if peer else _OPTIONS.get(router, ())
     losses = () if peer else _LOSSES.get(router, _BALANCE)
@@ -46,7 +45,7 @@ def _from_0(values: Values) -> Values:
         "options": {name: moe[name] for name in options if name in moe},
         "loss_weights": {name: moe[f"{name}_weight"] for name in losses if f"{name}_weight" in moe},
     }
-    # A file written by hand has no number, and may hold what format 1 has.
+    # A file written by hand has no format number, but may have the keys of format 1.
     moved = {name: values or moe.get(name, {}) for name, values in moved.items()}
     gone = {*_PEER, *(name for names in _OPTIONS.values() for name in names)}
     gone |= {f"{name}_weight" for names in _LOSSES.values() for name in names}
@@ -54,15 +53,11 @@ def _from_0(values: Values) -> Values:
 
 
 MIGRATIONS: dict[int, Callable[[Values], Values]] = {0: _from_0}
-"""Older format -> what makes sections of the next format of its sections."""
+"""Older format -> the function that converts its sections to those of the next format."""
 
 
 def format_of(saved: Mapping[str, Any]) -> int:
-    """The format number of a saved config.
-
-    Raises:
-        UserError: if this version cannot read it.
-    """
+    """The format number of a saved config; raises a `UserError` if this version cannot read it."""
     number = saved.get("format", 0)
     if type(number) is not int or not 0 <= number <= FORMAT:
         raise UserError(f"format {number!r} is not known here, only 0 to {FORMAT}: use the switchjax that wrote it")
@@ -70,11 +65,7 @@ def format_of(saved: Mapping[str, Any]) -> int:
 
 
 def migrate(saved: Mapping[str, Any]) -> Values:
-    """The sections of a saved config as this version has them.
-
-    Raises:
-        UserError: as `format_of`.
-    """
+    """The sections of a saved config in this version's format."""
     values = {key: value for key, value in saved.items() if key != "format"}
     for number in range(format_of(saved), FORMAT):
         values = MIGRATIONS[number](values)

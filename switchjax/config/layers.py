@@ -1,4 +1,4 @@
-"""The kinds of layers that `model.pattern` names: one table, from which everything else follows."""
+"""The kinds of layers that `model.pattern` names: one table that everything else uses."""
 
 from typing import Literal, NamedTuple
 
@@ -6,10 +6,10 @@ Family = Literal["encoder_decoder", "decoder_only", "vision", "recurrent"]
 
 
 class LayerKind(NamedTuple):
-    """What a layer consists of; `switchjax.models.blocks` has a class for each name."""
+    """The parts of a layer; `switchjax.models.blocks` has a class for each block and feed-forward layer."""
 
     families: tuple[Family, ...]
-    """Families of models whose stacks may have it."""
+    """Families of models whose stacks may have this kind."""
     block: str = "transformer"
     """transformer (attention, then a feed-forward layer), lstm, between (a feed-forward layer alone, between two LSTM
     layers) or base (a BASE layer alone)."""
@@ -22,12 +22,12 @@ class LayerKind(NamedTuple):
 
     @property
     def has_experts(self) -> bool:
-        """True if any of its parts has experts."""
+        """True if any part has experts."""
         return self.feed_forward in ("moe", "peer", "soft") or self.routed_attention or self.block == "base"
 
     @property
     def routes_groups(self) -> bool:
-        """True if experts have buffers that the tokens of a group share."""
+        """True if the tokens of a group share the experts' buffers."""
         return self.has_experts and self.feed_forward not in ("peer", "soft")
 
 
@@ -39,7 +39,7 @@ KINDS: dict[str, LayerKind] = {
     "moe_dense": LayerKind(_TEXT, feed_forward="moe", extra_dense=True),
     "switch_attention": LayerKind(_TEXT, feed_forward="dense", routed_attention=True),
     "peer": LayerKind(_TEXT, feed_forward="peer"),
-    # A slot mixes all tokens of a sequence: not for decoders, nor for packed texts.
+    # A slot mixes all tokens of a sequence, so soft MoE is neither for decoders nor for packed texts.
     "soft": LayerKind(("vision",), feed_forward="soft"),
     "base": LayerKind(_TEXT, block="base"),
     "lstm": LayerKind(("recurrent",), block="lstm"),

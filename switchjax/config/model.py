@@ -3,13 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchjax.config.checks import check_choice, check_choices, check_fraction, check_positive, require
+from switchjax.config.checks import (
+    check_choice,
+    check_choices,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    require,
+)
 from switchjax.config.layers import KINDS, Family, LayerKind
 
 Activation = Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"]
 Dtype = Literal["float32", "bfloat16"]
 GATED = frozenset({"geglu", "swiglu"})
-"""Activations with a gate, and so with a third matrix."""
+"""Activations with a gate, which is a third matrix."""
 
 
 @dataclass(frozen=True)
@@ -24,55 +31,55 @@ class ModelConfig:
     num_heads: int = 12
     d_head: int = 64
     num_kv_heads: int = 0
-    """Heads of keys and values, each shared by a group of query heads (grouped-query attention); 0: num_heads."""
+    """Heads of keys and values; a group of query heads shares each (grouped-query attention). 0: num_heads."""
     num_encoder_layers: int = 12
     num_decoder_layers: int = 12
     pattern: tuple[str, ...] = ("dense", "moe")
-    """The layers of one period, which repeats to fill each stack. Kinds: dense, moe (experts for the feed-forward
-    network), moe_dense (a dense feed-forward layer after such a one), switch_attention (experts for queries, keys and
-    values), peer (PEER for the feed-forward network), base (a BASE layer alone, between two others); in a vision model
-    also soft (soft MoE for the feed-forward network); in a recurrent model lstm, dense_only and moe_only (a
-    feed-forward network between two others). See `switchjax.config.layers.KINDS`."""
+    """The layers of one period, which repeats to fill each stack. Kinds: dense; moe (experts as the feed-forward
+    network); moe_dense (moe, then a dense feed-forward layer); switch_attention (experts for queries, keys and values);
+    peer (PEER as the feed-forward network); base (only a BASE layer, between two others). In a vision model also soft
+    (soft MoE as the feed-forward network); in a recurrent model lstm, and dense_only and moe_only (only a feed-forward
+    network). See `switchjax.config.layers.KINDS`."""
     activation: Activation = "relu"
-    """In feed-forward networks; gelu is the approximation by tanh, gelu_exact by erf; geglu and swiglu have a gate."""
+    """In feed-forward networks; gelu is the tanh approximation, gelu_exact uses erf; geglu and swiglu have a gate."""
     expert_activation: Literal[Activation, ""] = ""
-    """In experts; empty: as `activation`."""
+    """In experts; empty: the same as `activation`."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """Before each layer; rms subtracts no mean and adds no bias, layer is LayerNorm."""
     norm_epsilon: float = 1e-6
-    """Added to the variance, or mean square, that a norm divides by."""
+    """Added to the variance or mean square in a norm's denominator."""
     biases: bool = False
-    """Projections and feed-forward networks have biases."""
+    """If true, projections and feed-forward networks have biases."""
     positions: Literal["relative", "learned", "sinusoidal", "rotary", "none"] = "relative"
     """relative is T5's bias, shared by a stack's layers; learned and sinusoidal are added to the input."""
     max_length: int = 2048
-    """learned: how many positions there are."""
+    """learned: number of positions."""
     rotary_base: float = 10_000.0
     relative_buckets: int = 32
     relative_max_distance: int = 128
     sliding_window: int = 0
-    """A causal query sees this many tokens, itself included; 0: all."""
+    """Number of tokens that a causal query sees, itself included; 0: all."""
     scale_scores: bool = False
-    """Attention's scores over sqrt(d_head); T5 folds that into the initialisation of the queries."""
+    """If true, divide attention scores by sqrt(d_head); T5 scales the queries' initial weights instead."""
     tie_embeddings: bool = True
     scale_logits: bool = True
-    """Tied logits over sqrt(d_model) (T5)."""
+    """If true, divide tied logits by sqrt(d_model) (T5)."""
     embedding_stddev: float = 1.0
     """Standard deviation of token vectors and learned positions at initialisation."""
     d_lstm: int = 0
-    """Cells of an LSTM layer, which a projection brings to d_model where they differ; 0: d_model."""
+    """Cells of an LSTM layer; if they are not d_model, a projection follows. 0: d_model."""
     image_size: int = 224
-    """Pixels of a side."""
+    """Height and width in pixels."""
     image_channels: int = 3
     patch_size: int = 16
     num_classes: int = 1000
     pre_logits: bool = False
-    """A tanh layer of d_model before the classes' logits."""
+    """If true, a tanh layer of width d_model comes before the logits of the classes."""
     dropout: float = 0.0
     scan_layers: bool = True
-    """True: one compiled period in a loop. False: the loop unrolled (quickstart, CPU: 4 % faster)."""
+    """True: compile one period and loop over it. False: unroll the loop (quickstart, CPU: 4 % faster)."""
     remat: Literal["none", "full", "dots", "exchange"] = "none"
-    """What the backward pass computes again: all (full), all but matmuls (dots), all but all-to-alls (exchange)."""
+    """The backward pass recomputes everything (full), all but matmuls (dots) or all but all-to-alls (exchange)."""
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -88,7 +95,7 @@ class ModelConfig:
 
     @property
     def routes_groups(self) -> bool:
-        """True if experts have buffers that the tokens of a group share; those of PEER and soft MoE have none."""
+        """True if the tokens of a group share buffers of experts, unlike in PEER and soft MoE."""
         return any(kind.routes_groups for kind in self.kinds)
 
     @property
@@ -108,7 +115,7 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """The stacks of the family, each with its number of layers."""
+        """The stacks of the family -> number of layers."""
         encoder, decoder = self.num_encoder_layers, self.num_decoder_layers
         if self.family == "encoder_decoder":
             return {"encoder": encoder, "decoder": decoder}
@@ -116,7 +123,7 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
@@ -126,8 +133,9 @@ class ModelConfig:
         check_positive("model", {name: getattr(self, name) for name in sizes})
         check_positive("model", {f"num_{stack}_layers": layers for stack, layers in self.stacks.items()})
         check_fraction("model", {"dropout": self.dropout})
-        for name in ("num_kv_heads", "sliding_window", "d_lstm"):
-            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        check_not_negative(
+            "model", {name: getattr(self, name) for name in ("num_kv_heads", "sliding_window", "d_lstm")}
+        )
         self._check_layers()
         self._check_positions()
         require(
@@ -147,15 +155,13 @@ class ModelConfig:
         parts = {kind.feed_forward for kind in self.kinds if kind.has_experts}
         require(
             len(parts) < 2 or parts.isdisjoint({"peer", "soft"}),
-            f"model.pattern={self.pattern}: the section moe can describe the experts of peer or soft layers or those "
-            "behind a router, not both",
+            f"model.pattern={self.pattern}: the section moe describes either the experts of peer or soft layers or "
+            "experts with a router, not both",
         )
+        period = len(self.pattern)
         for stack, layers in self.stacks.items():
-            require(
-                layers % len(self.pattern) == 0,
-                f"model.num_{stack}_layers={layers} is not a multiple of the {len(self.pattern)} layers of "
-                "model.pattern",
-            )
+            message = f"model.num_{stack}_layers={layers} is not a multiple of the {period} layers of model.pattern"
+            require(layers % period == 0, message)
 
     def _check_positions(self) -> None:
         require(
@@ -176,7 +182,7 @@ class ModelConfig:
             "model.pattern: switch_attention is T5's attention: positions relative or none, no biases, "
             "no shared heads, no scale_scores",
         )
-        # No published encoder-decoder of this family adds positions to its inputs.
+        # No published encoder-decoder of this kind adds positions to its inputs.
         require(
             self.family != "encoder_decoder" or self.positions not in ("learned", "sinusoidal"),
             f"model.positions={self.positions} is for decoder_only and vision models",

@@ -1,4 +1,4 @@
-"""The small form of a published system that any machine trains."""
+"""The small form of a published system, which any machine can train."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,20 +24,17 @@ _IMAGES = {"corpora": ("fashion_mnist",)}
 
 
 def runlocal(config: Config, model: Mapping[str, Any] | None = None, moe: Mapping[str, Any] | None = None) -> Config:
-    """`config` with the same architecture, small: two steps on real data, on 8 emulated devices.
+    """A small form of `config` with the same architecture: two steps on real data, on 8 emulated devices.
 
-    Args:
-        config: of a published size.
-        model: fields of the section `model` that need other values than all models get here, such as a pattern of as
-            many layers as the stack has.
-        moe: likewise of the section `moe`.
+    `model` and `moe` hold fields of these sections that need other values than the usual ones here, such as a pattern
+    with as many layers as the small stack.
     """
     vision = config.model.family == "vision"
     small = {"image_size": 28, "image_channels": 1, "patch_size": 7, "num_classes": 10} if vision else {}
     sizes: dict[str, Any] = {**_SIZES, **small, **(model or {})}
     smaller = dataclasses.replace(config.model, **sizes)
     experts: dict[str, Any] = {"num_experts": 8, "group_size": _group_size(smaller), **(moe or {})}
-    # 8 groups at least in each stack, one a device.
+    # At least 8 groups in each stack, one for each device.
     rows = 64 if vision else 16
     return dataclasses.replace(
         config,

@@ -23,11 +23,7 @@ except ImportError:
 class HarnessModel(LM):
     """Answers the harness's three kinds of requests; each request holds its texts in `args`.
 
-    Args:
-        pretrained: a decoder.
-        rows: rows in a batch.
-        length: tokens in a row; 0 means the training length.
-        seed: random seed for tasks that sample.
+    Batches have `rows` rows of `length` tokens; 0 means the training length. `seed` is for tasks that sample.
 
     Raises:
         UserError: for an encoder-decoder.

@@ -28,23 +28,20 @@ _ROWS, _LENGTH = 4, 48
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of the logits of two models for the same inputs.
-
-    Attributes:
-        name: the setting of this comparison.
-        difference: largest difference of two logits, without padding.
-        largest: largest absolute value of a logit.
-        dropped: fraction of choices that found no slot in our model.
-    """
+    """A comparison of the logits of two models for the same inputs."""
 
     name: str
+    """The setting of this comparison."""
     difference: float
+    """Largest difference of two logits, without padding."""
     largest: float
+    """Largest absolute value of a logit."""
     dropped: float
+    """Fraction of choices that found no slot in our model."""
 
     @property
     def equal(self) -> bool:
-        """Whether the difference is within the tolerance (NaN is not)."""
+        """True if the difference is within the tolerance, which NaN is not."""
         return self.difference <= TOLERANCE * max(1.0, self.largest)
 
     def __str__(self) -> str:
@@ -131,10 +128,10 @@ def _compare(folder: Path, config: Config, name: str, module: ModuleType) -> Com
 def our_logits(model: Model, batch: Arrays) -> tuple[Float[np.ndarray, "B T V"], float]:
     """The logits in evaluation, and the fraction of choices that found no slot."""
     with jax.default_matmul_precision("highest"):
-        logits, routing = jax.jit(lambda model, batch: model(batch, None))(model, batch)
-    sums = [run for runs in routing.values() for run in runs]
-    routed = sum(float(np.sum(run["routed"])) for run in sums)
-    dispatched = sum(float(np.sum(run["dispatched"])) for run in sums)
+        logits, reports = jax.jit(lambda model, batch: model(batch, None))(model, batch)
+    counted = [report.metrics for report in reports.values() if report.metrics is not None]
+    routed = sum(float(np.sum(metrics.routed)) for metrics in counted)
+    dispatched = sum(float(np.sum(metrics.dispatched)) for metrics in counted)
     return np.asarray(logits), 1 - dispatched / routed if routed else 0.0
 
 

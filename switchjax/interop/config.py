@@ -1,4 +1,4 @@
-"""Translates between Hugging Face's config.json and our config: fixed values, renamed values and computed ones.
+"""Translates between Hugging Face's config.json and our config: fixed, renamed and computed values.
 
 A feature that only one side has is refused, with an error that names it.
 """
@@ -81,13 +81,10 @@ class _Watched(Mapping[str, Any]):
 
 
 def read_config(folder: Path, source: TensorFolder) -> Config:
-    """Reads the config of a model from a folder with config.json.
+    """Reads the config of a model from a folder with config.json and perhaps a tokenizer.
 
-    The files decide the model and the vocabulary's size; everything else has its default.
-
-    Args:
-        folder: folder with config.json and perhaps a tokenizer.
-        source: the folder's tensors; their names and types decide some values.
+    The files decide the model (in part by names and types of the tensors in `source`) and the vocabulary's size;
+    everything else has its default.
 
     Raises:
         UserError: names what cannot be read, is unsupported or unknown.

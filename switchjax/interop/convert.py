@@ -39,11 +39,7 @@ MAX_FILE_BYTES = 5_000_000_000
 
 
 def config_of(folder: Path) -> Config:
-    """The config of the model in a Hugging Face folder.
-
-    Raises:
-        UserError: names what cannot be read, is unsupported or unknown.
-    """
+    """The config of the model in a Hugging Face folder, by `read_config`."""
     return read_config(folder, TensorFolder(folder))
 
 
@@ -53,11 +49,7 @@ def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarr
     The host holds at most two parameters at a time (stacked layers share one parameter), and each device receives only
     its own part.
 
-    Args:
-        folder: folder with safetensors files.
-        config: the model's config.
-        mesh: the devices.
-        ids: Hugging Face's id for each of ours (`renumbering`); None if equal.
+    `ids` are Hugging Face's ids for each of ours (`renumbering`); None if equal.
 
     Raises:
         UserError: names tensors that are missing, surplus or of another shape than the config requires.
@@ -72,15 +64,9 @@ def load_huggingface(folder: Path, config: Config, mesh: Mesh, ids: Int[np.ndarr
 
 
 def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
-    """Writes a Hugging Face model as the only checkpoint of a new workdir (`write_workdir`).
+    """Writes a Hugging Face model as the only checkpoint of a new workdir; returns the number of parameters.
 
-    Args:
-        folder: folder with config.json, safetensors files and perhaps a tokenizer.
-        workdir: a folder that is new or empty.
-        config: the folder's config, perhaps with another mesh, dtype or data.
-
-    Returns:
-        The number of parameters.
+    `config` is that of the folder, perhaps with another mesh, dtype or data.
 
     Raises:
         UserError: names what does not fit or cannot be written.
@@ -97,19 +83,10 @@ def from_huggingface(folder: Path, workdir: Path, config: Config) -> int:
 
 
 def to_huggingface(workdir: Path, folder: Path, step: int = -1, max_file_bytes: int = MAX_FILE_BYTES) -> int:
-    """Writes a workdir's checkpoint in the format of transformers' `save_pretrained`, with the tokenizer if any.
+    """Writes a workdir's checkpoint in the format of `save_pretrained`, with the tokenizer if any; returns the step.
 
-    Tensors have the type `model.param_dtype`. A router, always float32 here, is narrowed to it only if no value
-    changes.
-
-    Args:
-        workdir: workdir of a run or an import.
-        folder: a folder that is new or empty.
-        step: step of the checkpoint; -1: the latest.
-        max_file_bytes: size above which weights are written to several files.
-
-    Returns:
-        The step.
+    Step -1 is the latest. Tensors have the type `model.param_dtype`. A router, always float32 here, is narrowed to it
+    only if no value changes. Weights larger than `max_file_bytes` are written to several files.
 
     Raises:
         UserError: names what transformers' model does not support or what cannot be written.
@@ -144,10 +121,7 @@ def huggingface_tensors(
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """Names and contents of all Hugging Face tensors, parameter by parameter.
 
-    Args:
-        model: a model that transformers has too.
-        config: its config.
-        ids: Hugging Face's id for each of ours (`renumbering`); None if equal.
+    `ids` are Hugging Face's ids for each of ours (`renumbering`); None if equal.
 
     Raises:
         UserError: names the parameters that transformers' model lacks.

@@ -1,4 +1,4 @@
-"""How a family is exchanged with transformers: the table of its tensors, and the translation of its config.
+"""The exchange of a family with transformers: the table of its tensors, and the translation of its config.
 
 In a rule, `{layer}` stands for the layer's number in its stack, and `{expert}` in transformers' name for the axis of
 experts in ours. Axes in layouts: d model, f feed-forward, h heads, a head dimension, v vocabulary, b buckets,
@@ -38,19 +38,16 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The tensors of a model.
-
-    Attributes:
-        rules: the parameters that are converted.
-        copies: further tensors that a file may hold -> the converted tensor that each must equal.
-        written: the copies that we write too, because transformers would otherwise initialise them at random.
-        unused: further tensors that a file may hold but transformers' model does not read.
-    """
+    """The tensors of a model."""
 
     rules: tuple[Rule, ...]
+    """The parameters that are converted."""
     copies: Mapping[str, str] = field(default_factory=dict)
+    """Further tensors that a file may hold -> the converted tensor that each must equal."""
     written: tuple[str, ...] = ()
+    """The copies that we write too, because transformers would otherwise initialise them at random."""
     unused: tuple[str, ...] = ()
+    """Further tensors that a file may hold but transformers' model does not read."""
 
 
 class Key(NamedTuple):
@@ -63,25 +60,22 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """The translation of one `model_type` of transformers.
-
-    Attributes:
-        architecture: transformers' class, with the output head that is converted.
-        table: makes the table of a model's tensors.
-        keys: values that only differ in their names.
-        theirs: values that config.json must have, or lack.
-        ours: values that our config must have.
-        read: computes the other values of our config from config.json and the names of the tensors.
-        write: computes the other values of config.json from our config.
-    """
+    """The translation of one `model_type` of transformers."""
 
     architecture: str
+    """transformers' class, with the output head that is converted."""
     table: Callable[[ModelConfig], Table]
+    """Makes the table of a model's tensors."""
     keys: tuple[Key, ...]
+    """Values that only differ in their names."""
     theirs: Mapping[str, Any]
+    """Values that config.json must have, or lack."""
     ours: Mapping[str, Any]
+    """Values that our config must have."""
     read: Callable[[Mapping[str, Any], Set[str]], Values]
+    """Computes the other values of our config from config.json and the names of the tensors."""
     write: Callable[[Config], Values]
+    """Computes the other values of config.json from our config."""
 
 
 def attention_rules(ours: str, theirs: str, names: tuple[str, str, str, str]) -> list[Rule]:

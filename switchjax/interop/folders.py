@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from switchjax.config import UserError
 from switchjax.training.workdir import check_mounted
 
-_TRIES, _PAUSE = 20, 0.1  # seconds
+_TRIES, _PAUSE = 20, 0.1  # pause in seconds
 
 
 def check_new(folder: Path) -> None:

@@ -19,15 +19,12 @@ _AXES = re.compile(r"\([^)]*\)|\S+")
 
 @dataclass(frozen=True)
 class Layout:
-    """A pattern `ours -> theirs`.
-
-    Attributes:
-        pattern: our axes, an arrow, transformers' axes; axes in brackets are merged into one.
-        sizes: sizes of the axes that are in brackets on either side.
-    """
+    """A pattern `ours -> theirs`."""
 
     pattern: str
+    """Our axes, an arrow, transformers' axes; axes in brackets are merged into one."""
     sizes: Mapping[str, int]
+    """Sizes of the axes that are in brackets on either side."""
 
     def to_theirs(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Our array in transformers' layout."""

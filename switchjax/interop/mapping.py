@@ -1,4 +1,4 @@
-"""Parameters from and to the tensors of a table, one at a time."""
+"""Converts parameters from and to the tensors of a table, one at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,26 +16,23 @@ from switchjax.models.parameter_paths import ParameterPath, parameter_paths
 from switchjax.parallel.sharding import make_array
 
 _LISTED = 5
-"""Names of one kind that a message lists."""
+"""Largest number of names that a message lists."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter, stacked over layers and experts, and the tensors that hold its parts.
-
-    Attributes:
-        path: its layers.
-        theirs: name of the tensors.
-        layout: of each.
-        shape: of the parameter.
-        ids: where the tensors' first axis is the vocabulary, their id of each of ours; None: the same.
-    """
+    """A parameter, stacked over layers and experts, and the tensors that hold its parts."""
 
     path: ParameterPath
+    """The parameter's layers."""
     theirs: str
+    """The tensors' name, with places for layer and expert."""
     layout: Layout
+    """The layout of each tensor."""
     shape: tuple[int, ...]
+    """The parameter's shape."""
     ids: Int[np.ndarray, "V"] | None
+    """If the tensors' first axis is the vocabulary: their id for each of ours; None if equal."""
 
     @property
     def _leading(self) -> tuple[int, ...]:
@@ -43,7 +40,7 @@ class Entry:
         return self.shape[: bool(self.path.layers) + self.path.of_experts]
 
     def tensors(self) -> dict[tuple[int, ...], str]:
-        """Position along the axes of layers and of experts -> tensor."""
+        """Position along the axes of layers and of experts -> name of the tensor."""
         layers, names = self.path.layers or (0,), {}
         for index in np.ndindex(*self._leading):
             layer, expert, *_ = (*index, 0, 0)
@@ -52,16 +49,16 @@ class Entry:
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """The shape of one layer's part, or one expert's."""
+        """The shape of the part of one layer or one expert."""
         return self.shape[len(self._leading) :]
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        """Of each tensor."""
+        """The shape of each tensor."""
         return self.layout.their_shape(self.part_shape)
 
     def read(self, source: TensorFolder, index: tuple[slice, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
-        """The part of the parameter that `index` asks for, reading no other tensors than it needs."""
+        """Reads the part `index` of the parameter, from only the tensors that hold it."""
         count = len(self._leading)
         ranges = [range(size)[part] for size, part in zip(self._leading, index[:count], strict=True)]
         sizes = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
@@ -73,7 +70,7 @@ class Entry:
         return out
 
     def split(self, leaf: jax.Array) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-        """Name and content of each tensor."""
+        """The name and content of each tensor."""
         for index, name in self.tensors().items():
             tensor = self.layout.to_theirs(np.asarray(leaf[index]))
             if self.ids is not None:
@@ -85,16 +82,10 @@ class Entry:
 def match(
     config: Config, table: Table, shapes: Mapping[str, Any], ids: Int[np.ndarray, "V"] | None = None
 ) -> dict[str, Entry]:
-    """Parameter -> what holds it.
-
-    Args:
-        config: of the model.
-        table: the family's.
-        shapes: of the model's parameters, by name.
-        ids: their id of each of ours; None: the same.
+    """Name of a parameter -> its entry, for all parameters in `shapes`; `ids` as in `Entry`.
 
     Raises:
-        UserError: naming the parameters that the table has no place for.
+        UserError: names the parameters that the table lacks.
     """
     rules, sizes = {rule.ours: rule for rule in table.rules}, axis_sizes(config.model)
     paths = parameter_paths(config, shapes)
@@ -110,11 +101,7 @@ def match(
 
 
 def check_tensors(entries: Mapping[str, Entry], table: Table, source: TensorFolder) -> None:
-    """Refuses tensors that are not exactly the model's.
-
-    Raises:
-        UserError: naming those that are missing, of another shape, in excess, or not equal to what they are copies of.
-    """
+    """Raises a `UserError` that names tensors that are missing, unknown, of another shape, or unequal copies."""
     wanted = {name: entry.their_shape for entry in entries.values() for name in entry.tensors().values()}
     there, copies = source.names, {name: of for name, of in table.copies.items() if name in source.names}
     shapes = {name: source.shape(name) for name in wanted if name in there}
@@ -139,7 +126,7 @@ def _some(names: list[str]) -> str:
 
 
 def load(entry: Entry, source: TensorFolder, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A parameter, each device given its own part; the host holds that parameter, and not the model."""
+    """Loads a parameter; each device receives its own part, and the host never holds the whole model."""
     array = make_array(entry.shape, sharding, lambda index: entry.read(source, index, dtype))
-    # Waited for: a transfer under way would keep the host's copy while the next parameter is read.
+    # Wait, or an unfinished transfer would keep the host's copy while the next parameter is read.
     return jax.block_until_ready(array)

@@ -1,4 +1,4 @@
-"""Dense models as the start of models with experts, and models with experts cut down to the most used."""
+"""Turns dense models into models with experts, and removes the experts that are used least."""
 
 import dataclasses
 import math
@@ -17,33 +17,33 @@ from switchjax.models.parameter_paths import ParameterPath, parameter_paths
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
 Usage = Mapping[str, Float[np.ndarray, "layers E"]]
-"""Stack -> choices of each expert in each of its layers with experts."""
+"""Stack -> number of choices of each expert in each layer with experts."""
 
 _UNPRUNABLE = {
-    "moe.router=hash": "knows experts by their numbers",
-    "moe.router=hierarchical": "knows experts by their numbers",
-    "moe.router=expert_choice": "has each expert take as many tokens as any other",
+    "moe.router=hash": "identifies experts by their numbers",
+    "moe.router=hierarchical": "identifies experts by their numbers",
+    "moe.router=expert_choice": "gives all experts equally many tokens",
     "model.pattern=peer": "does not count which experts are used",
-    "model.pattern=switch_attention": "has two routers a layer, each with experts of its own",
+    "model.pattern=switch_attention": "has two routers in each layer, each with its own experts",
 }
-"""Router or kind of layer -> why the most used of its experts cannot be kept alone."""
+"""Router or kind of layer -> the reason why it cannot keep only its most used experts."""
 
 
 def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArray, noise: float = 0.0) -> Model:
-    """A model with experts, each of which is the feed-forward network that its layer had (Komatsuzaki et al. 2022).
+    """A model whose experts are copies of their layer's dense feed-forward network (Komatsuzaki et al. 2022).
 
-    All else is the dense model's, but for new routers. Where no token is dropped and a token's gates sum to 1 (router
-    top_k with normalised gates, K > 1), it computes what the dense model does, until training tells the experts apart.
+    Routers are new; everything else is the dense model's. If no token is dropped and a token's gates sum to 1 (router
+    top_k with normalised gates, K > 1), it computes the same as the dense model until training makes experts differ.
 
     Args:
         dense: the model to start from.
         dense_config: its config.
-        config: with layers of kind moe; all else as `dense_config` has it.
+        config: the same config with layers of kind moe.
         key: for routers and noise.
-        noise: standard deviation of noise on the experts' weights, over that of the weights of a matrix.
+        noise: standard deviation of noise on the experts' weights, relative to the deviation of each matrix.
 
     Raises:
-        UserError: naming the first parameter that the dense model lacks, or has in another shape; or what is no noise.
+        UserError: names the first parameter that the dense model lacks or has in another shape; or for a bad noise.
     """
     if not 0 <= noise < math.inf:
         raise UserError(f"noise must be a number of at least 0, got {noise}")
@@ -52,7 +52,7 @@ def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArra
             f"experts of activation {config.model.experts_activation} cannot be copies of networks of "
             f"model.activation={dense_config.model.activation}"
         )
-    fresh = named_leaves(build(config, key))  # compiled, all of it but the routers is dropped
+    fresh = named_leaves(build(config, key))  # under jit, XLA drops all of it except the routers
     parts = _by_layer(dense, dense_config)
     leaves = {}
     for number, (name, path) in enumerate(parameter_paths(config, fresh).items()):
@@ -65,7 +65,7 @@ def upcycle(dense: Model, dense_config: Config, config: Config, key: PRNGKeyArra
 
 
 def _by_layer(model: Model, config: Config) -> dict[str, Array]:
-    """The parameters of each layer."""
+    """The parameters by layer."""
     leaves = named_leaves(model)
     parts: dict[str, Array] = {}
     for name, path in parameter_paths(config, leaves).items():
@@ -75,7 +75,7 @@ def _by_layer(model: Model, config: Config) -> dict[str, Array]:
 
 
 def _copy(path: ParameterPath, parts: Mapping[str, Array], like: Array) -> Array:
-    """The dense model's parameters of the same layers, once for each expert."""
+    """The dense model's parameters of the same layers, repeated for each expert."""
     sources = [name.replace("/ff/experts/", "/ff/") for name in path.by_layer]
     if missing := next((source for source in sources if source not in parts), None):
         raise UserError(f"the dense model has no {missing}")
@@ -92,13 +92,12 @@ def _disturb(experts: Array, noise: float, key: PRNGKeyArray) -> Array:
     if not noise:
         return experts
     deviation = jnp.std(experts, axis=tuple(range(2, experts.ndim)), keepdims=True)
-    return experts + jnp.asarray(noise, experts.dtype) * deviation * jax.random.normal(
-        key, experts.shape, experts.dtype
-    )
+    draw = jax.random.normal(key, experts.shape, experts.dtype)
+    return experts + jnp.asarray(noise, experts.dtype) * deviation * draw
 
 
 def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usage:
-    """How many choices fall on each expert over some batches, before capacity.
+    """The number of choices that fall on each expert over some batches, before capacity.
 
     Raises:
         UserError: if there are no batches.
@@ -117,10 +116,10 @@ def expert_usage(model: Model, config: Config, batches: Iterable[Batch]) -> Usag
 
 
 def pruned_config(config: Config, num_experts: int) -> Config:
-    """The config with so many experts in every layer.
+    """The config with `num_experts` experts in every layer.
 
     Raises:
-        UserError: if there are none or not so many, fewer than a token selects, or no telling which are used most.
+        UserError: if there are fewer experts, a token selects more, or the router cannot be pruned.
     """
     if not config.model.has_experts:
         raise UserError("model.pattern names no layer with experts: there is nothing to prune")
@@ -134,30 +133,23 @@ def pruned_config(config: Config, num_experts: int) -> Config:
 
 
 def prune(model: Model, config: Config, usage: Usage, num_experts: int) -> Model:
-    """The model with the most used experts of each layer alone, that of `pruned_config`.
+    """The model with only the `num_experts` most used experts of each layer, of config `pruned_config`.
 
-    A token whose expert is gone goes to the best of those that are left.
-
-    Args:
-        model: with experts.
-        config: its config.
-        usage: as `expert_usage` counts it.
-        num_experts: of each layer.
+    A token whose expert is removed goes to the best expert that is left.
     """
     pruned = pruned_config(config, num_experts)
     kept = {stack: _kept_experts(config, stack, counts, num_experts) for stack, counts in usage.items()}
     smaller = jax.eval_shape(lambda: build(pruned, jax.random.key(0)))
     shapes, leaves = named_leaves(smaller), named_leaves(model)
     paths = parameter_paths(config, leaves)
-    return with_leaves(
-        smaller, {name: _select(paths[name], leaf, shapes[name].shape, kept) for name, leaf in leaves.items()}
-    )
+    selected = {name: _select(paths[name], leaf, shapes[name].shape, kept) for name, leaf in leaves.items()}
+    return with_leaves(smaller, selected)
 
 
 def _kept_experts(
     config: Config, stack: str, counts: Float[np.ndarray, "layers E"], num_experts: int
 ) -> dict[int, Int[np.ndarray, "_"]]:
-    """Layer of the stack -> its most used experts, in their order; the first of equals."""
+    """Layer of the stack -> its most used experts, in ascending order; among equals, the first."""
     best = np.sort(np.argsort(-counts, axis=-1, kind="stable")[:, :num_experts], axis=-1)
     routed = [number for number, layer in enumerate(config.layers(stack)) if layer.num_experts]
     return dict(zip(routed, best, strict=True))
@@ -166,7 +158,7 @@ def _kept_experts(
 def _select(
     path: ParameterPath, leaf: Array, shape: tuple[int, ...], kept: Mapping[str, Mapping[int, Int[np.ndarray, "_"]]]
 ) -> Array:
-    """The kept part of a parameter along the axis in which it is larger than `shape`: that of experts, if any is."""
+    """The part of the kept experts, along the axis whose size differs from `shape`; all of it if no axis does."""
     axis = next((axis for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True)) if old != new), None)
     if axis is None:
         return leaf

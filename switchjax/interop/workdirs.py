@@ -1,4 +1,4 @@
-"""Workdirs with the weights of others: imported, upcycled or pruned."""
+"""Writes workdirs with weights of another model: imported, upcycled or pruned."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from switchjax.training.workdir import load_vocabulary, open_workdir, record_run
 
 
 def write_workdir(workdir: Path, model: Model, config: Config, vocabulary: Vocabulary | None) -> None:
-    """Writes a model as the only checkpoint, of step 0, of a new workdir.
+    """Writes a model as the only checkpoint of a new workdir, at step 0.
 
-    It has parameters alone, for evaluation and decoding; training starts from it in another workdir, with
+    The checkpoint has only parameters, for evaluation and decoding. Training starts from it in another workdir, with
     `init_from.workdir`.
     """
     open_workdir(workdir, config)
@@ -39,16 +39,10 @@ def write_workdir(workdir: Path, model: Model, config: Config, vocabulary: Vocab
 
 
 def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 0.0) -> None:
-    """Writes a new workdir with the model with experts that `upcycle` makes of a dense run's latest checkpoint.
-
-    Args:
-        source: workdir of the dense model.
-        workdir: that does not exist yet or is empty.
-        config: that of the dense model with layers of kind moe.
-        noise: as in `upcycle`.
+    """Writes a new workdir with the model that `upcycle` makes of the latest checkpoint of the dense run in `source`.
 
     Raises:
-        UserError: naming what does not fit, or if it cannot be written.
+        UserError: names what does not fit or cannot be written.
     """
     check_new(workdir)
     if not config.model.has_experts:
@@ -67,22 +61,19 @@ def upcycle_workdir(source: Path, workdir: Path, config: Config, noise: float = 
 
 
 def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
-    """Writes a new workdir with the experts alone that the run's latest checkpoint uses most on held-out data.
+    """Writes a new workdir with only the experts that the latest checkpoint in `source` uses most.
 
-    Args:
-        source: workdir of the run, whose split and batches of evaluation count.
-        workdir: that does not exist yet or is empty.
-        num_experts: how many of each layer are kept.
+    The run's evaluation split and number of batches decide the data on which choices are counted.
 
     Raises:
-        UserError: naming what does not fit, or if it cannot be written.
+        UserError: names what does not fit or cannot be written.
     """
     check_new(workdir)
     config = load_workdir_config(source)
     smaller, mesh = pruned_config(config, num_experts), make_mesh(config.mesh)
     check_fit(smaller, mesh)
     vocabulary = None if config.model.family == "vision" else load_vocabulary(source, config)
-    path = "" if vocabulary is None else str(vocabulary_path(source))  # a new one would number pieces otherwise
+    path = "" if vocabulary is None else str(vocabulary_path(source))  # a new vocabulary would have other ids
     data = prepare_data(dataclasses.replace(config.data, vocabulary=path))
     with jax.set_mesh(mesh):
         _, model = load_model(config, source, mesh)
@@ -94,7 +85,7 @@ def prune_workdir(source: Path, workdir: Path, num_experts: int) -> None:
 
 
 def _held_out(config: Config, data: Data, mesh: Mesh) -> Iterator[Batch]:
-    """The batches that evaluation sees."""
+    """The batches of evaluation."""
     for corpus in data.corpora:
         for batch in data.evaluation_batches(corpus, config.evaluate.split, config.evaluate.batches):
             yield place_batch(batch, mesh)

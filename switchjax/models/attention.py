@@ -18,15 +18,10 @@ from switchjax.moe.routing import RoutingReport
 def attention_mask(
     query_segments: Int[Array, "B Q"], key_segments: Int[Array, "B L"], causal: bool = False, window: int = 0
 ) -> Bool[Array, "B 1 Q L"]:
-    """Which keys each query sees: those of its own segment and, where causal, not those after it.
+    """True where a query sees a key: of its own segment and, if causal, not later than itself.
 
-    Padding is segment 0; its queries see padding only, and nobody uses their outputs.
-
-    Args:
-        query_segments: of the queries.
-        key_segments: of the keys.
-        causal: whether a query sees no later key.
-        window: where causal, how many keys a query sees, its own included; 0: all.
+    Padding is segment 0; its queries see padding only, and their outputs are not used. If causal, a query sees at most
+    `window` keys, its own included; 0: all.
     """
     mask = query_segments[:, :, None] == key_segments[:, None, :]
     if causal:
@@ -37,13 +32,11 @@ def attention_mask(
 
 
 def cached_mask(positions: Int[Array, "B Q"], num_keys: int, window: int = 0) -> Bool[Array, "B 1 Q L"]:
-    """Which keys of a cache a query at each of these positions sees: those before it and its own.
+    """True where a query at one of these positions sees a key of the cache: its own and earlier ones.
 
-    Args:
-        positions: of the queries.
-        num_keys: L, room of the cache; slots that are not written yet lie after every query.
-        window: how many keys a query sees, its own included; 0: all.
+    At most `window` keys, its own included; 0: all.
     """
+    # Slots of the cache that are not written yet lie after every query, so the same comparison hides them.
     distance = positions[:, :, None] - jnp.arange(num_keys)[None, None]
     mask = distance >= 0
     return (mask & (distance < window) if window else mask)[:, None]
@@ -57,16 +50,16 @@ def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def sinusoids(count: int, width: int) -> Float[Array, "L D"]:
-    """A vector for each position: sines, then cosines, of `position / 10000^(2 i / D)` (Vaswani et al. 2017)."""
+    """A vector per position: sines, then cosines, of `position / 10000^(2 i / D)` (Vaswani et al. 2017)."""
     frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angle = jnp.arange(count, dtype=jnp.float32)[:, None] * frequency[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def rotate(x: Float[Array, "B L H A"], positions: Int[Array, "B L"], base: float) -> Float[Array, "B L H A"]:
-    """Rotary position embedding (Su et al. 2021): pairs (i, i + A / 2) turned by `position * base^(-2 i / A)`.
+    """Rotary position embedding (Su et al. 2021): turns pairs (i, i + A / 2) by `position * base^(-2 i / A)`.
 
-    A product of a rotated query and a rotated key depends on the distance between them alone.
+    The product of a rotated query and a rotated key then depends only on the distance between them.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -83,7 +76,7 @@ class RelativePositionBias(nnx.Module):
     def __init__(self, config: ModelConfig, bidirectional: bool, key: PRNGKeyArray):
         self.config, self.bidirectional = config, bidirectional
         shape = (config.num_heads, config.relative_buckets)
-        # As in T5: the scores see the bias as it is, so it starts as large as theirs.
+        # As in T5: the bias is added to unscaled scores, so it starts at their size.
         bias = jax.random.normal(key, shape, config.param_dtype) * jnp.asarray(config.d_model**-0.5, config.param_dtype)
         self.bias = nnx.Param(bias, axes=("heads", "bucket"))
 
@@ -101,8 +94,9 @@ def relative_position_bucket(
 ) -> Int[Array, "*B Q L"]:
     """The bucket of `key position - query position`.
 
-    Half of the buckets are for exact distances, the others grow logarithmically up to `max_distance` and the last one
-    holds all beyond. Bidirectional: half of them for keys after the query. Otherwise keys after the query count as 0.
+    Half of the buckets hold one distance each. The others grow logarithmically up to `max_distance`, and the last one
+    holds all larger distances. If bidirectional, half of all buckets are for keys after the query; otherwise such keys
+    have distance 0.
     """
     offset = jnp.zeros_like(distance)
     if bidirectional:
@@ -118,10 +112,10 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention, its scores over sqrt(d_head) where `model.scale_scores`.
+    """Multi-head attention; scores are divided by sqrt(d_head) if `model.scale_scores`.
 
-    Groups of query heads share a head of keys and values where `model.num_kv_heads` is less than `num_heads`
-    (Ainslie et al. 2023).
+    If `model.num_kv_heads` is less than `num_heads`, groups of query heads share a head of keys and values (Ainslie et
+    al. 2023).
     """
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
@@ -140,7 +134,7 @@ class Attention(nnx.Module):
         self.out_bias = bias(config, (config.d_model,), ("embed",))
 
     def keys_values(self, context: Float[Array, "B L D"], positions: Int[Array, "B L"] | None = None) -> KeyValues:
-        """The keys, rotated by `positions` if there are any, and the values of `context`."""
+        """The keys and values of `context`; keys are rotated by `positions` if given."""
         keys = add_bias(project(context, self.key[...].astype(context.dtype)), self.key_bias)
         values = add_bias(project(context, self.value[...].astype(context.dtype)), self.value_bias)
         return KeyValues(keys if positions is None else rotate(keys, positions, self.config.rotary_base), values)
@@ -162,16 +156,7 @@ class Attention(nnx.Module):
         key: PRNGKeyArray | None,
         positions: Int[Array, "B Q"] | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `x` to `context`.
-
-        Args:
-            x: queries.
-            context: `keys_values` of what is attended to: for self-attention, of `x` and what came before it.
-            mask: which keys each query sees.
-            bias: added to the scores before the softmax, which is in float32.
-            key: for dropout of the attention weights; None in evaluation.
-            positions: by which queries are rotated; None: they are not.
-        """
+        """Attends from `x` to the `keys_values` in `context`; queries are rotated by `positions` if given."""
         query = add_bias(project(x, self.query[...].astype(x.dtype)), self.query_bias)
         if positions is not None:
             query = rotate(query, positions, self.config.rotary_base)
@@ -194,8 +179,8 @@ def attend(
 ) -> Float[Array, "B Q H A"]:
     """`softmax(q k + bias) v` with the softmax in float32, and dropout of its weights at `rate`.
 
-    Each of the N heads of keys and values serves H / N query heads, one after the other. `recomputed` is True where the
-    backward pass computes all this again, so that nothing is kept for it.
+    Each of the N heads of keys and values serves H / N consecutive query heads. `recomputed` is True if the backward
+    pass computes all this again, so that nothing needs to be kept for it.
     """
     if _fits_cudnn(query, keys) and (key is None or not rate):
         return _attend_by_cudnn(query, keys, values, mask, bias)
@@ -206,14 +191,14 @@ def attend(
     if bias is not None:
         scores += _over_rows(bias, rows) if bias.shape[0] == 1 else bias
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    # `_softmax` keeps its result for the backward pass; where that computes everything again, this is only more memory.
+    # `_softmax` keeps its result for the backward pass, which only costs memory if that computes everything again.
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype) if recomputed else _softmax(scores, query.dtype)
     weights = dropout(weights, rate, key).reshape(rows, keys.shape[2], -1, queries, keys.shape[1])
     return jnp.einsum("bngql,blna->bqnga", weights, values).reshape(query.shape)
 
 
 def _fits_cudnn(query: Float[Array, "B Q H A"], keys: Float[Array, "B L N A"]) -> bool:
-    """True if the devices have cuDNN, and it has a kernel for such queries and keys in both directions."""
+    """True if the devices have cuDNN, and it has forward and backward kernels for such queries and keys."""
     device, (_, queries, _, width) = jax.devices()[0], query.shape
     if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA") or float(device.compute_capability) < 8:
         return False
@@ -228,26 +213,19 @@ def _attend_by_cudnn(
     mask: Bool[Array, "B 1 Q L"],
     bias: Float[Array, "#B H Q L"] | None,
 ) -> Float[Array, "B Q H A"]:
-    """`attend` by a kernel that writes no scores to memory; a bias and its gradient are in the model's dtype."""
+    """`attend` by a kernel that writes no scores to memory; the bias is in the model's dtype."""
     if bias is not None:
-        # The bias is spread over rows in float32, so that its gradient is summed over them in float32.
+        # Broadcast in float32 first, so that the bias's gradient is summed over rows in float32.
         bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:])).astype(query.dtype)
     return jax.nn.dot_product_attention(query, keys, values, bias, mask, scale=1.0, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(scores: Float[Array, "B H Q L"], dtype: DTypeLike) -> Float[Array, "B H Q L"]:
-    """Softmax over the last axis, computed in float32 and returned in `dtype`.
-
-    Its gradient needs nothing but the result. JAX's own keeps the float32 weights beside those in bfloat16, which is
-    three times the memory of the largest arrays of a T5.
-    """
+    """Softmax over the last axis, computed in float32 and returned in `dtype`."""
+    # By hand, so that only the result is kept for the backward pass. JAX keeps the float32 weights in addition to those
+    # in bfloat16: three times the memory of the largest arrays of a T5.
     return jax.nn.softmax(scores, axis=-1).astype(dtype)
-
-
-def _softmax_forward(scores: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    weights = _softmax(scores, dtype)
-    return weights, weights
 
 
 def _softmax_backward(dtype: DTypeLike, weights: Array, gradient: Array) -> tuple[Array]:
@@ -255,25 +233,19 @@ def _softmax_backward(dtype: DTypeLike, weights: Array, gradient: Array) -> tupl
     return (wide * (towards - jnp.sum(towards * wide, axis=-1, keepdims=True)),)
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+_softmax.defvjp(lambda scores, dtype: (_softmax(scores, dtype),) * 2, _softmax_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _over_rows(bias: Float[Array, "1 H Q L"], rows: int) -> Float[Array, "B H Q L"]:
-    """The same `bias` for each row.
-
-    Its gradient is a sum over rows, which on the CPU takes XLA many times as long as a product with ones.
-    """
+    """The same `bias` for each row."""
     return jnp.broadcast_to(bias, (rows, *bias.shape[1:]))
 
 
-def _over_rows_forward(bias: Array, rows: int) -> tuple[Array, None]:
-    return _over_rows(bias, rows), None
-
-
 def _over_rows_backward(rows: int, _: None, gradient: Array) -> tuple[Array]:
+    # A product with ones: on the CPU, XLA's sum over rows takes many times as long.
     ones = jnp.ones((1, rows), gradient.dtype)
     return (jnp.einsum("rb,bhql->rhql", ones, gradient, precision=jax.lax.Precision.HIGHEST),)
 
 
-_over_rows.defvjp(_over_rows_forward, _over_rows_backward)
+_over_rows.defvjp(lambda bias, rows: (_over_rows(bias, rows), None), _over_rows_backward)

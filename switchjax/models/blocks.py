@@ -1,4 +1,4 @@
-"""The blocks that a stack is made of; `switchjax.config.layers.KINDS` says what each kind of layer consists of."""
+"""The blocks of a stack; `switchjax.config.layers.KINDS` defines what each kind of layer consists of."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from switchjax.parallel.sharding import constrain
 
 
 class FeedForwardLayer(Protocol):
-    """What stands for the feed-forward network of a block: dense, or with experts."""
+    """The feed-forward network of a block: dense, or with experts."""
 
     def __call__(
         self,
@@ -36,16 +36,16 @@ class FeedForwardLayer(Protocol):
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], RoutingReport | None]:
-        """The output for each token, and a report where there are experts."""
+        """The output for each token, and a report if there are experts."""
 
 
 class BlockOutput(NamedTuple):
-    """What a block returns."""
+    """The result of a block."""
 
     x: Float[Array, "B L D"]
-    """The residual stream after it."""
+    """The residual stream after the block."""
     reports: dict[str, RoutingReport]
-    """By the names of its layers with experts."""
+    """Reports by the names of the block's layers with experts."""
     state: State = None
     """The cache's new state; None without a cache."""
 
@@ -108,7 +108,7 @@ def named(name: str, report: RoutingReport | None) -> dict[str, RoutingReport]:
 
 
 class Stateless:
-    """A block that looks at one token at a time, and so needs no cache in decoding."""
+    """A block that processes each token by itself, so it needs no cache in decoding."""
 
     def start(self, rows: int, length: int, encoded: Float[Array, "B M D"] | None) -> LayerCache:
         """An empty cache."""
@@ -116,14 +116,9 @@ class Stateless:
 
 
 class NormedExpert(Norm):
-    """`expert(norm(x))`, 0 at first: what a BASE layer adds.
+    """`expert(norm(x))`, the expert of a BASE layer; 0 at first, since the expert's last weights `w_out` start at 0.
 
     Subclasses Norm so that checkpoints say `experts/scale`, not `experts/norm/scale`.
-
-    Args:
-        make_expert: makes the expert from a key: a module as `MoELayer` takes it, with a parameter `w_out`, its last.
-        config: says which norm.
-        key: for the expert.
     """
 
     def __init__(self, make_expert: Callable[[PRNGKeyArray], Any], config: ModelConfig, key: PRNGKeyArray):
@@ -178,8 +173,8 @@ class LSTMBlock(nnx.Module):
 class BetweenBlock(Stateless, nnx.Module):
     """`x + dropout(sigmoid(layer(norm(x))))`: a feed-forward layer or an MoE between two LSTM layers.
 
-    It is applied to all time steps at once, which is what fills the experts' batches (Shazeer et al. 2017, section 3.1
-    and appendix C.1).
+    It processes all time steps at once, which makes the experts' batches large (Shazeer et al. 2017, section 3.1 and
+    appendix C.1).
     """
 
     def __init__(self, config: Config, kind: LayerKind, cross: bool, key: PRNGKeyArray):
@@ -198,7 +193,7 @@ class BetweenBlock(Stateless, nnx.Module):
 
 
 class DenseLayer(FeedForward):
-    """A feed-forward network that is called as layers with experts are.
+    """A feed-forward network that is called like layers with experts.
 
     Subclasses FeedForward so that checkpoints say `ff/w_in`, not `ff/network/w_in`.
     """
@@ -220,7 +215,7 @@ def _moe(config: Config, key: PRNGKeyArray) -> MoELayer | SharedMoELayer:
     if not moe.num_shared_experts:
         return MoELayer(_make_expert(config), model.d_model, moe, key, vocab_size)
     routed_key, shared_key, mixing_key = jax.random.split(key, 3)
-    # Experts that all tokens pass through add up to one network as wide as all of them.
+    # Experts that all tokens pass through equal one network as wide as all of them together.
     wide = dataclasses.replace(_expert_model(model), d_ff=model.d_ff * moe.num_shared_experts)
     shared = FeedForward(wide, model.dropout, shared_key)
     routed = MoELayer(_make_expert(config), model.d_model, moe, routed_key, vocab_size)
@@ -252,7 +247,7 @@ BLOCKS: Mapping[str, Callable[[Config, LayerKind, bool, PRNGKeyArray], AnyBlock]
 
 
 def make_block(config: Config, layer: Layer, cross: bool, key: PRNGKeyArray) -> AnyBlock:
-    """The block of a layer, with as many experts as that layer has."""
+    """The block of a layer, with that layer's number of experts."""
     if layer.num_experts:
         moe = dataclasses.replace(config.moe, num_experts=layer.num_experts, experts_per_layer=())
         config = dataclasses.replace(config, moe=moe)

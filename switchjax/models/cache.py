@@ -1,7 +1,7 @@
-"""What a decoder keeps of the tokens it has read, so that the next one costs one step and not the whole text again.
+"""A decoder's memory of the tokens it has read, so that the next token does not need the whole text again.
 
-A cache mirrors the stack: a list for each scanned module, with an entry for each block of its period, whose arrays are
-stacked over the repeats and scanned along with the parameters.
+A cache mirrors the stack: a list for each scanned module, with an entry for each block of its period. The entry's
+arrays are stacked over the repeats and scanned together with the parameters.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,9 +17,9 @@ from switchjax.parallel.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values that attention attends to; with a first axis of layers where these are stacked."""
+    """The keys and values of an attention; with a first axis of layers if these are stacked."""
 
-    # Float[Array, "B L N A"]; not in the types, because JAX also builds trees of placeholders.
+    # Float[Array, "B L N A"]; not annotated as such, because JAX also builds trees of placeholders.
     keys: Any
     values: Any
 
@@ -30,7 +30,7 @@ class KeyValues:
         return cls(zeros, zeros)
 
     def write(self, new: "KeyValues", slots: Int[Array, "B T"]) -> "KeyValues":
-        """These, with those of T new tokens a row at `slots`; a slot of L is none."""
+        """Adds keys and values of T new tokens per row at `slots`; slot L means that a token is not written."""
 
         def put(old: Array, new: Array) -> Array:
             written = jax.vmap(lambda row, tokens, at: row.at[at].set(tokens, mode="drop"))(old, new, slots)
@@ -42,7 +42,7 @@ class KeyValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LSTMState:
-    """What an LSTM layer knows of the tokens so far."""
+    """The state of an LSTM layer after the tokens so far."""
 
     hidden: Any
     """`Float[Array, "B D"]`."""
@@ -51,22 +51,22 @@ class LSTMState:
 
 
 State = KeyValues | LSTMState | None
-"""What changes from token to token; None for a layer that remembers nothing."""
+"""The part of a layer's memory that changes with each token; None for a layer without memory."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer remembers, and what its cross-attention attends to: computed once, from the encoder's output."""
+    """The memory of a layer: its state, and the keys and values that its cross-attention attends to."""
 
     state: Any = None
     """`State`."""
     cross: Any = None
-    """`KeyValues`, in a decoder of an encoder's output."""
+    """`KeyValues` of the encoder's output, computed once; None without an encoder."""
 
 
 def seen(new: KeyValues, cache: LayerCache | None, slots: Int[Array, "B T"] | None) -> KeyValues:
-    """What self-attention attends to: the keys and values of T new tokens, and those that the cache has before them."""
+    """The keys and values for self-attention: of T new tokens, and of all tokens before them if there is a cache."""
     return new if cache is None else cache.state.write(new, slots)
 
 
@@ -78,20 +78,20 @@ class Cache:
     lengths: Any
     """`Int[Array, "B"]`."""
     layers: list[list[LayerCache]]
-    """Run -> block of its period."""
+    """The memory of each block of each scan."""
     encoded_segments: Any
     """`Int[Array, "B M"]`, 0 for the encoder's padding; None without an encoder."""
     max_length: int = field(metadata={"static": True})
-    """Tokens a row for which there is room; the caller must not read more."""
+    """Largest number of tokens per row; the caller must not read more."""
 
     def positions(self, count: int) -> Int[Array, "B T"]:
-        """Those of the next `count` tokens of each row."""
+        """The positions of the next `count` tokens of each row."""
         positions = self.lengths[:, None] + jnp.arange(count)[None]
         # Only padding lies beyond the end, but a table of positions would give NaN there.
         return jnp.minimum(positions, self.max_length - 1)
 
     def repeat(self, count: int) -> "Cache":
-        """Each row `count` times over, one after the other."""
+        """The cache with `count` consecutive copies of each row."""
 
         def again(tree: Any, axis: int) -> Any:
             return jax.tree.map(lambda x: jnp.repeat(x, count, axis=axis), tree)
@@ -100,7 +100,10 @@ class Cache:
         return replace(self, lengths=lengths, layers=again(self.layers, axis=1), encoded_segments=segments)
 
     def select(self, beams: Int[Array, "B K"]) -> "Cache":
-        """Of each K rows in a row, those that `beams` numbers; what the encoder read is the same for all of them."""
+        """The cache whose rows are chosen by number within each group of K consecutive rows.
+
+        All rows of a group have the same encoder inputs, so nothing that comes from the encoder moves.
+        """
 
         def take(tree: Any, axis: int) -> Any:
             return jax.tree.map(lambda x: _take_rows(x, beams, axis), tree)
@@ -110,7 +113,7 @@ class Cache:
 
 
 def _take_rows(x: Array, beams: Int[Array, "B K"], axis: int) -> Array:
-    """The rows that `beams` numbers within each group of K; groups lie whole on a device, so nothing is sent."""
+    """The rows with the numbers `beams` within each group of K; a group lies on one device, so no bytes move."""
     groups = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
     taken = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), (axis, 0), axis)(groups, beams)
     return taken.reshape(x.shape)

@@ -13,7 +13,7 @@ from switchjax.models.stack import Stack
 
 
 class EncoderDecoder(Model):
-    """T5 (Raffel et al. 2020) with layers after `model.pattern` in both stacks."""
+    """T5 (Raffel et al. 2020), whose stacks both have the layers of `model.pattern`."""
 
     def __init__(self, config: Config, key: PRNGKeyArray):
         self.config = config.model
@@ -36,7 +36,7 @@ class EncoderDecoder(Model):
     def encode(
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B L D"], Reports]:
-        """The encoder's output for each token, with its reports."""
+        """The encoder's output for each token, and its reports."""
         return self.encoder(embed(self.embedding, tokens), tokens, segments, key)
 
     def decode(
@@ -47,13 +47,13 @@ class EncoderDecoder(Model):
         segments: Int[Array, "B L"],
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B L V"], Reports]:
-        """Logits of the token that follows each of `tokens`, with the decoder's reports."""
+        """Logits of the token that follows each of `tokens`, and the decoder's reports."""
         cross = CrossInputs(encoded, attention_mask(segments, encoded_segments))
         x, reports = self.decoder(embed(self.embedding, tokens), tokens, segments, key, cross)
         return predict(x, self.embedding, self.logits), reports
 
     def start(self, batch: Batch, max_length: int) -> Cache:
-        """The cache of the decoder for the encoder's inputs in `batch`, with room for `max_length` tokens a row."""
+        """The decoder's cache for the encoder's inputs in `batch`, with room for `max_length` tokens per row."""
         tokens, segments = batch["encoder_tokens"], batch["encoder_segments"]
         encoded, _ = self.encode(tokens, segments, None)
         return self.decoder.start(tokens.shape[0], max_length, encoded, segments)
@@ -61,20 +61,16 @@ class EncoderDecoder(Model):
     def extend(
         self, tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
     ) -> tuple[Float[Array, "B L V"], Cache]:
-        """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
+        """Logits of the token after each of L further tokens per row, and the new cache; see `Stack.extend`."""
         x, cache = self.decoder.extend(embed(self.embedding, tokens), tokens, token_mask, cache)
         return predict(x, self.embedding, self.logits), cache
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Token ids and segments, segment 0 being padding."""
-        data = config.data
-        return {
-            **token_arrays(data.batch_size, data.encoder_length, "encoder_tokens", "encoder_segments"),
-            **token_arrays(
-                data.batch_size, data.decoder_length, "decoder_inputs", "decoder_targets", "decoder_segments"
-            ),
-        }
+        """Token ids and segments; segment 0 is padding."""
+        data, decoder = config.data, ("decoder_inputs", "decoder_targets", "decoder_segments")
+        encoder = token_arrays(data.batch_size, data.encoder_length, "encoder_tokens", "encoder_segments")
+        return encoder | token_arrays(data.batch_size, data.decoder_length, *decoder)
 
     @staticmethod
     def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

@@ -1,4 +1,4 @@
-"""The families of models, by the names that `model.family` takes."""
+"""The families of models by the values of `model.family`."""
 
 import dataclasses
 
@@ -22,25 +22,25 @@ FAMILIES: dict[str, type[Model]] = {
 }
 
 _OPTIONS = {"peer": PEEROptions, "soft": SoftMoEOptions}
-"""Feed-forward layer -> the dataclass of its options; other experts stand behind a router, which has its own."""
+"""Feed-forward layer -> the dataclass of its options; all other layers with experts have a router with options."""
 
 TextModel = EncoderDecoder | LanguageModel
-"""Models that write: `start` gives the cache of a batch, `extend` reads further tokens into it."""
+"""Models that decode: `start` returns the cache of a batch, `extend` reads further tokens into it."""
 
 
 def build(config: Config, key: PRNGKeyArray) -> Model:
-    """The model that `config.model.family` names, freshly initialised."""
+    """A newly initialised model of `config.model.family`."""
     config = with_all_options(config)  # so that models of equal configs are equal pytrees
     return mark_sharded(FAMILIES[config.model.family](config, key), config.mesh.sharded)
 
 
 def with_all_options(config: Config) -> Config:
-    """`config` with every value of `moe.options` and `moe.loss_weights` written out, defaults too.
+    """`config` with all values of `moe.options` and `moe.loss_weights`, including defaults.
 
-    So two configs of the same model are equal, and a saved one says all that a run depends on.
+    Then two configs of the same model are equal, and a saved config holds everything that a run depends on.
 
     Raises:
-        UserError: for an option or a loss that the router, PEER or soft MoE does not have.
+        UserError: for an unknown option or loss.
     """
     if not config.model.has_experts:
         return config

@@ -1,4 +1,4 @@
-"""What the layers of a stack see besides the residual stream, and what they report."""
+"""The inputs of a stack's layers besides the residual stream, and their reports."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from switchjax.moe.losses import RoutingMetrics
 from switchjax.moe.routing import RoutingReport
 
 Reports = dict[str, RoutingReport]
-"""The reports of a model's layers with experts, by the names of these modules as in `named_leaves`, such as
-`decoder/scans/0/blocks/1/ff`. Arrays have a first axis of layers where modules are stacked."""
+"""The reports of layers with experts by module name, such as `decoder/scans/0/blocks/1/ff` (as in `named_leaves`).
+Arrays have a first axis of layers if modules are stacked."""
 
 
 def metrics_by_layer(reports: Reports) -> dict[str, list[RoutingMetrics]]:
-    """Stack -> the metrics of its layers that count choices, first to last; the encoder comes before the decoder."""
+    """Stack -> the metrics of its layers that count choices, in order; the encoder comes before the decoder."""
     rows: dict[tuple[str, int, str], RoutingMetrics] = {}
     for name, report in reports.items():
         for i, layer in enumerate(report.layers if report.metrics is not None else ()):
@@ -25,24 +25,24 @@ def metrics_by_layer(reports: Reports) -> dict[str, list[RoutingMetrics]]:
 
 
 def stack_of(name: str) -> str:
-    """The stack of a layer by its report's name: encoder or decoder."""
+    """The stack, encoder or decoder, of a layer whose report has this name."""
     return name.partition("/")[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CrossInputs:
-    """What the cross-attention of a decoder attends to."""
+    """The inputs of a decoder's cross-attention."""
 
     encoded: Any
-    """`Float[Array, "B M D"]`; None where each layer's cache has the keys and values of it."""
+    """The encoder's output, `Float[Array, "B M D"]`; None if each layer's cache has its keys and values."""
     mask: Bool[Array, "B 1 L M"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StackInputs:
-    """What every layer of a stack sees; N keys, those of the L tokens themselves or of a cache."""
+    """The inputs of every layer of a stack; the N keys are those of the L tokens or of a cache."""
 
     tokens: Int[Array, "B L"] | None
     """Vocabulary ids; None for images."""
@@ -50,10 +50,10 @@ class StackInputs:
     self_mask: Bool[Array, "B 1 L N"]
     self_bias: Float[Array, "#B H L N"] | None
     positions: Int[Array, "B L"] | None
-    """By which queries and keys are rotated; None: they are not."""
+    """Positions by which queries and keys are rotated; None: they are not rotated."""
     cross: CrossInputs | None
     slots: Int[Array, "B L"] | None = None
-    """Where in the cache the tokens' keys and values go, N for padding; None without a cache."""
+    """The slots of the cache for the tokens' keys and values, N for padding; None without a cache."""
 
     @property
     def token_mask(self) -> Bool[Array, "B L"]:

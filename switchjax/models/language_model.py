@@ -36,27 +36,26 @@ class LanguageModel(Model):
         return predict(x, self.embedding, self.logits), below("decoder", reports)
 
     def start(self, batch: Batch, max_length: int) -> Cache:
-        """The cache for as many rows as `batch` has, with room for `max_length` tokens a row.
+        """The cache for the rows of `batch`, with room for `max_length` tokens per row.
 
         Raises:
             UserError: if the model has learned fewer positions.
         """
-        if self.positions is not None and max_length > self.config.max_length:
-            raise UserError(
-                f"{max_length} tokens exceed the model.max_length={self.config.max_length} positions learned"
-            )
+        learned = self.config.max_length
+        if self.positions is not None and max_length > learned:
+            raise UserError(f"{max_length} tokens exceed the model.max_length={learned} positions learned")
         return self.decoder.start(batch["decoder_inputs"].shape[0], max_length)
 
     def extend(
         self, tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
     ) -> tuple[Float[Array, "B L V"], Cache]:
-        """Logits of the token that follows each of L further tokens a row, and the cache with them; see `Stack`."""
+        """Logits of the token after each of L further tokens per row, and the new cache; see `Stack.extend`."""
         x = self._embed(tokens, cache.positions(tokens.shape[1]), cache.max_length)
         x, cache = self.decoder.extend(x, tokens, token_mask, cache)
         return predict(x, self.embedding, self.logits), cache
 
     def _embed(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], count: int) -> Float[Array, "B L D"]:
-        """Token vectors, with those of their positions, of which there are `count`, where these are added."""
+        """Token vectors, plus the vectors of their positions (below `count`) if the model adds those."""
         x = embed(self.embedding, tokens)
         if self.config.positions not in ("learned", "sinusoidal"):
             return x
@@ -65,13 +64,13 @@ class LanguageModel(Model):
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Token ids and segments, segment 0 being padding."""
+        """Token ids and segments; segment 0 is padding."""
         names = ("decoder_inputs", "decoder_targets", "decoder_segments")
         return token_arrays(config.data.batch_size, config.data.decoder_length, *names)
 
     @staticmethod
     def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """The tokens that follow."""
+        """The next token at each position."""
         return batch["decoder_targets"], batch["decoder_segments"]
 
     def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:

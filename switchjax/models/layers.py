@@ -1,4 +1,4 @@
-"""Norms, embedding, feed-forward network, dropout and the initialisers they share."""
+"""Norms, embedding, feed-forward network, dropout, and the initialisers that they share."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def kernel(
     num_inputs: int = 1,
     scale: float = INIT_SCALE,
 ) -> nnx.Param:
-    """A weight of variance `scale / fan_in`, where the first `num_inputs` dimensions are inputs."""
+    """A weight of variance `scale / fan_in`, whose first `num_inputs` dimensions are inputs."""
     inputs = tuple(range(num_inputs))
     outputs = tuple(range(num_inputs, len(shape)))
     init = jax.nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
@@ -36,12 +36,10 @@ def kernel(
 
 
 def cast_kernels(model: M, dtype: DTypeLike) -> M:
-    """`model` with every `kernel` in `dtype`, the dtype of its products.
-
-    With the cast here, the loops over layers carry weights and gradients in that dtype. With a cast inside, XLA moves
-    the casts of all layers out of each loop and stacks gradients in the parameters' dtype: Switch-C's temporaries on
-    256 TPU v5p chips are then 54 GB a chip instead of 23.
-    """
+    """`model` with every `kernel` in `dtype`, the dtype of its products."""
+    # Cast before the loops over layers, so that these carry weights and gradients in `dtype`. With casts inside, XLA
+    # moves the casts of all layers out of each loop and stacks gradients in the parameters' dtype: Switch-C then has
+    # temporaries of 54 GB a chip instead of 23 on 256 TPU v5p chips.
 
     def cast(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(variable[...].astype(dtype)) if variable.get_metadata("cast", False) else variable
@@ -50,14 +48,14 @@ def cast_kernels(model: M, dtype: DTypeLike) -> M:
 
 
 def bias(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:
-    """A bias that starts at zero, if the model has biases."""
+    """A bias that starts at zero; None if the model has no biases."""
     return nnx.Param(jnp.zeros(shape, config.param_dtype), axes=axes) if config.biases else None
 
 
 def project(x: Float[Array, "..."], weight: Float[Array, "..."], num_inputs: int = 1) -> Float[Array, "..."]:
-    """`x W` over the last `num_inputs` axes of `x`, which are the first of the weight, as a product of two matrices."""
-    # Not an einsum over the axes of `x`: the weight's gradient sums over several of them, and XLA then copies the
-    # incoming gradient into another order, which on the CPU takes a seventh of a small T5's step.
+    """`x W`, the product over the last `num_inputs` axes of `x` and the first of the weight."""
+    # A product of two matrices and not an einsum: the weight's gradient would sum over several axes of `x`, for which
+    # XLA copies the incoming gradient into another order. On the CPU that takes a seventh of a small T5's step.
     inputs, outputs = weight.shape[:num_inputs], weight.shape[num_inputs:]
     rows = x.reshape(-1, math.prod(inputs)) @ weight.reshape(-1, math.prod(outputs))
     return rows.reshape(*x.shape[: x.ndim - num_inputs], *outputs)
@@ -74,11 +72,8 @@ def over_last_axes(vector: Array, like: Array) -> Array:
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Zeroes entries with probability `rate` and scales the others up; `x` itself without a key.
-
-    By hand because `nnx.Dropout` keeps its random state in the module; here the key is an argument, as `lax.scan` and
-    `jax.checkpoint` need it.
-    """
+    """`x` with entries set to 0 with probability `rate` and the others scaled up; `x` itself without a key."""
+    # `nnx.Dropout` keeps its random state in the module; `lax.scan` and `jax.checkpoint` need the key as an argument.
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -86,17 +81,15 @@ def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
 
 
 def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray] | list[None]:
-    """`count` keys; as many Nones for None."""
+    """`count` keys, or `count` times None without a key."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 class Norm(nnx.Module):
     """The norm that `model.norm` names, in float32.
 
-    By hand because one class covers all three, with the sharding and names of its parameters; flax has one for each.
-
     rms: `x / rms(x) * scale`, without mean or bias (T5). layer: `(x - mean) / deviation * scale + shift` (Ba et al.
-    2016). none: `x`.
+    2016). none: `x`. Flax has a class for each; this one gives all three the same parameter names and sharding.
     """
 
     def __init__(self, config: ModelConfig):
@@ -112,9 +105,8 @@ class Norm(nnx.Module):
         if self.shift is not None:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return add_bias(normed * over_last_axes(self.scale[...].astype(jnp.float32), normed), self.shift).astype(
-            x.dtype
-        )
+        scaled = normed * over_last_axes(self.scale[...].astype(jnp.float32), normed)
+        return add_bias(scaled, self.shift).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -128,33 +120,33 @@ class Embedding(nnx.Module):
         return jnp.take(self.vectors[...].astype(self.config.dtype), tokens, axis=0)
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """The tied output layer: similarity to each token's vector, over sqrt(D) in T5."""
+        """The tied output layer: products with all token vectors, divided by sqrt(D) in T5."""
         if self.config.scale_logits:
             x = x * jnp.asarray(self.config.d_model**-0.5, x.dtype)
         return project(x, self.vectors[...].T.astype(x.dtype))
 
 
 def untied_output(config: ModelConfig, key: PRNGKeyArray) -> nnx.Param | None:
-    """The output layer's weights [D, V], if they are not the tokens' vectors."""
+    """The output layer's weights [D, V]; None if it uses the token vectors."""
     if config.tie_embeddings:
         return None
     return kernel(key, (config.d_model, config.vocab_size), ("embed", "vocab"), config.param_dtype, scale=1.0)
 
 
 def predict(x: Float[Array, "B L D"], embedding: Embedding, untied: nnx.Param | None) -> Float[Array, "B L V"]:
-    """Logits of each token of the vocabulary: by `untied_output`, or if there is none by the tokens' vectors."""
+    """Logits of all tokens of the vocabulary, by `untied_output` or, without it, by the token vectors."""
     return embedding.logits(x) if untied is None else project(x, untied[...].astype(x.dtype))
 
 
 def learned_positions(config: ModelConfig, count: int, key: PRNGKeyArray) -> nnx.Param | None:
-    """A vector for each of `count` positions, if the model learns them."""
+    """A vector for each of `count` positions; None if the model does not learn them."""
     if config.positions != "learned":
         return None
     return nnx.Param(normal(key, (count, config.d_model), config), axes=(None, "embed"))
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], config: ModelConfig) -> Float[Array, "..."]:
-    """Initial vectors of tokens or positions: normal, of deviation `model.embedding_stddev`."""
+    """Initial vectors of tokens or positions: normal, with deviation `model.embedding_stddev`."""
     stddev = jnp.asarray(config.embedding_stddev, config.param_dtype)
     return jax.random.normal(key, shape, config.param_dtype) * stddev
 
@@ -162,7 +154,7 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], config: ModelConfig) -> Fl
 class FeedForward(nnx.Module):
     """`act(x W_in) W_out`; the gated form multiplies `act(x W_gate)` by `x W_in` (GLU variants, Shazeer 2020).
 
-    With `model.biases`, `act(x W_in + b_in) W_out + b_out`. Applied to any leading axes; as an expert, to [N, D].
+    With `model.biases`: `act(x W_in + b_in) W_out + b_out`.
     """
 
     def __init__(self, config: ModelConfig, dropout: float, key: PRNGKeyArray):
@@ -178,13 +170,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B D"], key: PRNGKeyArray | None, matmul: Callable[[Array, Array], Array] = project
     ) -> Float[Array, "*B D"]:
-        """Applies the network.
-
-        Args:
-            x: inputs.
-            key: for dropout; None in evaluation.
-            matmul: how a weight is applied (stacked experts are given a grouped product, `switchjax.moe.ragged`).
-        """
+        """Applies the network, with `matmul` for each weight; `switchjax.moe.ragged` passes a grouped product."""
         activation = ACTIVATIONS[self.config.activation]
         hidden = add_bias(matmul(x, self.w_in[...].astype(x.dtype)), self.b_in)
         if self.w_gate is None:
@@ -194,7 +180,8 @@ class FeedForward(nnx.Module):
         y = matmul(dropout(hidden, self.dropout, key), self.w_out[...].astype(x.dtype))
         if self.b_out is None:
             return y
-        # A device of the axis `model` holds a slice of d_ff; slices are summed, so each adds its share of the bias.
+        # A device of the axis `model` holds a slice of d_ff. The slices' outputs are added up, so each adds its share
+        # of the bias.
         share = self.w_in.shape[-1] / self.config.d_ff
         return y + over_last_axes(self.b_out[...].astype(y.dtype), y) * jnp.asarray(share, y.dtype)
 
@@ -206,4 +193,4 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "geglu": jax.nn.gelu,
     "swiglu": jax.nn.silu,
 }
-"""Name -> function; of the gated ones, the gate's."""
+"""Name -> function; for gated activations, the function of the gate."""

@@ -15,15 +15,15 @@ from switchjax.models.layers import kernel
 class LSTM(nnx.Module):
     """`c_t = f c_{t-1} + i tanh(g)`, `h_t = (o tanh(c_t)) W_p`, with i, f, g, o from `x_t W_x + h_{t-1} W_h + b`.
 
-    W_p is there only where the number of cells is not D. The state starts again at each packed sequence, so that none
-    sees another.
+    W_p exists only if the number of cells is not D. The state starts again at each packed sequence, so none sees
+    another.
     """
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         input_key, hidden_key, project_key = jax.random.split(key, 3)
         cells, dtype = config.lstm_cells, config.param_dtype
         gates, axes = (config.d_model, 4, cells), ("embed", None, None)
-        # Variance 1 / fan_in, not the 0.1 / fan_in of residual layers, with which the state fades.
+        # Variance 1 / fan_in: with the 0.1 / fan_in of residual layers, the state fades.
         self.w_x = kernel(input_key, gates, axes, dtype, scale=1.0)
         self.w_h = kernel(hidden_key, gates, axes, dtype, scale=1.0)
         bias = jnp.zeros((4, cells), dtype).at[1].set(1)  # a forget gate that starts open (Jozefowicz et al. 2015)
@@ -37,24 +37,15 @@ class LSTM(nnx.Module):
         return LSTMState(jnp.zeros((rows, d_model), dtype), jnp.zeros((rows, cells), dtype))
 
     def __call__(self, x: Float[Array, "B L D"], segments: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """The hidden state after each token.
-
-        Args:
-            x: inputs.
-            segments: the packed sequence that each token belongs to.
-        """
-        continues = jnp.concatenate(
-            [jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] == segments[:, :-1]], axis=1
-        )
-
-        def unless_new(state: LSTMState, kept: Bool[Array, "B"]) -> LSTMState:
-            return jax.tree.map(lambda part: jnp.where(kept[:, None], part, jnp.zeros((), part.dtype)), state)
-
+        """The hidden state after each token; `segments` numbers the packed sequences."""
+        same = segments[:, 1:] == segments[:, :-1]
+        continues = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), same], axis=1)
         step = self._step(x.dtype)
 
         def advance(state: LSTMState, at: tuple[Array, Array]) -> tuple[LSTMState, Array]:
-            gates, kept = at
-            state = step(unless_new(state, kept), gates)
+            gates, kept = at  # kept: False at the start of a sequence
+            old = jax.tree.map(lambda part: jnp.where(kept[:, None], part, jnp.zeros((), part.dtype)), state)
+            state = step(old, gates)
             return state, state.hidden
 
         _, hidden = jax.lax.scan(advance, self.empty(x.shape[0], x.dtype), (self._gates(x), continues.T))
@@ -63,7 +54,7 @@ class LSTM(nnx.Module):
     def extend(
         self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], state: LSTMState
     ) -> tuple[Float[Array, "B L D"], LSTMState]:
-        """The hidden state after each further token, and the state after the last; padding leaves it as it is."""
+        """The hidden state after each further token, and the state after the last one; padding does not change it."""
         step = self._step(x.dtype)
 
         def advance(state: LSTMState, at: tuple[Array, Array]) -> tuple[LSTMState, Array]:

@@ -1,4 +1,4 @@
-"""What every family of models offers to training, evaluation and planning."""
+"""The interface of all families of models to training, evaluation and planning."""
 
 from abc import abstractmethod
 from typing import Any
@@ -13,7 +13,7 @@ from switchjax.models.inputs import Reports
 from switchjax.parallel.sharding import constrain
 
 Batch = dict[str, Integer[Array, "B ..."]]
-"""Arrays whose first axis is the batch's; see `Model.batch_shapes` of a family."""
+"""Arrays whose first axis is the batch; `Model.batch_shapes` lists them."""
 
 
 class Model(nnx.Module):
@@ -24,22 +24,17 @@ class Model(nnx.Module):
 
     @abstractmethod
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
-        """Logits of each target, and the reports of all layers with experts.
-
-        Args:
-            batch: as `batch_shapes` says.
-            key: for dropout and routing noise; None in evaluation.
-        """
+        """Logits of each target, and the reports of all layers with experts; the key is None in evaluation."""
 
     @staticmethod
     @abstractmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and types of a global batch."""
+        """The names, shapes and types of a global batch."""
 
     @staticmethod
     @abstractmethod
     def targets(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """What the logits are to predict, and the segments of that; 0 where there is nothing to predict."""
+        """The targets that the logits predict, and their segments; 0 where there is nothing to predict."""
 
     @abstractmethod
     def segments(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
@@ -52,10 +47,10 @@ def token_arrays(rows: int, length: int, *names: str) -> dict[str, jax.ShapeDtyp
 
 
 def embed(embedding: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Token vectors, laid over the mesh."""
+    """Token vectors, divided over the mesh."""
     return constrain(embedding(tokens), "batch", "length", "embed")
 
 
 def below(name: str, reports: Reports) -> Reports:
-    """The reports of a module's parts, under the names that they have in the whole."""
+    """The reports of a module's parts, named from the module that holds it as `name`."""
     return {f"{name}/{part}": report for part, report in reports.items()}

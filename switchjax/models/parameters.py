@@ -1,4 +1,4 @@
-"""The parameters of a model: which of them the optimiser trains, and how the others move."""
+"""The parameters of a model: those that the optimiser trains, and those that move by a rule of their own."""
 
 from functools import reduce
 from typing import Any
@@ -11,23 +11,21 @@ from switchjax.parallel.sharding import is_variable, named_leaves
 
 
 def is_trained(model: nnx.Module) -> dict[str, bool]:
-    """For each of `named_leaves(model)`, True if the optimiser trains it; tables, biases and averages are state."""
+    """True for each of `named_leaves(model)` that the optimiser trains; False for tables and averages, for instance."""
     trained = jax.tree.map(lambda variable: variable.get_metadata("trained", True), model, is_leaf=is_variable)
     return named_leaves(trained)
 
 
 def count_trained(model: nnx.Module) -> int:
-    """How many numbers the optimiser trains."""
+    """The number of values that the optimiser trains."""
     trained = is_trained(model)
     return sum(leaf.size for name, leaf in named_leaves(model).items() if trained[name])
 
 
 def next_state(model: nnx.Module, reports: Reports) -> dict[str, jax.Array]:
-    """The leaves that are not trained and move after a step, by name, as the step's reports move them.
+    """The new values, by name, of leaves that are not trained but move after a step.
 
-    Args:
-        model: before the step.
-        reports: summed over the step's micro-batches.
+    `model` is the model before the step, and `reports` are summed over the step's micro-batches.
     """
     moved: dict[str, jax.Array] = {}
     for name, report in reports.items():

@@ -1,4 +1,4 @@
-"""A stack's layers as repeating periods, each of which is compiled once, as the body of a `lax.scan`."""
+"""Divides a stack's layers into repeating periods, each of which is compiled once as the body of a `lax.scan`."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,17 +8,17 @@ from switchjax.config import Layer
 
 
 class ScannedPeriods(NamedTuple):
-    """The layers of `period`, `repeats` times over: one `lax.scan`."""
+    """The layers of one `lax.scan`: `period`, repeated `repeats` times."""
 
     period: tuple[Layer, ...]
     repeats: int
 
 
 def scan_periods(layers: Sequence[Layer]) -> tuple[ScannedPeriods, ...]:
-    """The division of a stack into scans that has the fewest layers to compile, and among those the fewest scans.
+    """The division of a stack into scans with the fewest layers to compile and, among those, the fewest scans.
 
-    All routed layers of a period have equally many experts, so that their metrics stack: alternating dense and MoE
-    layers are one scan, a pyramid of expert counts is one scan for each count.
+    All routed layers of a period have the same number of experts, so that their metrics stack. Alternating dense and
+    MoE layers are one scan; a pyramid of expert counts is one scan for each count.
     """
     whole = tuple(layers)
 
@@ -35,7 +35,7 @@ def scan_periods(layers: Sequence[Layer]) -> tuple[ScannedPeriods, ...]:
 
 
 def _possible_starts(layers: tuple[Layer, ...]) -> list[ScannedPeriods]:
-    """Every period that `layers` can begin with, at every number of repeats."""
+    """Every period that `layers` can begin with, with every number of repeats."""
     starts = []
     for length in range(1, len(layers) + 1):
         period = layers[:length]

@@ -25,10 +25,8 @@ from switchjax.parallel.stacking import stack
 
 
 def _all_but_gathered(primitive: jex.core.Primitive, *_: object, **__: object) -> bool:
-    """A remat policy that keeps the device's own part of a sharded parameter, and not the whole of it.
-
-    The whole is the result of a sharding constraint; an island's border (pvary) and `project` (reshape) pass it on.
-    """
+    """A remat policy that keeps a device's own part of a sharded parameter, but not the gathered whole."""
+    # A sharding constraint makes the whole; an island's border (pvary) and `project` (reshape) pass it on.
     return primitive.name not in ("sharding_constraint", "pvary", "reshape")
 
 
@@ -41,15 +39,11 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 
 _CAUSAL: dict[str, Any] = {"fill_order": "token_by_token", "no_token_left_behind": 0, "dropless": True}
-"""Settings each of which may make a router causal by itself; the message names those that do."""
+"""Settings that may each make a router causal; an error message names those that do."""
 
 
 def check_causal(config: Config) -> None:
-    """Refuses routers that let what comes after a token change its experts; for decoders.
-
-    Raises:
-        UserError: saying why, and what to set; or if there is no such router.
-    """
+    """Raises a `UserError`, with reason and remedy, if a decoder's router would let later tokens change experts."""
     moe = config.moe
     if not config.model.routes_groups or moe.allow_noncausal_routing:
         return
@@ -57,8 +51,7 @@ def check_causal(config: Config) -> None:
         remedies = [f"moe.{k}={v}" for k, v in _CAUSAL.items() if noncausal_because(replace(moe, **{k: v})) is None]
         raise UserError(
             f"moe.router={moe.router} would let a decoder see the future: {reason}; "
-            "moe.allow_noncausal_routing=True asks for it by name"
-            + (f", {' or '.join(remedies)} avoids it" if remedies else "")
+            "moe.allow_noncausal_routing=True allows it" + (f", {' or '.join(remedies)} avoids it" if remedies else "")
         )
 
 
@@ -93,9 +86,9 @@ class Period(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """An encoder (`causal=False, cross=False`) or a decoder: blocks, final norm and the relative position bias.
+    """An encoder (`causal=False, cross=False`) or a decoder: blocks, the final norm and the relative position bias.
 
-    Parameters are stacked over equal periods whether the loop over them is compiled as a loop or unrolled.
+    Parameters of equal periods are stacked, also if the loop over them is unrolled.
     """
 
     def __init__(self, config: Config, layers: tuple[Layer, ...], causal: bool, cross: bool, key: PRNGKeyArray):
@@ -124,17 +117,14 @@ class Stack(nnx.Module):
         key: PRNGKeyArray | None,
         cross: CrossInputs | None = None,
     ) -> tuple[Float[Array, "B L D"], Reports]:
-        """Applies all blocks.
+        """Applies all blocks: the normalised residual stream, and the reports of layers with experts.
 
         Args:
             x: embedded tokens.
-            tokens: their ids, for routers that go by them; None for images.
-            segments: the packed sequence that each token belongs to, 0 for padding.
+            tokens: ids for routers that use them; None for images.
+            segments: numbers of the packed sequences; 0 for padding.
             key: for dropout and routing noise; None in evaluation.
-            cross: what the cross-attention of a decoder attends to.
-
-        Returns:
-            The normalised residual stream, and the reports of the layers with experts.
+            cross: the inputs of a decoder's cross-attention.
         """
         inputs = StackInputs(
             tokens=tokens,
@@ -154,30 +144,16 @@ class Stack(nnx.Module):
         encoded: Float[Array, "B M D"] | None = None,
         encoded_segments: Int[Array, "B M"] | None = None,
     ) -> Cache:
-        """The cache of a decoder that has read nothing yet.
-
-        Args:
-            rows: B.
-            max_length: tokens a row for which there is to be room.
-            encoded: what cross-attention attends to.
-            encoded_segments: 0 for padding of it.
-        """
+        """The cache of a decoder that has read nothing yet, with room for `max_length` tokens per row."""
         layers = [jax.vmap(lambda period: period.start(rows, max_length, encoded))(scan) for scan in self.scans]
         return Cache(jnp.zeros(rows, jnp.int32), layers, encoded_segments, max_length)
 
     def extend(
         self, x: Float[Array, "B L D"], tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], cache: Cache
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """Applies all blocks of a decoder to L further tokens of each row.
+        """Applies all blocks of a decoder to L further tokens per row: the normalised residual stream, the new cache.
 
-        Args:
-            x: embedded tokens.
-            tokens: their ids.
-            token_mask: False for padding, which comes after a row's tokens and changes nothing.
-            cache: what has been read before them.
-
-        Returns:
-            The normalised residual stream, and the cache with the tokens in it.
+        Padding comes after a row's tokens and does not change the cache.
         """
         positions, room = cache.positions(x.shape[1]), cache.max_length
         segments = token_mask.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Experts in the place of the attention's weights (Switch Transformer, appendix A)."""
+"""Experts instead of attention weights (Switch Transformer, appendix A)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from switchjax.moe.routing import RoutingReport
 
 
 class LinearExpert(nnx.Module):
-    """`x W`, from [N, D] to [N, M]; whole on each device of `model`, as every head needs it all."""
+    """`x W`, from [N, D] to [N, M]; each device of the axis `model` holds all of W."""
 
     def __init__(self, d_in: int, d_out: int, scale: float, dtype: str, key: PRNGKeyArray):
         self.weight = kernel(key, (d_in, d_out), ("embed", None), dtype, scale=scale)
@@ -26,15 +26,15 @@ class LinearExpert(nnx.Module):
     def __call__(
         self, x: Float[Array, "N D"], key: PRNGKeyArray | None, matmul: Callable[[Array, Array], Array] = project
     ) -> Float[Array, "N M"]:
-        """Applies the weights, as `FeedForward` does; there is no dropout."""
+        """Applies the weights, with the arguments of `FeedForward`; there is no dropout."""
         return matmul(x, self.weight[...].astype(x.dtype))
 
 
 class SwitchAttention(nnx.Module):
     """Self-attention in which one router chooses a token's query weights and another its key and value weights.
 
-    A token over capacity asks with a query of zeros, or offers a key and a value of zeros. Unstable in bfloat16, the
-    paper says; the routers are in float32 here as everywhere.
+    A token over capacity has a query of zeros, or a key and a value of zeros. The paper found it unstable in bfloat16;
+    here the routers are in float32, as everywhere.
     """
 
     def __init__(self, config: Config, key: PRNGKeyArray):

@@ -14,7 +14,7 @@ from switchjax.parallel.sharding import constrain
 
 
 class VisionTransformer(Model):
-    """Classifies images by an encoder of their patches and a class token before them."""
+    """Classifies images with an encoder of a class token and the image's patches."""
 
     def __init__(self, config: Config, key: PRNGKeyArray):
         self.config = model = config.model
@@ -31,7 +31,7 @@ class VisionTransformer(Model):
         self.head_bias = bias(model, (model.num_classes,), (None,))
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B T V"], Reports]:
-        """Logits of each image's class, as the only target of a row, and the encoder's reports."""
+        """Logits of each image's class (the only target of a row), and the encoder's reports."""
         x = patch_vectors(batch["images"], self.config.patch_size).astype(self.config.dtype)
         x = add_bias(project(x, self.patches[...].astype(x.dtype)), self.patches_bias)
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -47,7 +47,7 @@ class VisionTransformer(Model):
 
     @staticmethod
     def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """`images` of bytes, and `labels`, -1 in a row that only fills up the batch."""
+        """`images` as bytes, and `labels`, which are -1 in rows that only fill up the batch."""
         rows, side, channels = config.data.batch_size, config.model.image_size, config.model.image_channels
         return {
             "images": jax.ShapeDtypeStruct((rows, side, side, channels), jnp.uint8),

@@ -1,7 +1,7 @@
 """Balanced assignment of tokens to experts: by an auction (BASE) and softly, by Sinkhorn's scaling (S-BASE).
 
-By hand because both run in the compiled step: scipy's `linear_sum_assignment` runs on the host, and the Hungarian
-algorithm of `optax.assignment` takes the tokens one after the other.
+No library does this in the compiled step: scipy's `linear_sum_assignment` runs on the host, and the Hungarian algorithm
+of `optax.assignment` processes tokens one after the other.
 """
 
 import math
@@ -14,59 +14,51 @@ from jaxtyping import Array, Bool, Float, Int
 from switchjax.config import UserError
 
 STEPS = 50
-"""eps is the range of a group's scores over this many."""
+"""eps is the range of a group's scores divided by this number (as in fairseq's BASE)."""
 MIN_EPS = 1e-4
-"""The least eps (both as fairseq has them for BASE)."""
+"""The smallest eps (as in fairseq's BASE)."""
 START_ITERATIONS = 16
-"""Iterations of Sinkhorn's scaling, which gives the prices at which bidding starts."""
+"""Iterations of Sinkhorn's scaling for the prices at which bidding starts."""
 START_TEMPERATURE = 2
-"""Temperature of that scaling, in eps."""
+"""Temperature of that scaling, in units of eps."""
 SMALLEST = -40.0
-"""Logarithm of the smallest entry of Sinkhorn's kernel, beside the 1 in each row and column."""
+"""Logarithm of the smallest entry of Sinkhorn's kernel; the largest in each row and column is 1."""
 
 
 def balanced_assignment(
     scores: Float[Array, "G S E"], token_mask: Bool[Array, "G S"], capacity: int, max_rounds: int
 ) -> Int[Array, "G S"]:
-    """Gives each token an expert, at most C tokens each, such that the scores' sum is as large as can be; no gradient.
+    """The expert of each token (E for padding), at most C tokens each, with the largest sum of scores; no gradient.
 
-    The auction for similar objects of Bertsekas and Castanon (1989), as in BASE (Lewis et al. 2021, section 3.2). At
-    prices p, each token without an expert bids for the one that it values most, `score_e - p_e`: what makes it as dear
-    as the second best, and eps more. An expert keeps its C highest bids; once it is full, its price is the lowest of
-    them. So no token with an expert would do better elsewhere by more than eps at these prices, and as all slots are
-    sold at the end, the sum is within S * eps of the optimum, whatever the prices at which bidding started.
+    This is the auction for similar objects of Bertsekas and Castanon (1989), as in BASE (Lewis et al. 2021, section
+    3.2). At prices p, each token without an expert bids for the expert with the highest value `score_e - p_e`. It
+    offers the price at which that expert is worth as much as the second best, plus eps. An expert keeps its C highest
+    bids; once it is full, its price is the lowest of them. So at these prices, no token gains more than eps by moving.
+    All slots are sold at the end, hence the sum is within S * eps of the optimum, whatever the prices at the start.
 
-    All are sold because padding bids too, with the same score for every expert: slots left empty would have to be the
-    cheapest. Prices start where Sinkhorn's scaling puts them: near the last ones, where tokens agree on what is good.
-
-    Scores, prices and bids are whole numbers of a fraction of eps, so that one sort of integers (expert, bid, token)
-    finds the highest bids; on a CPU, sorting pairs takes ten times as long.
-
-    Args:
-        scores: of the experts for each token; those of padding are not looked at.
-        token_mask: False for padding.
-        capacity: C; E * C >= S.
-        max_rounds: of bidding; tokens without an expert then take the slots that are left, in order.
-
-    Returns:
-        The expert of each token; E for padding.
+    Padding bids too, with the same score for every expert, so that all slots are sold: slots left empty would have to
+    be the cheapest. Sinkhorn's scaling gives prices to start with, which are near the last ones if tokens want the same
+    experts. Tokens still without an expert after `max_rounds` take the slots that are left, in order.
 
     Raises:
-        UserError: if S * E is above 10 million or so: the integers would not fit 32 bits.
+        UserError: if S * E exceeds about 10 million, so that the integers below would not fit 32 bits.
     """
     tokens, experts = scores.shape[1:]
     slots = experts * capacity
     assert slots >= tokens, f"{experts} experts of {capacity} slots do not hold {tokens} tokens"
-    # Bids stay below twice the range and a step: until all slots are sold, some expert has room at its first price.
+    # Scores, prices and bids are integers, in fractions of eps. So one sort of the integers (expert, bid, token) finds
+    # the highest bids; on a CPU, sorting pairs takes ten times as long. `levels` exceeds every bid: bids stay below
+    # twice the range of scores plus a step, because some expert has room at its first price until all slots are sold.
     levels = min((2**31 - 1) // (experts * slots), 2**20)
-    padded = slots / tokens  # rounding costs each token a unit, steps cost each bidder theirs: S * eps in all
+    # Each token loses a unit by rounding and each bidder a step: S * eps in total.
+    padded = slots / tokens
     step = int((levels - 2 * STEPS - 2) / (2 * STEPS * padded + 1))
     if step < 1:
         raise UserError(
             f"balanced assignment of {tokens} tokens to {experts} experts exceeds 32-bit integers: "
             "a smaller moe.group_size would fit"
         )
-    units = step * padded + 1  # of an eps
+    units = step * padded + 1  # in one eps
     highest = math.ceil(STEPS * units)
 
     score = _in_units(jax.lax.stop_gradient(scores), token_mask, units)
@@ -94,23 +86,23 @@ class _Bidding(NamedTuple):
     expert: Int[Array, "G N"]
     bid: Int[Array, "G N"]
     held: Bool[Array, "G N"]
-    """True if the token's expert keeps it; otherwise its expert and bid are those of an earlier round."""
+    """True if the expert keeps the token; if False, `expert` and `bid` are from an earlier round."""
     price: Int[Array, "G E"]
 
 
 def _in_units(scores: Float[Array, "G S E"], mask: Bool[Array, "G S"], units: float) -> Int[Array, "G S E"]:
-    """Scores above the group's lowest, as multiples of `eps / units`; 0 for padding."""
+    """Scores minus the lowest of their group, in multiples of `eps / units`; 0 for padding."""
     real = mask[..., None]
     low = jnp.min(scores, axis=(1, 2), keepdims=True, where=real, initial=jnp.inf)
     high = jnp.max(scores, axis=(1, 2), keepdims=True, where=real, initial=-jnp.inf)
     eps = jnp.maximum((high - low) / STEPS, MIN_EPS)
     amount = jnp.round((scores - low) / eps * units)
-    # Whatever is not finite ends within the range too.
+    # This brings scores that are not finite into the range too.
     return jnp.where(real & (amount > 0), jnp.minimum(amount, STEPS * units), 0).astype(jnp.int32)
 
 
 def _starting_prices(score: Int[Array, "G N E"], temperature: float, highest: int) -> Int[Array, "G E"]:
-    """Prices at which each expert gets as much as any other of the tokens' softmax((score - price) / temperature)."""
+    """The prices at which the sum over tokens of softmax((score - price) / temperature) is equal for all experts."""
     kernel = jnp.exp(score.astype(jnp.float32) / temperature)
     scale = _balance_columns(kernel, jnp.ones_like(kernel[..., 0]), START_ITERATIONS)
     return jnp.clip(jnp.round(-temperature * jnp.log(scale)), 0, highest).astype(jnp.int32)
@@ -119,16 +111,15 @@ def _starting_prices(score: Int[Array, "G N E"], temperature: float, highest: in
 def _offers(
     score: Int[Array, "G E N"], price: Int[Array, "G E"], step: int, highest: int
 ) -> tuple[Int[Array, "G N"], Int[Array, "G N"]]:
-    """The expert that each token would bid for, and how much.
-
-    Of equals it takes the first, counted from its own number on, so that tokens that are alike spread out.
-    """
+    """The expert that each token would bid for, and its bid."""
     experts, token = score.shape[1], jnp.arange(score.shape[2])[None]
     turn = (token - jnp.arange(experts)[:, None]) % experts
-    value = (score - price[..., None]) * experts + turn[None]  # all of a token's differ: the highest tells which it is
+    # Among equal experts, `turn` prefers another one for each token, so that equal tokens spread out. It also makes all
+    # values of a token different, so the highest value modulo E identifies its expert.
+    value = (score - price[..., None]) * experts + turn[None]
     best = jnp.max(value, axis=1)
     others = jnp.where(value == best[:, None], -(2**31), value)
-    # A lone expert has no second best; any increase would do.
+    # A single expert has no second best; any increase will do.
     second = jnp.maximum(jnp.max(others, axis=1), best - highest * experts)
     expert = (token - best) % experts
     return expert, jnp.take_along_axis(price, expert, axis=1) + best // experts - second // experts + step
@@ -137,7 +128,7 @@ def _offers(
 def _keep_highest(
     expert: Int[Array, "G N"], bid: Int[Array, "G N"], price: Int[Array, "G E"], capacity: int, levels: int
 ) -> tuple[Bool[Array, "G N"], Int[Array, "G E"]]:
-    """Which tokens their experts keep, C each, earlier ones first among equal bids; and the experts' new prices."""
+    """True for the C tokens that each expert keeps, the earlier ones of equal bids; and the experts' new prices."""
     bidders, experts = expert.shape[1], price.shape[1]
     key = (expert * levels + levels - 1 - bid) * bidders + jnp.arange(bidders)[None]
     line = jnp.sort(key, axis=1, stable=False)
@@ -152,29 +143,24 @@ def _keep_highest(
 def _fill(
     expert: Int[Array, "G S"], held: Bool[Array, "G S"], mask: Bool[Array, "G S"], experts: int, capacity: int
 ) -> Int[Array, "G S"]:
-    """Sends real tokens without an expert to the slots that are free, in order."""
+    """The expert of each token, where real tokens without one take the free slots, in order; E for padding."""
     taken = jnp.sum(jax.nn.one_hot(jnp.where(held, expert, experts), experts, dtype=jnp.int32), axis=1)
-    free = jnp.cumsum(capacity - taken, axis=1)  # slots of the experts up to each
+    free = jnp.cumsum(capacity - taken, axis=1)  # free slots of all experts up to each
     nth = jnp.cumsum(mask & ~held, axis=1)
-    left = jax.vmap(jnp.searchsorted)(free, nth)  # the first expert up to which there are n free slots
+    left = jax.vmap(jnp.searchsorted)(free, nth)  # the expert of the n-th free slot
     return jnp.where(mask, jnp.where(held, expert, left), experts)
 
 
 def sinkhorn(scores: Float[Array, "G S E"], token_mask: Bool[Array, "G S"], iterations: int) -> Float[Array, "G S E"]:
-    """The transport plan with the highest score plus entropy: `exp(scores)`, its rows and columns scaled.
+    """The transport plan with the highest score plus entropy: `exp(scores)` with scaled rows and columns.
 
-    Rows sum to 1, those of padding to 0; columns approach equal sums as the iterations grow (Sinkhorn and Knopp 1967;
-    S-BASE, Clark et al. 2022, section 3.1).
-
-    Args:
-        scores: of the experts for each token.
-        token_mask: False for padding.
-        iterations: of scaling the columns, then the rows.
+    Rows sum to 1, those of padding to 0. The sums of columns become more equal with each iteration (Sinkhorn and Knopp
+    1967; S-BASE, Clark et al. 2022, section 3.1).
     """
     real = token_mask[..., None]
+    # The largest entry of each row and of each column becomes 1, so no sum underflows. The floor bounds the scales
+    # where the largest entries alone allow no balance.
     kernel = scores - jnp.max(scores, axis=2, keepdims=True)
-    # Each row and each column then holds a 1, so no sum underflows; the floor bounds the scales where the largest
-    # entries alone allow no balance.
     kernel = kernel - jnp.max(kernel, axis=1, keepdims=True, where=real, initial=-jnp.inf)
     kernel = jnp.where(real, jnp.exp(jnp.maximum(kernel, SMALLEST)), 0)
     scaled = kernel * _balance_columns(kernel, token_mask.astype(kernel.dtype), iterations)[:, None]
@@ -182,10 +168,7 @@ def sinkhorn(scores: Float[Array, "G S E"], token_mask: Bool[Array, "G S"], iter
 
 
 def _balance_columns(kernel: Float[Array, "G S E"], rows: Float[Array, "G S"], iterations: int) -> Float[Array, "G E"]:
-    """Scales of the columns under which the kernel, its rows scaled to sums `rows`, has equal column sums.
-
-    The largest is 1.
-    """
+    """Scales of the columns, at most 1, that make column sums equal once rows are scaled to the sums `rows`."""
 
     def iterate(_: Int[Array, ""], scale: Array) -> Array:
         sums = jnp.einsum("gse,ge->gs", kernel, scale, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""The BASE layer (Lewis et al. 2021): experts as a residual layer of their own between two blocks."""
+"""The BASE layer (Lewis et al. 2021): experts in a residual layer of their own between two blocks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from switchjax.config import MoEConfig, UserError
 from switchjax.moe.layer import MoELayer
@@ -17,20 +17,17 @@ from switchjax.parallel.sharding import partition_spec
 
 
 class BaseLayer(nnx.Module):
-    """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert behind a norm of its own, and 0 at first.
+    """`y = x + sigmoid(x . w_e) f_e(x)`, where f_e is an expert with a norm of its own, and 0 at first.
 
     In training, tokens are first shuffled over the batch, because neighbours resemble each other and should not share a
-    group; then each expert takes equally many of a group (`switchjax.moe.routers.base.route_base`). The shuffle depends
-    on the mesh: with another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
+    group. Then each expert takes equally many tokens of a group (`switchjax.moe.routers.base.route_base`). The shuffle
+    depends on the mesh: on another mesh, other tokens meet in a group. In evaluation nothing is shuffled.
 
     Args:
-        make_expert: makes one f_e from a key: a module as `MoELayer` takes it (`switchjax.models.blocks.NormedExpert`).
-        d_model: D.
-        config: with the router base.
-        key: for initialisation.
+        make_expert: makes one f_e, as for `MoELayer` (`switchjax.models.blocks.NormedExpert`).
 
     Raises:
-        UserError: for another router, or for ragged dispatch, which knows no expert's own norm.
+        UserError: for a router other than base, or for ragged dispatch, which cannot apply an expert's norm.
     """
 
     def __init__(
@@ -44,24 +41,13 @@ class BaseLayer(nnx.Module):
         self.moe = MoELayer(make_expert, d_model, config, key)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        token_mask: Bool[Array, "B L"],
-        key: PRNGKeyArray | None,
-        token_ids: Int[Array, "B L"] | None = None,
+        self, x: Float[Array, "B L D"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B L D"], RoutingReport]:
-        """Applies the layer; padding comes back as it is.
-
-        Args:
-            x: the residual stream.
-            token_mask: False for padding.
-            key: for the shuffle and expert dropout; None in evaluation.
-            token_ids: without effect; layers are called alike.
+        """Applies the layer to the residual stream; padding comes back unchanged.
 
         Raises:
             UserError: if groups, or in training the tokens of a shard, do not divide over the mesh.
         """
-        del token_ids
         if key is None:
             y, report = self.moe(x, token_mask, None)
             return x + y, report
@@ -70,19 +56,16 @@ class BaseLayer(nnx.Module):
         return x + unshuffle(y, shuffle_key), report
 
     def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        """As `MoELayer.next_state`, by the names in this layer."""
+        """`MoELayer.next_state`, with the names of this layer."""
         return {f"moe/{name}": value for name, value in self.moe.next_state(sums).items()}
 
 
 def shuffle(x: Shaped[Array, "B L *D"], key: PRNGKeyArray) -> Shaped[Array, "B L *D"]:
-    """Permutes the tokens of a batch at random; over a mesh, such that every P tokens in a row are of P shards.
+    """Permutes the tokens of a batch at random; arrays shuffled with the same key stay aligned.
 
-    Each of the P shards of data x expert permutes its own tokens and sends as many of them to every shard (the shuffle
-    of BASE, section 3.3): one all-to-all. Only over one device is every permutation as likely.
-
-    Args:
-        x: anything that belongs to tokens; what is shuffled with the same key stays together.
-        key: of the permutation.
+    Over a mesh, each of the P shards of data x expert permutes its own tokens and sends an equal share to every shard
+    (the shuffle of BASE, section 3.3): one all-to-all, after which any P consecutive tokens come from P shards. Not all
+    permutations are then equally likely.
 
     Raises:
         UserError: if the tokens of a shard do not divide over the shards.
@@ -104,11 +87,11 @@ def _move(x: Array, key: PRNGKeyArray, back: bool) -> Array:
     if x.shape[0] * x.shape[1] % shards**2:
         raise UserError(
             f"a BASE layer's {x.shape[0]} x {x.shape[1]} tokens do not divide over {shards} shards, each into equal "
-            f"shares for all: their number must be a multiple of {shards**2}"
+            f"shares for all: the number of tokens must be a multiple of {shards**2}"
         )
 
     def exchange(rows: Array) -> Array:
-        # Shard i gives its column j for shard j's column i: the exchange is its own inverse.
+        # Shard i swaps its column j for column i of shard j, so the exchange is its own inverse.
         columns = rows.reshape(-1, shards, *rows.shape[1:])
         return jax.lax.all_to_all(columns, (DATA, EXPERT), split_axis=1, concat_axis=1, tiled=True).reshape(rows.shape)
 

@@ -1,7 +1,7 @@
-"""Expert capacity: how many slots experts have, and which choice of which token fills which slot.
+"""Expert capacity: how many slots an expert has, and which choice of which token fills which slot.
 
-Buffers have a static shape, E experts x C slots for each group. Who comes first when an expert is full, and what
-happens to the others, are settings of the section `moe` that every router in which tokens choose shares.
+Buffers have a static shape: E experts x C slots for each group. When an expert is full, settings of the section `moe`
+decide which choices get its slots and what happens to the others; all routers in which tokens choose share them.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import is_chosen, values_of_chosen
 from switchjax.moe.gather_sum import gather_sum
 from switchjax.moe.losses import load_balance_loss, router_z_loss, sum_metrics
-from switchjax.moe.routing import Routing, Tokens, is_chosen, values_of_chosen
+from switchjax.moe.routing import Routing, Tokens
 
 
 def capacity_of(config: MoEConfig, num_experts: int, group_size: int, training: bool) -> int:
-    """C, the slots that each of `num_experts` experts has for a group of `group_size` tokens.
-
-    S where `moe.dropless`, `moe.expert_capacity` where that is set, else what the capacity factor gives.
-    """
+    """C, the slots of each expert for a group: S if `moe.dropless`, else `moe.expert_capacity`, else by the factors."""
     if config.dropless:
         return group_size
     if config.expert_capacity:
@@ -32,9 +30,9 @@ def capacity_of(config: MoEConfig, num_experts: int, group_size: int, training: 
 def expert_capacity(
     group_size: int, num_experts: int, num_selected_experts: int, capacity_factor: float, min_expert_capacity: int
 ) -> int:
-    """Slots an expert has for each group: `max(floor(factor * S * K / E), minimum)`, at most S.
+    """Slots of an expert for each group: `max(floor(factor * S * K / E), minimum)` (Switch Transformer, eq. 3).
 
-    A token selects an expert at most once, so more than S slots could never fill (Switch Transformer, eq. 3).
+    At most S, because a token selects an expert at most once.
 
     Raises:
         UserError: if the factor or the minimum is not positive.
@@ -60,18 +58,19 @@ def fill_slots(
         expert_index: the experts that each token selects, distinct, in the order of preference.
         taken: False for a choice that asks for no slot, such as those of padding.
         num_experts: E.
-        capacity: C, slots of an expert.
-        rank: who comes first; None: first come first served, all first choices before any second one.
+        capacity: C.
+        rank: lower ranks come first; None: first come, first served, all first choices before any second choice.
 
     Returns:
-        slot_choice: which choice fills each slot, as `k * S + s` (K * S where the slot stays empty).
-        choice_slot: its inverse, the slot `e * C + c` of each choice (E * C where it was dropped).
+        slot_choice: the choice in each slot, as `k * S + s`; K * S in an empty slot.
+        choice_slot: its inverse, the slot `e * C + c` of each choice; E * C for a dropped choice.
     """
     groups, tokens, selected = expert_index.shape
     choices = selected * tokens
     expert = jnp.where(taken, expert_index, num_experts).swapaxes(1, 2).reshape(groups, choices)
-    # One stable sort by expert lines up each expert's choices in their order of arrival, so that buffer positions are
-    # differences of places in the line. The papers' cumsum over one-hot masks does the same with E times the memory.
+    # One stable sort by expert puts all choices in a line in which each expert's choices stand together, in their order
+    # of arrival. A choice's buffer position is its distance from the first of its expert. The papers' cumsum over
+    # one-hot masks gives the same with E times the memory.
     if rank is None:
         order = jnp.argsort(expert, axis=1, stable=True)
     else:
@@ -80,12 +79,13 @@ def fill_slots(
     bounds = jax.vmap(lambda line: jnp.searchsorted(line, jnp.arange(num_experts + 1)))(in_line)
     first, end = bounds[:, :-1], bounds[:, 1:]
 
-    rank = first[:, :, None] + jnp.arange(capacity)[None, None]
-    filled = rank < end[:, :, None]
-    slots = jnp.take_along_axis(order, jnp.minimum(rank, choices - 1).reshape(groups, -1), axis=1)
+    # Slot c of expert e holds the choice that stands c places after the expert's first.
+    source = first[:, :, None] + jnp.arange(capacity)[None, None]
+    filled = source < end[:, :, None]
+    slots = jnp.take_along_axis(order, jnp.minimum(source, choices - 1).reshape(groups, -1), axis=1)
     slot_choice = jnp.where(filled, slots.reshape(filled.shape), choices)
 
-    place = jnp.argsort(order, axis=1)  # the inverse permutation: where in the line each choice stands
+    place = jnp.argsort(order, axis=1)  # the inverse permutation: the place of each choice in the line
     position = place - jnp.take_along_axis(bounds, expert, axis=1)
     kept = (expert < num_experts) & (position < capacity)
     choice_slot = jnp.where(kept, expert * capacity + position, num_experts * capacity)
@@ -106,23 +106,21 @@ def token_choice(
     token_values: Mapping[str, Float[Array, "G S"]] | None = None,
     state_sums: Mapping[str, Float[Array, "G ..."]] | None = None,
 ) -> Routing:
-    """The routing in which each token goes to the experts it selected, as far as their buffers reach.
+    """The routing in which each token goes to the experts it selected, as far as their buffers have room.
 
-    With K > 1 and full buffers, a second choice may lose its slot to the first choice of a token after it; that
-    `moe.fill_order=token_by_token` rules out.
+    With K > 1, a second choice may lose its slot to the first choice of a later token, unless
+    `moe.fill_order=token_by_token`.
 
     Args:
-        tokens: what the router saw.
-        config: capacity and policies.
-        logits: of the router, for its z-loss.
+        tokens: the tokens as the router saw them.
+        config: the section `moe`, which decides who gets slots.
+        logits: the router's logits, for its z-loss.
         probs: probabilities of the experts, for the load-balance loss and the metrics.
-        gates: the weight that each expert's output gets if the token goes to it.
-        expert_index: the experts selected, distinct, in the order of preference.
-        taken: False for a choice that is given up, which is then not counted as routed; None: all are taken.
-        counted: how many choices of a token the load-balance loss counts; None: all.
-        losses: further sums over tokens.
-        token_values: as in `Routing`.
-        state_sums: as in `Routing`.
+        gates: the weight of each expert's output if the token goes to it.
+        expert_index: the selected experts, distinct, in the order of preference.
+        taken: False for a choice that the token gives up, which does not count as routed; None: all are taken.
+        counted: number of a token's choices that the load-balance loss counts; None: all.
+        losses: further losses of the router, as in `Routing`; `token_values` and `state_sums` likewise.
     """
     num_experts, num_tokens = probs.shape[-1], probs.shape[1]
     real = jnp.broadcast_to(tokens.mask[..., None], expert_index.shape)
@@ -150,7 +148,7 @@ def token_choice(
 def fill_rank(tokens: Tokens, config: MoEConfig, gate: Float[Array, "G S K"]) -> Int[Array, "G S K"] | None:
     """The order in which choices take slots, by `moe.fill_order`; None for first come, first served.
 
-    `random` (random token selection, DeepSpeed-MoE) is first come in evaluation.
+    `random` (random token selection, DeepSpeed-MoE) means first come in evaluation.
     """
     num_tokens, selected = gate.shape[1:]
     if config.fill_order == "token_by_token":
@@ -173,19 +171,17 @@ def leave_no_token_behind(
     taken: Bool[Array, "G S K"],
     rank: Int[Array, "G S K"] | None,
 ) -> tuple[Int[Array, "G S K"], Int[Array, "G S K"] | None]:
-    """Sends choices over capacity to the token's next best expert, in `moe.no_token_left_behind` rounds.
+    """The experts and ranks of choices after `moe.no_token_left_behind` rounds (Switch Transformer, appendix B).
 
-    Choices that are sent on queue behind all others, so no choice loses its slot (Switch Transformer, appendix B).
-
-    Returns:
-        The experts after the last round, and the order in which choices take their slots.
+    In each round, choices over capacity go to the token's next best expert. There they queue behind all others, so no
+    choice loses its slot.
     """
     num_tokens, selected = expert_index.shape[1:]
     num_experts = probs.shape[-1]
     if not config.no_token_left_behind:
         return expert_index, rank
     if rank is None:
-        first_come = jnp.arange(num_tokens)[:, None] + num_tokens * jnp.arange(selected)[None]
+        first_come = jnp.arange(num_tokens)[:, None] + num_tokens * jnp.arange(selected)[None]  # as without ranks
         rank = jnp.broadcast_to(first_come[None], expert_index.shape)
     tried = is_chosen(expert_index, num_experts)
     for _ in range(config.no_token_left_behind):
@@ -204,16 +200,10 @@ def leave_no_token_behind(
 def gates_of_slots(
     gate: Float[Array, "G S K"], slot_choice: Int[Array, "G E C"], choice_slot: Int[Array, "G S K"]
 ) -> Float[Array, "G E C"]:
-    """The gate of the choice in each slot, 0 where the slot is empty; differentiable in `gate`.
-
-    Args:
-        gate: the weight of each choice.
-        slot_choice: as `fill_slots` returns it, choices counted as `k * S + s`.
-        choice_slot: its inverse.
-    """
+    """The gate of the choice in each slot, 0 in an empty slot; differentiable in `gate`."""
 
     def one_group(gate: Array, slot_choice: Array, choice_slot: Array) -> Array:
-        rows = gate.T.reshape(-1, 1)
+        rows = gate.T.reshape(-1, 1)  # choice k * S + s, as `fill_slots` numbers them
         return gather_sum(rows, slot_choice.reshape(-1, 1), choice_slot.T.reshape(-1, 1)).reshape(slot_choice.shape)
 
     return jax.vmap(one_group)(gate, slot_choice, choice_slot)

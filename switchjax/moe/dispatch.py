@@ -1,8 +1,8 @@
-"""Moving tokens into the experts' slots and back, as gathers in both directions of differentiation.
+"""Moves tokens into the experts' slots and back, by gathers in the forward and in the backward pass.
 
-A slot holds at most one token and a token at most K slots, so each of the two moves is a gather and each is the other's
-transpose: `gather_sum` with the two index arrays swapped. Where experts choose, a token may have any number of slots;
-what brings them together is then a scatter-add. The papers' one-hot einsum is kept beside both.
+A slot holds at most one token and a token has at most K slots. So both moves are gathers, and each is the transpose of
+the other: `gather_sum` with the two index arrays swapped. Where experts choose, a token may have any number of slots,
+and combine is a scatter-add. The papers' one-hot einsum is the other choice.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def dispatch_by_gather(x: Float[Array, "G S D"], routing: Routing) -> Float[Arra
     """Each slot's token; zeros in empty slots."""
     groups, experts, capacity = routing.slot_token.shape
     slot_row, tokens = _token_rows(routing).reshape(-1), x.reshape(-1, x.shape[-1])
-    if routing.token_slot is None:
+    if routing.token_slot is None:  # experts choose
         rows = jnp.take(tokens, slot_row, axis=0, mode="fill", fill_value=0)
     else:
         rows = gather_sum(tokens, slot_row[:, None], _slot_rows(routing, routing.token_slot))
@@ -30,7 +30,7 @@ def dispatch_by_gather(x: Float[Array, "G S D"], routing: Routing) -> Float[Arra
 def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Array, "G S D"]:
     """Each token's outputs, weighted by their gates and summed; zeros for a token without a slot."""
     slot_row, groups = _token_rows(routing).reshape(-1), y.shape[1]
-    # An einsum, because on the CPU the gates' gradient (a sum of products) is 30 times as fast as that of `y * gate`.
+    # An einsum, because on the CPU its gradient for the gates (a sum of products) is 30 times as fast as of `y * gate`.
     weighted = jnp.einsum("egcd,gec->egcd", y, routing.slot_gate.astype(y.dtype)).reshape(-1, y.shape[-1])
     if routing.token_slot is None:
         rows = jnp.zeros((groups * routing.num_tokens, y.shape[-1]), y.dtype).at[slot_row].add(weighted, mode="drop")
@@ -40,7 +40,7 @@ def combine_by_gather(y: Float[Array, "E G C D"], routing: Routing) -> Float[Arr
 
 
 def _token_rows(routing: Routing) -> Int[Array, "E G C"]:
-    """The row (of G * S tokens) in each slot; G * S in an empty one."""
+    """The row, of G * S tokens, that fills each slot; G * S in an empty slot."""
     groups, tokens = routing.slot_token.shape[0], routing.num_tokens
     group = jnp.arange(groups)[:, None, None]
     rows = jnp.where(routing.slot_token < tokens, group * tokens + routing.slot_token, groups * tokens)
@@ -48,7 +48,7 @@ def _token_rows(routing: Routing) -> Int[Array, "E G C"]:
 
 
 def _slot_rows(routing: Routing, token_slot: Int[Array, "G S K"]) -> Int[Array, "T K"]:
-    """The rows (of E * G * C slots) of each of the G * S tokens; E * G * C for a dropped choice."""
+    """The K rows, of E * G * C slots, of each of the T = G * S tokens; E * G * C for a dropped choice."""
     groups, experts, capacity = routing.slot_token.shape
     group = jnp.arange(groups)[:, None, None]
     expert, position = jnp.divmod(token_slot, capacity)
@@ -57,16 +57,15 @@ def _slot_rows(routing: Routing, token_slot: Int[Array, "G S K"]) -> Int[Array, 
 
 
 def dispatch_by_einsum(x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "E G C D"]:
-    """`dispatch_by_gather` as the papers write it, by a one-hot mask (G, E, C, S).
+    """`dispatch_by_gather` as the papers write it, with a one-hot mask [G, E, C, S].
 
-    A token that is not finite spreads to all slots of its group, because 0 times infinity is NaN; the gather does not
-    spread it.
+    A token that is not finite spreads to all slots of its group, since 0 times infinity is NaN; by gather it does not.
     """
     return jnp.einsum("gecs,gsd->egcd", _dispatch_mask(x, routing), x)
 
 
 def combine_by_einsum(y: Float[Array, "E G C D"], routing: Routing) -> Float[Array, "G S D"]:
-    """`combine_by_gather` as the papers write it: the mask times the gates."""
+    """`combine_by_gather` as the papers write it, with the mask times the gates."""
     gate = routing.slot_gate.astype(y.dtype)[..., None]
     return jnp.einsum("gecs,egcd->gsd", _dispatch_mask(y, routing) * gate, y)
 
@@ -77,7 +76,7 @@ def _dispatch_mask(x: Array, routing: Routing) -> Float[Array, "G E C S"]:
 
 @dataclass(frozen=True)
 class Dispatcher:
-    """The two moves of one form."""
+    """The two moves in one form."""
 
     dispatch: Callable[[Array, Routing], Array]
     combine: Callable[[Array, Routing], Array]

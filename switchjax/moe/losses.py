@@ -1,7 +1,7 @@
 """Auxiliary losses and metrics of routing, as sums over the tokens of each group.
 
-Sums add up over groups, devices and micro-batches, and a token of padding adds nothing to them; `summarize` divides by
-the token count once, at the end.
+Sums add up over groups, devices and micro-batches, and padding adds nothing to them. `summarize` divides by the token
+count once, at the end.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ def load_balance_loss(
 ) -> Float[Array, "G"]:
     """`E sum_e f_e P_e` of each group times its number of tokens (Switch Transformer, eq. 4-6).
 
-    f_e is the fraction of choices that fall on expert e, before capacity; P_e the mean probability of e. 1 a token at
-    perfect balance, for every K.
+    f_e is the fraction of choices that fall on expert e, before capacity; P_e is the mean probability of e. The loss is
+    1 per token at perfect balance, for every K.
     """
     num_experts = router_probs.shape[-1]
     tokens = jnp.maximum(jnp.sum(token_mask, axis=1, dtype=jnp.float32), 1)[:, None]
@@ -35,45 +35,33 @@ def router_z_loss(logits: Float[Array, "G S E"], token_mask: Bool[Array, "G S"])
 def importance_loss(gates: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
     """`CV(sum_s g_e)^2` over the experts of each group times its number of tokens (Shazeer et al. 2017, eq. 6-7).
 
-    Args:
-        gates: 0 for an expert that is not kept.
-        token_mask: False for padding.
+    CV is the coefficient of variation, which is 0 at balance. The gate of an expert that is not kept must be 0.
     """
-    return _imbalance(gates, token_mask)
-
-
-def load_loss(load_probability: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
-    """`CV(sum_s P(s, e))^2` over the experts of each group times its number of tokens (Shazeer et al. 2017, eq. 10-11).
-
-    Args:
-        load_probability: P(s, e), that token s chooses expert e.
-        token_mask: False for padding.
-    """
-    return _imbalance(load_probability, token_mask)
-
-
-def _imbalance(values: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
-    """Squared coefficient of variation of the experts' sums, for each token of the group; 0 at balance."""
-    total = jnp.sum(values, axis=1, where=token_mask[..., None])
+    total = jnp.sum(gates, axis=1, where=token_mask[..., None])
     mean = jnp.mean(total, axis=-1, keepdims=True)
     relative = total / jnp.where(mean > 0, mean, 1.0)  # a group of padding has no mean
     return jnp.var(relative, axis=-1) * jnp.sum(token_mask, axis=1, dtype=jnp.float32)
 
 
+def load_loss(load_probability: Float[Array, "G S E"], token_mask: Bool[Array, "G S"]) -> Float[Array, "G"]:
+    """`importance_loss` of the probabilities P(s, e) that token s chooses expert e (Shazeer et al. 2017, eq. 10-11)."""
+    return importance_loss(load_probability, token_mask)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutingMetrics:
-    """What routing did, as sums over tokens; any leading axes, such as groups or layers."""
+    """Counts and sums over the routed tokens; N stands for leading axes such as groups or layers."""
 
     tokens: Float[Array, "*N"]
     routed: Float[Array, "*N"]
     """Choices that asked for a slot."""
     dispatched: Float[Array, "*N"]
-    """Choices that found one."""
+    """Choices that found a slot."""
     expert_load: Float[Array, "*N E"]
     """Choices that fall on each expert, before capacity."""
     router_entropy: Float[Array, "*N"]
-    """Nats."""
+    """In nats."""
     router_confidence: Float[Array, "*N"]
     """The highest probability of each token."""
 
@@ -85,15 +73,7 @@ def sum_metrics(
     dispatched: Int[Array, "G"],
     token_mask: Bool[Array, "G S"],
 ) -> RoutingMetrics:
-    """The metrics of each group.
-
-    Args:
-        router_probs: probabilities of the experts.
-        expert_index: the experts that each token selected.
-        taken: True for the choices that ask for a slot.
-        dispatched: number of choices that found one.
-        token_mask: False for padding.
-    """
+    """The metrics of each group, where `taken` choices asked for a slot and `dispatched` is how many found one."""
     probs = jax.lax.stop_gradient(router_probs)
     entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs), 0.0), axis=-1)
     return RoutingMetrics(
@@ -117,14 +97,14 @@ def count_choices(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Metrics of routing under their fixed names, one row a layer."""
+    """Metrics of routing under their fixed names, one row per layer."""
 
     router_entropy: Float[Array, "*N"]
     """Mean over tokens, nats."""
     router_confidence: Float[Array, "*N"]
     """Mean over tokens of the highest probability."""
     fraction_tokens_dropped: Float[Array, "*N"]
-    """Of the choices that asked for a slot."""
+    """Fraction of the choices that asked for a slot and found none."""
     expert_load: Float[Array, "*N E"]
     """Share of the choices before capacity; sums to 1."""
 

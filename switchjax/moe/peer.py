@@ -1,7 +1,7 @@
 """PEER: experts of a single neuron, a million of them, found by product keys (He 2024, "Mixture of a million experts").
 
-There are no slots: a token is sent nowhere, the rows of its experts come to it. Over a mesh the tables of rows are
-divided over the axis `expert`, and the tokens of that axis visit every part of them.
+There are no slots: each token gathers the rows of its experts. Over a mesh, the two tables of rows are divided over the
+axis `expert`, and all tokens of that axis visit every part of them.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -21,9 +20,9 @@ from switchjax.parallel.mesh import DATA, EXPERT
 from switchjax.parallel.sharding import partition_spec
 
 CHUNK_ELEMENTS = 2**21
-"""Numbers gathered from each table at a time, whatever the number of tokens: 8 MB in float32."""
+"""Largest number of values that are gathered from each table at a time: 8 MB in float32."""
 AVERAGE_STEP = 0.1
-"""What the running averages take of each step's statistics."""
+"""Weight of each step's statistics in the running averages."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class PEEROptions:
     """Options of PEER, in `moe.options`."""
 
     peer_heads: int = 8
-    """H, heads, each of which selects `num_selected_experts` of the `num_experts` single neurons."""
+    """H, number of heads; each selects `num_selected_experts` of the `num_experts` single neurons."""
     peer_query: int = 256
-    """Length of a head's query, half of it for each set of sub-keys."""
+    """Length of a head's query; each set of sub-keys sees one half."""
 
     def __post_init__(self) -> None:
         check_positive("moe.options", dataclasses.asdict(self))
@@ -42,17 +41,12 @@ class PEEROptions:
 class PEERLayer(nnx.Module):
     """N = n^2 neurons, of which each of H heads finds its k best for a token: `y = sum_h sum_k g gelu(u_e . x) v_e`.
 
-    Retrieval and gates are float32 whatever the model's dtype. Batch norm makes a token's experts depend, in training,
-    on the whole batch; in evaluation they depend on the token alone.
-
-    Args:
-        d_model: D.
-        config: N `num_experts`, a square; k `num_selected_experts` of a head (16 in the paper); `PEEROptions`.
-        key: for initialisation.
-        dtype: of the two tables; all else is float32.
+    N is `moe.num_experts`, and k is `moe.num_selected_experts` (16 in the paper). Retrieval and gates are float32
+    whatever the model's dtype is; `dtype` is that of the two tables. Because of batch norm, a token's experts depend on
+    the whole batch in training; in evaluation they depend on the token alone.
 
     Raises:
-        UserError: if N is no square, k exceeds n, or the query has no two halves.
+        UserError: if N is not a square, k exceeds n, or the length of a query is odd.
     """
 
     def __init__(self, d_model: int, config: MoEConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32):
@@ -75,19 +69,19 @@ class PEERLayer(nnx.Module):
         heads, half = options.peer_heads, d_query // 2
 
         def weight(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike = jnp.float32) -> Array:
-            # Variance 0.1 / fan_in as everywhere; a normal cut off at 2 deviations has 0.88 of its deviation left.
+            # Variance 0.1 / fan_in as everywhere: cut off at 2 deviations, a normal keeps 0.88 of its deviation.
             return jax.nn.initializers.truncated_normal(math.sqrt(0.1 / fan_in) / 0.8796)(key, shape, dtype)
 
         by_query = (None, None, None)
         self.query = nnx.Param(weight(query_key, (d_model, heads, 2, half), d_model), axes=("embed", *by_query))
         self.norm_scale = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query)
         self.norm_bias = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query)
-        # Running averages, which `next_state` moves.
+        # Running averages: `next_state` moves them.
         self.norm_mean = nnx.Param(jnp.zeros((heads, 2, half)), axes=by_query, trained=False)
         self.norm_variance = nnx.Param(jnp.ones((heads, 2, half)), axes=by_query, trained=False)
         self.sub_keys = nnx.Param(weight(sub_key, (2, side, half), half), axes=(None, None, None))
         self.down = nnx.Param(weight(down_key, (num_experts, d_model), d_model, dtype), axes=("expert", "embed"))
-        # The gates of a head sum to 1, so that an output has as many inputs as there are heads.
+        # The gates of a head sum to 1, so an output has H inputs.
         self.up = nnx.Param(weight(up_key, (num_experts, d_model), heads, dtype), axes=("expert", "embed"))
 
     def __call__(
@@ -97,17 +91,10 @@ class PEERLayer(nnx.Module):
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], RoutingReport]:
-        """Applies to each token the experts that its heads select; zeros for padding.
+        """Applies to each token the experts that its heads select; zeros for padding. `token_ids` has no effect.
 
-        Args:
-            x: tokens.
-            token_mask: False for padding, which is no part of the batch's statistics.
-            key: None in evaluation, where queries are normalised by running averages; nothing here is random.
-
-            token_ids: without effect; layers with experts are called alike.
-
-        Returns:
-            The outputs, and in training the sums from which the running averages move.
+        Without a key, as in evaluation, running averages normalise the queries; nothing here is random. In training,
+        the report has the batch's statistics, without padding, by which `next_state` moves the averages.
         """
         # For a token of zeros, gelu(u . x) v is zero.
         x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
@@ -118,17 +105,17 @@ class PEERLayer(nnx.Module):
         return y, RoutingReport(state_sums=sums)
 
     def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        """The running averages after a step, moved by `AVERAGE_STEP` towards the mean of its micro-batches."""
+        """The running averages after a step: moved by `AVERAGE_STEP` towards the mean over its micro-batches."""
         batches = jnp.maximum(sums["batches"], 1)
         averages = {"norm_mean": self.norm_mean[...], "norm_variance": self.norm_variance[...]}
         moved = {name: value - AVERAGE_STEP * (value - sums[name] / batches) for name, value in averages.items()}
-        # A step of padding alone leaves the averages where they are.
+        # A step with nothing but padding leaves the averages unchanged.
         return {name: jnp.where(sums["batches"] > 0, moved[name], value) for name, value in averages.items()}
 
     def _query(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], training: bool
     ) -> tuple[Float[Array, "B L H 2 Q"], dict[str, Float[Array, "..."]]]:
-        """The queries, normalised by the batch of all devices (all-reduces of [H, 2, Q]), and its statistics."""
+        """The queries, normalised over the batch of all devices (all-reduces of [H, 2, Q]), and its statistics."""
         query = jnp.einsum("bld,dhsq->blhsq", x, self.query[...], precision=jax.lax.Precision.HIGHEST)
         mean, variance = jax.lax.stop_gradient((self.norm_mean[...], self.norm_variance[...]))
         sums = {}
@@ -147,7 +134,7 @@ def product_key_top_k(
 ) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
     """The k best of the n^2 sums `scores[0, i] + scores[1, j]`, best first, as values and indices `i n + j`.
 
-    Either half of one of the k best is among the k best of its set, so k^2 sums are enough (Lample et al. 2019).
+    Both parts of a best sum are among the k best of their sets, so k^2 sums are enough (Lample et al. 2019).
     """
     best, place = jax.lax.top_k(scores, num_selected)
     sums = best[..., 0, :, None] + best[..., 1, None, :]
@@ -157,7 +144,7 @@ def product_key_top_k(
 
 
 def choose(scores: Float[Array, "B L H 2 n"], num_selected: int) -> tuple[Int[Array, "T M"], Float[Array, "T M"]]:
-    """The M = H k experts of each of the B L tokens, with their gates, which sum to 1 for each head."""
+    """The M = H k experts of each of the T = B L tokens, and their gates, which sum to 1 for each head."""
     values, index = product_key_top_k(scores, num_selected)
     tokens = scores.shape[0] * scores.shape[1]
     return index.reshape(tokens, -1), jax.nn.softmax(values, axis=-1).reshape(tokens, -1)
@@ -175,18 +162,19 @@ def _apply_over_mesh(x: Array, scores: Array, down: Array, up: Array, num_select
         forward: (c - 1) T (D b + M (4 + b)) bytes by all-gathers, (c - 1) T D b by reduce-scatter;
         backward: (c - 1) T D b by all-gather, (c - 1) T (D + M) b by reduce-scatters, and its part of the tables'
             gradients, 2 N D / c numbers, is summed over `data`.
-    No row of a table leaves its device, nor does a score: the choice is made in here because the partitioner would
-    gather the whole batch's scores for it. Each device looks up c T M experts, most of them others', as zeros.
+    Rows of the tables and scores stay on their device. The choice is made inside the island, because XLA's partitioner
+    would gather the scores of the whole batch for it. Each device looks up c T M experts; those of others are zeros.
     """
 
     def island(x: Array, scores: Array, down: Array, up: Array) -> Array:
         index, gate = choose(scores, num_selected)
         tokens = x.reshape(-1, x.shape[-1]), index, gate.astype(x.dtype)
         row, index, gate = (jax.lax.all_gather(array, EXPERT, axis=0, tiled=True) for array in tokens)
-        # Others' experts lie beyond the end of the table (a negative index would count from there).
+        # The experts of other devices get indices beyond the end of this device's table, which `_rows` reads as zeros
+        # (a negative index would count from the end).
         index -= jax.lax.axis_index(EXPERT) * down.shape[0]
         index = jnp.where(index < 0, down.shape[0], index)
-        # With this, the tables' gradients are summed over `data` once, on their way out of the island.
+        # Marked as varying, so that the tables' gradients are summed over `data` once, at the end of the island.
         down, up = jax.lax.pcast((down, up), DATA, to="varying")
         y = apply_neurons(row, index, gate, down, up)
         return jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True).reshape(x.shape)
@@ -203,11 +191,10 @@ def apply_neurons(
     down: Float[Array, "N D"],
     up: Float[Array, "N D"],
 ) -> Float[Array, "T D"]:
-    """`y_t = sum_m gate_tm gelu(down[index_tm] . x_t) up[index_tm]`; an index of N or more is no expert.
-
-    The rows [T, M, D] are gathered some tokens at a time, and again for the backward pass. Left to JAX, the derivative
-    would add up a whole table of gradients for each such chunk; here, each chunk's rows are added into one.
-    """
+    """`y_t = sum_m gate_tm gelu(down[index_tm] . x_t) up[index_tm]`; an index of N or more means no expert."""
+    # The rows [T, M, D] do not fit memory, so they are gathered for a chunk of tokens at a time, and again in the
+    # backward pass. JAX's own derivative would make a whole table of gradients for each chunk and add these up;
+    # `_backward` adds the rows of each chunk to one table.
 
     def chunk(inputs: tuple[Array, ...]) -> Array:
         x, index, gate = inputs
@@ -227,18 +214,14 @@ def _rows(table: Array, index: Array) -> Float[Array, "t M D"]:
 
 
 def _chunks(x: Float[Array, "T D"], index: Int[Array, "T M"], *others: Array) -> tuple[Array, ...]:
-    """Each array as [chunks, t, ...]. Zeros fill the last chunk; their gates are 0, so they add nothing to expert 0."""
+    """Each array as [chunks, t, ...], the last chunk filled up with zeros, whose gates of 0 add nothing to expert 0."""
     size = min(x.shape[0], max(1, CHUNK_ELEMENTS // (index.shape[1] * x.shape[1])))
     missing = -x.shape[0] % size
     arrays = (x, index, *others)
     return tuple(jnp.pad(a, ((0, missing), (0, 0))).reshape(-1, size, a.shape[1]) for a in arrays)
 
 
-def _forward(x: Array, index: Array, gate: Array, down: Array, up: Array) -> tuple[Array, tuple[Array, ...]]:
-    return apply_neurons(x, index, gate, down, up), (x, index, gate, down, up)
-
-
-def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | np.ndarray, ...]:
+def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
     x, index, gate, down, up = residuals
 
     def chunk(tables: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -251,8 +234,7 @@ def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | np.ndarr
     zeros: tuple[Array, ...] = jnp.zeros_like(down), jnp.zeros_like(up)
     tables, tokens = jax.lax.scan(chunk, zeros, _chunks(x, index, gate, dy))
     dx, dgate = (chunks.reshape(-1, chunks.shape[-1])[: x.shape[0]] for chunks in tokens)
-    # Integers have no gradient; JAX asks for an array of float0 in its place.
-    return dx, np.zeros(index.shape, jax.dtypes.float0), dgate, *tables
+    return dx, None, dgate, *tables
 
 
-apply_neurons.defvjp(_forward, _backward)
+apply_neurons.defvjp(lambda *inputs: (apply_neurons(*inputs), inputs), _backward)

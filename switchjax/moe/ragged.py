@@ -1,7 +1,7 @@
-"""Dropless experts as grouped matrix products: rows sorted by expert, every expert's matrices on its run of rows.
+"""Dropless experts as grouped matrix products: rows are sorted by expert, and each expert multiplies its run of rows.
 
-No slot is empty and no buffer has a limit (MegaBlocks, Gale et al. 2022). It is fast on TPUs, which have a kernel for
-it; elsewhere XLA computes every expert on every row.
+There are no slots, so none is empty and none is missing (MegaBlocks, Gale et al. 2022). This is fast on TPUs, which
+have a kernel for it; elsewhere XLA computes every expert on every row.
 """
 
 import math
@@ -18,19 +18,17 @@ from switchjax.moe.routing import Routing
 
 
 def apply_ragged(experts: Any, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S M"]:
-    """The result of dispatch, experts and combine for a capacity of a whole group.
+    """The experts' outputs for each token, weighted by their gates and summed, as if C were the whole group.
 
-    Args:
-        experts: stacked on their first axis, called as `experts(rows, None, matmul)`.
-        x: tokens.
-        routing: with `token_slot`, of a router in which tokens choose.
+    `experts` are stacked on their first axis and called as `experts(rows, None, matmul)`.
     """
     assert routing.token_slot is not None, "rows are sorted by the experts that tokens choose"
     groups, num_experts, capacity = routing.slot_token.shape
     selected = routing.token_slot.shape[-1]
     expert = (routing.token_slot // capacity).reshape(-1)  # E: padding, or a choice given up
     rows = expert.shape[0]
-    # Rows sorted by expert; `place` is the inverse, so that both moves are gathers in both directions.
+    # Row t * K + k is the k-th choice of token t. `order` sorts rows by expert, and `place` is its inverse. With both,
+    # the way to the experts and the way back are gathers, in the forward and the backward pass.
     order = jnp.argsort(expert, stable=True)
     place = jnp.where(expert < num_experts, jnp.argsort(order), rows)
     token = jnp.where(expert[order] < num_experts, order // selected, rows // selected)
@@ -49,11 +47,10 @@ def apply_ragged(experts: Any, x: Float[Array, "G S D"], routing: Routing) -> Fl
 def grouped_product(
     rows: Float[Array, "N D"], weights: Float[Array, "E D M"], sizes: Int[Array, "E"]
 ) -> Float[Array, "N M"]:
-    """Each expert's run of `rows`, as long as its size says, times its matrix; zeros after the last run.
-
-    On TPUs by JAX's own kernels after MegaBlocks: `jax.lax.ragged_dot` has one there forwards, but computes the
-    weights' gradient for every expert and row, with 64 experts 22 times the FLOPs in both directions (jax 0.10).
-    """
+    """Each expert's run of `sizes[e]` rows times its matrix; zeros after the last run."""
+    # On TPUs, `jax.lax.ragged_dot` has a kernel for the forward pass, but computes the weights' gradient for every
+    # expert and row: with 64 experts, 22 times the FLOPs of both passes (jax 0.10). So JAX's MegaBlocks kernels serve
+    # there.
     return jax.lax.platform_dependent(rows, weights, sizes, tpu=megablox_product, default=jax.lax.ragged_dot)
 
 
@@ -61,7 +58,7 @@ def grouped_product(
 def megablox_product(
     rows: Float[Array, "N D"], weights: Float[Array, "E D M"], sizes: Int[Array, "E"], interpret: bool = False
 ) -> Float[Array, "N M"]:
-    """`grouped_product` on TPUs; `interpret` does the same step by step on any device, for tests."""
+    """`grouped_product` on TPUs; `interpret` runs the kernel step by step on any device, for tests."""
     return _routed(_run(gmm, _padded(rows), weights, sizes, rows.dtype, interpret), rows, sizes)
 
 
@@ -82,16 +79,16 @@ def _backward(
 megablox_product.defvjp(_forward, _backward)
 
 _TILE = 128
-"""Rows that the kernels take at a time, at least."""
+"""The smallest number of rows that the kernels take at a time."""
 
 
 def _run(kernel: Any, left: Array, right: Array, sizes: Array, dtype: Any, interpret: bool, **options: bool) -> Array:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which the kernels rely on
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernels rely on both
         return kernel(left, right, sizes, dtype, _tiles, interpret=interpret, **options)
 
 
 def _tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    """Tile sizes of a product's three dimensions: large tiles reuse what they have read, within a chip's 16 MiB."""
+    """Tile sizes of a product's three dimensions: large to reread little, but within a chip's 16 MiB."""
     return math.gcd(rows, 4 * _TILE), min(inputs, 4 * _TILE), min(outputs, 8 * _TILE)
 
 
@@ -100,6 +97,6 @@ def _padded(rows: Float[Array, "N D"]) -> Float[Array, "P D"]:
 
 
 def _routed(y: Float[Array, "P M"], rows: Float[Array, "N D"], sizes: Int[Array, "E"]) -> Float[Array, "N M"]:
-    """`y` without padding, and with zeros in rows of no expert, which the kernels leave uninitialised."""
+    """`y` without padding, with zeros in the rows of no expert, which the kernels leave uninitialised."""
     routed = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     return jnp.where(routed, y[: rows.shape[0]], jnp.zeros((), y.dtype))

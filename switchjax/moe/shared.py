@@ -1,4 +1,4 @@
-"""Experts that every token passes through, beside the routed ones: residual MoE and shared experts."""
+"""Experts that every token passes through, in addition to the routed ones: residual MoE and shared experts."""
 
 from collections.abc import Mapping
 
@@ -7,20 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from switchjax.moe.choice import router_logits
 from switchjax.moe.layer import MoELayer
-from switchjax.moe.routing import RoutingReport, router_logits
+from switchjax.moe.routing import RoutingReport
 
 
 class SharedMoELayer(nnx.Module):
     """`shared(x) + routed(x)`, residual MoE (DeepSpeed-MoE, Rajbhandari et al. 2022, section 4.1).
 
-    With `moe.shared_mixing=learned`, as in DeepSpeed's code, `w_1 shared(x) + w_2 routed(x)`, `w = softmax(x W + b)`.
+    With `moe.shared_mixing=learned`, as in DeepSpeed's code: `w_1 shared(x) + w_2 routed(x)`, `w = softmax(x W + b)`.
 
-    Args:
-        shared: a network from [*, D] to [*, D], called as `shared(x, key)`.
-        routed: the layer beside it.
-        d_model: D.
-        key: for the mixing weights.
+    `shared` is a network from [*, D] to [*, D], called as `shared(x, key)`.
     """
 
     def __init__(self, shared: nnx.Module, routed: MoELayer, d_model: int, key: PRNGKeyArray):
@@ -38,7 +35,7 @@ class SharedMoELayer(nnx.Module):
         key: PRNGKeyArray | None,
         token_ids: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], RoutingReport]:
-        """Both outputs joined; arguments as of `MoELayer`. A token without a slot still has its shared experts."""
+        """Applies both, called as `MoELayer`. A token without a slot still passes through the shared experts."""
         shared_key, routed_key = (None, None) if key is None else jax.random.split(key)
         shared = self.shared(x, shared_key)
         routed, report = self.routed(x, token_mask, routed_key, token_ids)
@@ -49,5 +46,5 @@ class SharedMoELayer(nnx.Module):
         return shared * weight[..., :1] + routed * weight[..., 1:], report
 
     def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        """As `MoELayer.next_state`, by the names in this layer."""
+        """`MoELayer.next_state` of the routed layer, with the names of this layer."""
         return {f"routed/{name}": value for name, value in self.routed.next_state(sums).items()}

@@ -1,7 +1,7 @@
 """Soft MoE: every slot is a mixture of all tokens (Puigcerver et al. 2023, "From sparse to soft mixtures of experts").
 
-Nothing is chosen and nothing dropped: the two moves of a sparse layer become two matrix products. The slots cross
-devices as a sparse layer's do, by all-to-all over `expert`.
+Nothing is chosen or dropped: dispatch and combine become matrix products. Slots cross devices as in a sparse layer, by
+all-to-alls over `expert`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ class SoftMoEOptions:
     """Options of soft MoE, in `moe.options`."""
 
     slots_per_expert: int = 1
-    """P, slots that an expert has for each row of the batch."""
+    """P, slots of an expert for each row of the batch."""
 
     def __post_init__(self) -> None:
         check_positive("moe.options", {"slots_per_expert": self.slots_per_expert})
@@ -35,23 +35,15 @@ class SoftMoEOptions:
 def soft_weights(
     x: Float[Array, "B L D"], mask: Bool[Array, "B L"], phi: Float[Array, "D E P"], scale: Float[Array, ""]
 ) -> tuple[Float[Array, "B L E P"], Float[Array, "B L E P"]]:
-    """The weights by which slots mix tokens and tokens mix slots, both in float32 (equations 1 and 2).
+    """The weights with which slots mix tokens and tokens mix slots, both in float32 (equations 1 and 2).
 
-    Both are softmaxes of the same logits.
-
-    The logits are cosines times a learned scale (section 2.3); plain products would make the softmaxes of a wide model
-    one-hot.
-
-    Args:
-        x: tokens.
-        mask: False for padding, which has weight 0 in both.
-        phi: a direction for each slot.
-        scale: of the logits.
+    Both are softmaxes of the same logits, the cosines of each token and each slot's direction `phi` times `scale`.
 
     Returns:
-        dispatch: sums to 1 over the tokens of a row; all 0 in a row of padding.
-        combine: sums to 1 over the slots.
+        dispatch: sums to 1 over the tokens of a row; 0 for padding.
+        combine: sums to 1 over the slots; 0 for padding.
     """
+    # Cosines (section 2.3), because plain products would make the softmaxes of a wide model one-hot.
     cosines = jnp.einsum(
         "bld,dep->blep",
         _normalize(x.astype(jnp.float32), axis=2),
@@ -64,36 +56,25 @@ def soft_weights(
 
 
 def _normalize(x: Array, axis: int) -> Array:
-    """`x / |x|`; 0 where x is 0, with a finite gradient."""
+    """`x / |x|`; where x is 0, this is 0 and has a finite gradient."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + 1e-12)
 
 
 class SoftMoELayer(nnx.Module):
-    """E experts with P slots each a row: `Y = C experts(D^T X)`, each row of the batch on its own.
+    """E experts with P slots each for every row of the batch: `Y = C experts(D^T X)`, row by row.
 
-    It is not causal: a slot mixes all tokens of its row, so an output depends on the tokens after it. Packed sequences
-    mix too. All noise is the same on every mesh, except expert dropout where `model` > 1:
-    each slice of d_ff draws its own.
-
-    Args:
-        make_expert: makes one expert from a key: a module from [N, D] to [N, M], called as `expert(x, key)` where the
-            key is for dropout and None in evaluation.
-        d_model: D.
-        config: E `num_experts`, and `SoftMoEOptions`; the layer costs as much as E P tokens a row through one expert.
-        key: for initialisation.
+    It costs as much as E P tokens of each row through one expert. It is not causal: a slot mixes all tokens of its row,
+    so an output depends on later tokens, and packed sequences mix. All noise is the same on every mesh, except expert
+    dropout where `model` > 1: each slice of d_ff draws its own. `make_expert` is as in `MoELayer`.
     """
 
     def __init__(
-        self,
-        make_expert: Callable[[PRNGKeyArray], nnx.Module],
-        d_model: int,
-        config: MoEConfig,
-        key: PRNGKeyArray,
+        self, make_expert: Callable[[PRNGKeyArray], nnx.Module], d_model: int, config: MoEConfig, key: PRNGKeyArray
     ):
         self.config, num_experts = config, config.num_experts
         slots_per_expert = from_mapping(SoftMoEOptions, config.options, "moe.options").slots_per_expert
         phi_key, expert_key = jax.random.split(key)
-        # Only directions count; float32 whatever the model's dtype, as a router's weights.
+        # Only directions matter. float32 whatever the model's dtype is, like a router's weights.
         phi = jax.random.normal(phi_key, (d_model, num_experts, slots_per_expert)) / jnp.sqrt(d_model)
         self.phi = nnx.Param(phi, axes=("embed", None, None))
         self.phi_scale = nnx.Param(jnp.ones(()), axes=())
@@ -108,14 +89,7 @@ class SoftMoELayer(nnx.Module):
     ) -> tuple[Float[Array, "B L M"], RoutingReport]:
         """Mixes tokens into slots, applies the experts, mixes their outputs into tokens; zeros for padding.
 
-        Args:
-            x: tokens.
-            token_mask: False for padding.
-            key: for expert dropout; None in evaluation.
-            token_ids: without effect; layers with experts are called alike.
-
-        Returns:
-            The outputs, and an empty report: nothing is chosen.
+        `token_ids` has no effect, and the report is empty because nothing is chosen.
 
         Raises:
             UserError: if rows do not divide over the mesh.
@@ -126,7 +100,7 @@ class SoftMoELayer(nnx.Module):
         return apply(x, token_mask, key if self.config.expert_dropout else None), RoutingReport()
 
     def next_state(self, sums: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        """Nothing: all weights are trained."""
+        """An empty dictionary, because all weights are trained."""
         return {}
 
     def _apply_local(
@@ -138,9 +112,9 @@ class SoftMoELayer(nnx.Module):
     def _apply_over_mesh(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], key: PRNGKeyArray | None
     ) -> Float[Array, "B L M"]:
-        """The same with rows and experts divided.
+        """`_apply_local` with rows and experts divided over the mesh.
 
-        A device sends its b rows' slots, b E P D numbers of the model's dtype, to their experts and as many back.
+        A device with b rows sends b E P D numbers of the model's dtype to the experts and receives b E P M back.
         """
         mesh = jax.sharding.get_abstract_mesh()
         shards = mesh.shape[DATA] * mesh.shape[EXPERT]
@@ -149,7 +123,7 @@ class SoftMoELayer(nnx.Module):
         sliced = are_sliced(self.experts)
 
         def island(layer: SoftMoELayer, x: Array, mask: Array, key: PRNGKeyArray | None) -> Array:
-            slots, combine = layer._dispatch(x, mask)  # [E, b, P, D], of the device's own rows
+            slots, combine = layer._dispatch(x, mask)  # [E, b, P, D]: slots of the device's own rows
             y = combine(apply_experts_over_mesh(layer.experts, slots, key))
             return jax.lax.psum(y, MODEL) if sliced else y
 
@@ -160,7 +134,7 @@ class SoftMoELayer(nnx.Module):
     def _dispatch(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
     ) -> tuple[Float[Array, "E B P D"], Callable[[Array], Array]]:
-        """The slots, and what brings the experts' outputs [E, B, P, M] back to the tokens."""
+        """The slots, and the function that mixes the experts' outputs [E, B, P, M] back into tokens."""
         weights = soft_weights(x, mask, self.phi[...], self.phi_scale[...])
         dispatch, combine = (weight.astype(x.dtype) for weight in weights)
         slots = jnp.einsum("blep,bld->ebpd", dispatch, x)

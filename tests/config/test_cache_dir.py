@@ -1,4 +1,4 @@
-"""Where the user's cache is."""
+"""The folder of the user's cache."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Errors name the key, the value and what was meant."""
+"""Errors name the key, the value and a suggestion."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Configs round-trip, and anything wrong in one is refused in words that name the key."""
+"""Configs round-trip, and errors in a config are refused with a message that names the key."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Rules that a field of the section `data` switches on, each seen in the batches."""
+"""Fields of the section `data` change the batches."""
 
 from collections import Counter
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_density_and_span_length_are_those_of_the_config(
 
 
 def texts_and_rows(config: DataConfig, data: TextData) -> tuple[list[tuple[bytes, ...]], list[bytes]]:
-    """The texts of each of an epoch's rows, uncorrupted, and the rows' inputs as they are."""
+    """The uncorrupted texts of each row of an epoch, and the inputs of the rows."""
     one = TextData(replace(config, batch_size=1), data.vocabulary, {"tales": data._documents["tales"]})
     lowest = one.vocabulary.size - one.vocabulary.num_sentinels
     texts, rows = [], []

@@ -1,4 +1,4 @@
-"""Settings of decoding that make no sense are refused."""
+"""Invalid settings of decoding are refused."""
 
 import pytest
 

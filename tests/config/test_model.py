@@ -1,4 +1,4 @@
-"""Rules that a field of the section `model` switches on, each seen by what the network then computes or draws."""
+"""Fields of the section `model` change what the network computes or draws."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 def random_draws(jaxpr: jex.core.Jaxpr) -> Iterator[Shape]:
-    """Shapes of the random numbers that a program draws; the body of a loop counts once."""
+    """The shapes of the random numbers that a program draws; the body of a loop counts once."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "random_bits":
             yield equation.params["shape"]
@@ -38,7 +38,7 @@ def is_program(value: object) -> bool:
 
 
 def draws_of(config: Config) -> Counter[Shape]:
-    """Shapes of the random numbers of a training pass, with noise in routers off."""
+    """The shapes of the random numbers of a training pass, without noise in routers."""
     config = changed(config, moe={"jitter_noise": 0.0})
     source = examples if config.model.family == "encoder_decoder" else families
     program = jax.make_jaxpr(lambda model, batch: model(batch, KEY)[0])
@@ -46,12 +46,12 @@ def draws_of(config: Config) -> Counter[Shape]:
 
 
 ROWS, LENGTH, MEMORY = 8, 8, 16
-"""Of the encoder-decoder's batch: rows, and the tokens of decoder and encoder."""
+"""Sizes of the encoder-decoder's batch: rows, and the tokens of decoder and encoder."""
 D, F, H = 16, 32, 4
 
 
 def test_dropout_is_where_t5_has_it() -> None:
-    """After the embedding and the final norm of each stack; on attention's weights, hidden units and each branch."""
+    """Dropout follows embedding and final norm of each stack, attention weights, hidden units and each branch."""
     config = changed(examples.TINY, model={"dropout": 0.1, "pattern": ("dense",)}, moe={"expert_dropout": 0.0})
     encoder = {(ROWS, MEMORY, D): 2 + 2, (ROWS, H, MEMORY, MEMORY): 1, (ROWS, MEMORY, F): 1}
     decoder = {
@@ -65,7 +65,7 @@ def test_dropout_is_where_t5_has_it() -> None:
 
 
 LONG = 12
-"""Tokens of a language model's row."""
+"""Number of tokens in a row of a language model."""
 RESIDUAL, WEIGHTS, HIDDEN = (ROWS, LONG, D), (ROWS, H, LONG, LONG), (ROWS, LONG, F)
 
 
@@ -98,7 +98,7 @@ def test_dropout_of_routed_attention() -> None:
 
 
 def test_dropout_of_a_recurrent_model() -> None:
-    """After the embedding and at the end; on the branch of each of the two LSTM layers and of the experts between."""
+    """Dropout follows the embedding, the end, and the branches of both LSTM layers and of the experts between them."""
     config = changed(FAMILIES["lstm"], model={"dropout": 0.1})
     assert draws_of(config) == Counter({RESIDUAL: 2 + 3})
 
@@ -152,7 +152,7 @@ def test_scores_over_root_d_head_let_queries_start_as_large_as_keys() -> None:
 
 
 def test_pre_logits_go_through_tanh() -> None:
-    """However large its weights, no class' logit exceeds the sum of the head's."""
+    """However large the weights before the tanh are, no logit exceeds the sum of the head's weights."""
     config = FAMILIES["v_moe"]
     model, batch = families.make_model(config), families.make_batch(config)
     model.pre_logits[...] *= 1e4

@@ -1,4 +1,4 @@
-"""Rules that a field of the section `moe` switches on, each seen by what the layer or the router then computes."""
+"""Fields of the section `moe` change what the layer or the router computes."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ KEY = jax.random.key(7)
 
 
 def test_input_dropout_zeroes_what_the_router_sees_and_scales_up_the_rest() -> None:
-    """With one expert, the z-loss is the logit's square: of `D` ones, each kept with probability 1 - rate."""
+    """With one expert, the z-loss is the squared logit: a sum of `D` ones, each kept with probability 1 - rate."""
     rows, rate = 256, 0.25
     layer = make_layer(num_experts=1, group_size=LENGTH, jitter_noise=0.0, input_dropout=rate)
     layer.router["logits"][...] = jnp.ones_like(layer.router["logits"][...])
@@ -49,7 +49,7 @@ def test_an_auction_ends_after_as_many_rounds_as_it_is_told() -> None:
 
 
 def test_no_token_left_behind_sends_on_as_often_as_it_is_told() -> None:
-    """Four tokens rank four experts of one slot alike: each round places one more."""
+    """Four tokens have the same ranking of four experts with one slot each, so each round places one more."""
     tokens = random_tokens(groups=1, tokens=4, capacity=1)
     tokens = dataclasses.replace(tokens, x=jnp.ones_like(tokens.x))
     for rounds in range(4):

@@ -1,4 +1,4 @@
-"""Rules that a field of the sections `optimizer`, `train` or `evaluate` switches on."""
+"""Fields of the sections `optimizer`, `train` and `evaluate` have their effects."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from tests.tiny import changed
 
 
 class Weights(nnx.Module):
-    """Too small for Adafactor to factor its second moment."""
+    """Weights too small for Adafactor to factor the second moment."""
 
     def __init__(self) -> None:
         self.weight = nnx.Param(jnp.array([[3.0, -4.0, 0.5], [1.0, 2.0, -1.0]]), axes=("embed", "mlp"))
@@ -43,7 +43,7 @@ def steps_of(gradients: np.ndarray, **settings: object) -> list[np.ndarray]:
 
 
 def test_adamw_is_its_equations_with_the_configs_moments_and_decay() -> None:
-    """Loshchilov and Hutter 2019, algorithm 2."""
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
     rate, b1, b2, decay = 0.1, 0.6, 0.7, 0.3
     found = steps_of(GRADIENTS, name="adamw", learning_rate=rate, b1=b1, b2=b2, weight_decay=decay)
     first, second, weight = np.zeros((2, 3)), np.zeros((2, 3)), found[0]
@@ -55,7 +55,7 @@ def test_adamw_is_its_equations_with_the_configs_moments_and_decay() -> None:
 
 
 def test_adafactor_is_its_equations_with_the_configs_decay_rate() -> None:
-    """Shazeer and Stern 2018, algorithm 4, without factoring; relative step sizes, updates clipped at 1."""
+    """Adafactor (Shazeer and Stern 2018, algorithm 4) without factoring; relative steps, updates clipped at 1."""
     rate, decay_rate = 0.1, 0.5
     found = steps_of(GRADIENTS, learning_rate=rate, decay_rate=decay_rate)
     second, weight = np.zeros((2, 3)), found[0]

@@ -28,7 +28,7 @@ GPT = dropless(FAMILIES["gpt"])
 MIXTRAL = dropless(FAMILIES["mixtral"])
 LSTM = dropless(FAMILIES["lstm"])
 IDS = 40
-"""Of the 48 rows of the models' tables."""
+"""Number of ids in the vocabulary, of the 48 rows of the models' tables."""
 
 Batch = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What may be drawn, and how often it is."""
+"""The tokens that may be drawn, and their frequencies."""
 
 import jax
 import jax.numpy as jnp

@@ -51,7 +51,7 @@ VIT = {
 
 
 def layers(num_layers: int, num_decoder_layers: int, step: int) -> dict[str, int]:
-    """Of a Switch Transformer in which every `step`-th layer has experts."""
+    """The config of a Switch Transformer in which every `step`-th layer has experts."""
     sparse = {"num_sparse_encoder_layers": num_layers // step, "num_sparse_decoder_layers": num_decoder_layers // step}
     return {"num_layers": num_layers, "num_decoder_layers": num_decoder_layers, **sparse}
 
@@ -102,7 +102,7 @@ HEADS = {
 
 
 def make_model(family: str, settings: dict[str, Any]) -> torch.nn.Module:
-    """With plain random weights, so that no norm is 1, no bias 0 and no two heads alike."""
+    """Sets random weights, so that no norm is 1, no bias is 0 and no two heads are equal."""
     model = getattr(transformers, HEADS[family])(getattr(transformers, f"{family}Config")(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,7 +117,7 @@ def make_model(family: str, settings: dict[str, Any]) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, family: str, folder: Path) -> torch.nn.Module:
-    """As `save_pretrained` does; T5's v1.1 with an lm_head of its own, which its class ties when it is made."""
+    """Saves as `save_pretrained` does; T5 v1.1 gets its own lm_head, which the class would tie."""
     model.save_pretrained(folder)
     if model.config.model_type == "t5" and not model.config.scale_decoder_outputs:
         tensors = load_file(folder / "model.safetensors")
@@ -129,7 +129,7 @@ def save(model: torch.nn.Module, family: str, folder: Path) -> torch.nn.Module:
 
 
 def inputs_of(family: str, padded: bool) -> dict[str, torch.Tensor]:
-    """Rows of ids, all but the first shorter than the others if padded; or pixels that stand for bytes."""
+    """Rows of ids, of which all but the first are shorter if padded; or pixels that correspond to bytes."""
     if family == "ViT":
         size = (ROWS, VIT["num_channels"], VIT["image_size"], VIT["image_size"])
         return {"pixel_values": torch.randint(0, 256, size).float() / 127.5 - 1}

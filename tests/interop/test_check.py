@@ -1,4 +1,4 @@
-"""The comparison with transformers: live where it is installed, and what it says where it is not."""
+"""The comparison with transformers: run if it is installed, and the message if it is not."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""config.json: what of it reaches our config, and what is refused by name."""
+"""config.json: the values that reach our config, and those that are refused by name."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.models.families import FAMILIES
 
 
 def changed(name: str, folder: Path, **changes: Any) -> Config:
-    """The config of a folder of `SHAPES` whose config.json is changed; None takes a key out."""
+    """The config of a folder of `SHAPES` with a changed config.json; None removes a key."""
     random_folder(name, folder)
     values = SHAPES[name]["config"] | changes
     (folder / "config.json").write_text(json.dumps({key: v for key, v in values.items() if v is not None}))

@@ -1,4 +1,4 @@
-"""From a folder of Hugging Face's to a workdir and back: the same bytes, on any mesh; what does not fit is named."""
+"""From a Hugging Face folder to a workdir and back: the same bytes on any mesh; errors name what does not fit."""
 
 import dataclasses
 import json
@@ -184,7 +184,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def convert_on_full_disk(*arguments: str | Path) -> str:
-    """What convert.py says to a disk that takes no file of more than 4000 bytes."""
+    """The message of convert.py if the disk takes no file of more than 4000 bytes."""
     code = "import runpy, sys; from tests.training.full_disk import full_disk\n"
     code += "with full_disk(4000): runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
@@ -224,7 +224,7 @@ def test_on_a_full_disk_nothing_is_left_in_the_way(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """A run's workdir, with room for all tokens: capacity is counted otherwise there."""
+    """A run's workdir with room for all tokens, because transformers counts capacity differently."""
     config = changed(tiny, moe={"eval_capacity_factor": 4.0})
     workdir = tmp_path_factory.mktemp("runs") / "trained"
     random_workdir(config, workdir)
@@ -233,7 +233,7 @@ def trained(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 @pytest.fixture(scope="module")
 def imported(trained: tuple[Path, Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """The same run after the way there and back."""
+    """The same run after conversion to Hugging Face and back."""
     workdir, config = trained
     folder = tmp_path_factory.mktemp("hub")
     to_huggingface(workdir, folder)

@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, as they stand there, on tiny models under the same names."""
+"""Runs the commands of docs/huggingface.md unchanged, on tiny models with the same names."""
 
 import dataclasses
 import importlib.util

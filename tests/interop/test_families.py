@@ -1,4 +1,4 @@
-"""Parity: what transformers computed with its own models, computed here from the same files."""
+"""Parity: our models compute the same as transformers' own, from the same files."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
 
 
 def total_loss(config: Config, model: Model, batch: Batch) -> jax.Array:
-    """What training minimises, without noise and without the z-loss on logits, which transformers does not have."""
+    """The training objective without noise and without the z-loss on logits, which transformers lacks."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, z_loss_weight=0.0))
     return objective(config, sum_over_targets(config, model, batch, None), count_batch(model, batch)).total
 

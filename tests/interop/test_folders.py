@@ -1,4 +1,4 @@
-"""A target is new, and gone again, with all that this made, where it cannot be written whole."""
+"""A target must be new; if it cannot be written completely, it is removed with all folders made for it."""
 
 from pathlib import Path
 

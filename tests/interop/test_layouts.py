@@ -1,4 +1,4 @@
-"""Layouts against transposes and reshapes by hand, and there and back."""
+"""Layouts equal transposes and reshapes by hand, and round-trip."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Parameters and the tensors that hold their parts: which are read, and what has no place."""
+"""Parameters and the tensors that hold their parts: only needed tensors are read, unknown ones are refused."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ EXPERTS = Entry(
 
 
 class Recorder(TensorFolder):
-    """Tensors in memory, which remembers those that were read."""
+    """Tensors in memory, with a record of those that were read."""
 
     def __init__(self, tensors: dict[str, np.ndarray]):
         self.tensors = tensors

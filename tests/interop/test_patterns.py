@@ -1,4 +1,4 @@
-"""Sparse layers as transformers places them, and the pattern that repeats."""
+"""Sparse layers are where transformers places them, and the pattern that repeats is found."""
 
 import pytest
 

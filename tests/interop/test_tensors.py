@@ -1,4 +1,4 @@
-"""Folders of safetensors: one file or several, and what is refused."""
+"""Folders of safetensors: one file or several, and folders that are refused."""
 
 import json
 from pathlib import Path

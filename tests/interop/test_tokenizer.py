@@ -1,4 +1,4 @@
-"""A tokenizer on its way: as a vocabulary where ids are numbered as here, as files in any case."""
+"""A tokenizer is read as a vocabulary if its ids allow it, and its files are kept in any case."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_sentinels_are_t5s_hundred_where_nothing_says_otherwise(tmp_path: Path, 
 
 
 def foreign(path: Path, num_pieces: int, **ids: int) -> None:
-    """A SentencePiece model of letters with special ids of its own."""
+    """A SentencePiece model of letters with other special ids."""
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text.lower().replace(".", "") for text in TEXTS),

@@ -1,4 +1,4 @@
-"""Dense models as models with experts: the same function at first; and pruning to the most used experts."""
+"""Upcycled models compute the same as their dense model at first; pruning keeps the most used experts."""
 
 import dataclasses
 
@@ -81,8 +81,10 @@ def test_a_dense_model_that_does_not_fit_is_refused() -> None:
 def test_pruning_keeps_the_most_used_experts() -> None:
     model, batch = families.make_model(DECODER), jax.tree.map(jnp.asarray, families.make_batch(DECODER))
     usage = expert_usage(model, DECODER, [batch, batch])
-    _, routing = model(batch, None)
-    np.testing.assert_allclose(usage["decoder"], 2 * np.asarray(routing["decoder"][0]["expert_load"]))
+    _, reports = model(batch, None)
+    metrics = reports["decoder/scans/0/blocks/0/ff"].metrics
+    assert metrics is not None
+    np.testing.assert_allclose(usage["decoder"], 2 * np.asarray(metrics.expert_load))
     small = prune(model, DECODER, usage, 3)
     old, new = named_leaves(model), named_leaves(small)
     for layer, counts in enumerate(usage["decoder"]):
@@ -115,11 +117,11 @@ def test_pruning_to_more_or_too_few_is_refused() -> None:
     [
         (dense(T5), r"model.pattern names no layer with experts"),
         (dense(T5, ("dense", "peer")), r"model.pattern=peer does not count which experts are used"),
-        (dense(T5, ("switch_attention",)), r"model.pattern=switch_attention has two routers a layer"),
-        (dataclasses.replace(T5, moe=MoEConfig(router="hash")), r"moe.router=hash knows experts by their numbers"),
+        (dense(T5, ("switch_attention",)), r"model.pattern=switch_attention has two routers in each layer"),
+        (dataclasses.replace(T5, moe=MoEConfig(router="hash")), r"moe.router=hash identifies experts by their numbers"),
         (
             dataclasses.replace(T5, moe=MoEConfig(router="expert_choice")),
-            r"moe.router=expert_choice has each expert take as many tokens as any other",
+            r"moe.router=expert_choice gives all experts equally many tokens",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Upcycling and pruning a run: what evaluation says of it before and after."""
+"""Upcycling and pruning a run: evaluation before and after."""
 
 import dataclasses
 import shutil
@@ -22,7 +22,7 @@ TOP_2 = {"router": "top_k", "num_selected_experts": 2, "dropless": True}
 
 @pytest.fixture(scope="module")
 def config(tiny: Config) -> Config:
-    """Of two layers, dense and with experts, on a mesh."""
+    """The config of two layers, dense and with experts, on a mesh."""
     return changed(tiny, moe=TOP_2, mesh={"data": 2, "expert": 4})
 
 

@@ -51,7 +51,7 @@ def make_model(config: Config = TINY, seed: int = 0) -> EncoderDecoder:
 
 
 def make_batch(config: Config = TINY, seed: int = 0) -> Batch:
-    """Two sequences a row and padding at its end."""
+    """Two sequences per row and padding at the end."""
     rng = np.random.default_rng(seed)
     rows, batch = config.data.batch_size, {}
     for side, length in (("encoder", config.data.encoder_length), ("decoder", config.data.decoder_length)):
@@ -67,7 +67,7 @@ def make_batch(config: Config = TINY, seed: int = 0) -> Batch:
 
 
 def loss_of(model: EncoderDecoder, batch: Batch, key: PRNGKeyArray | None) -> jax.Array:
-    """Cross entropy of the targets and the layers' load-balance losses."""
+    """The cross entropy of the targets plus the layers' load-balance losses."""
     logits, reports = model(batch, key)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jax.nn.one_hot(batch["decoder_targets"], logits.shape[-1])

@@ -92,7 +92,7 @@ def make_model(config: Config, seed: int = 0) -> Model:
 
 
 def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two sequences a row and padding at its end; or images, of which the last is none."""
+    """Two sequences per row and padding at the end; or images, the last of which only fills up the batch."""
     rng = np.random.default_rng(seed)
     rows, model = config.data.batch_size, config.model
     if model.family == "vision":
@@ -111,7 +111,7 @@ def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def loss_of(model: Model, batch: dict[str, jax.Array], key: PRNGKeyArray | None) -> jax.Array:
-    """Cross entropy of the targets and the load-balance losses."""
+    """The cross entropy of the targets plus the load-balance losses."""
     logits, reports = model(batch, key)
     targets, segments = model.targets(batch)
     chosen = jax.nn.one_hot(targets, logits.shape[-1])

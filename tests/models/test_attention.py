@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 
 
 def bucket_by_t5s_rule(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
-    """T5, section 2.1, for one distance (key - query), in whole numbers.
+    """The bucket of T5, section 2.1, for one distance (key - query), in whole numbers.
 
     Half of the buckets are exact; of the m others, number j begins where the distance reaches
     exact * (max / exact)^(j / m), that is where distance^m >= exact^(m - j) max^j.

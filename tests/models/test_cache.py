@@ -1,4 +1,4 @@
-"""Reading a text piece by piece into a cache gives the logits of reading it whole."""
+"""A text that is read into a cache piece by piece has the same logits as the whole text."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ from tests.models.families import FAMILIES, TEXT, make_model
 from tests.tiny import changed
 
 LENGTHS = np.array([10, 7, 4, 1])
-"""Of the texts."""
+"""Number of tokens of each text."""
 PIECE = 3
-"""Most tokens read at a time."""
+"""Largest number of tokens that are read at a time."""
 
 T5 = examples.changed(jitter_noise=0.0, expert_dropout=0.0)
 ENCODER_DECODERS = {
@@ -35,7 +35,7 @@ EVERYDAY = {"gpt", "mixtral", "glam", "lstm", "t5", "switch attention"}
 
 
 def make_texts(config: Config) -> Batch:
-    """Texts of `LENGTHS`, each a segment of its own."""
+    """Texts of lengths `LENGTHS`, each in its own row."""
     rng, length = np.random.default_rng(1), LENGTHS.max()
     shape = (len(LENGTHS), length)
     segments = (np.arange(length) < LENGTHS[:, None]).astype(np.int32)
@@ -49,7 +49,7 @@ def make_texts(config: Config) -> Batch:
 
 
 def make_pieces() -> np.ndarray:
-    """How many tokens of each text are read at each step, none at times: [steps, B]."""
+    """The number of tokens of each text to read at each step, sometimes 0: [steps, B]."""
     rng, left, pieces = np.random.default_rng(2), LENGTHS.copy(), []
     while left.any():
         pieces.append(np.minimum(rng.integers(0, PIECE + 1, len(left)), left))

@@ -1,4 +1,4 @@
-"""A decoder looks at no later token, and refuses routers that would."""
+"""A decoder's output does not depend on later tokens, and routers that would make it so are refused."""
 
 import re
 from typing import Any
@@ -29,11 +29,11 @@ REFUSED: list[tuple[dict[str, Any], str, set[str]]] = [
 def test_routers_that_see_the_future_are_refused_unless_asked_for(
     moe: dict[str, Any], reason: str, remedies: set[str]
 ) -> None:
-    with pytest.raises(UserError, match=rf"{reason}.* asks for it by name") as refusal:
+    with pytest.raises(UserError, match=rf"{reason}.* allows it") as refusal:
         jax.eval_shape(lambda: build(changed(**moe), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, allow_noncausal_routing=True), jax.random.key(0)))
     jax.eval_shape(lambda: build(changed(**moe, pattern=("dense",)), jax.random.key(0)))
-    named = dict(re.findall(r"moe\.(\w+)=(\w+)", str(refusal.value).partition("by name")[2]))
+    named = dict(re.findall(r"moe\.(\w+)=(\w+)", str(refusal.value).partition("allows it")[2]))
     assert {f"{key}={value}" for key, value in named.items()} == remedies
     known = {"True": True, "0": 0}
     for key, value in named.items():  # what the message says does help

@@ -1,4 +1,4 @@
-"""The whole model on one device: who sees whom, and forms of the same computation that agree."""
+"""The whole model on one device: which tokens see each other, and equal forms of the same computation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ KEY = jax.random.key(5)
 
 
 def assert_close(actual: object, expected: object, tolerance: float = 1e-5) -> None:
-    """Leaf by leaf; float32 sums of some hundred terms in another order differ by about 1e-6 of the largest."""
+    """Compares leaf by leaf; float32 sums of some hundred terms in another order differ by 1e-6 of the largest."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
@@ -114,7 +114,7 @@ def test_a_dense_model_reports_nothing() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_the_decoders_output_times_the_embedding_or_a_matrix_of_their_own(tied: bool) -> None:
-    """Doubling the output matrix doubles the logits; with tied embeddings that matrix is the tokens' own."""
+    """A doubled output matrix doubles the logits; with tied embeddings, it holds the token vectors."""
     config = changed(tie_embeddings=tied)
     model, batch = make_model(config), make_batch(config)
     logits = np.asarray(forward(model, batch, None))

@@ -1,4 +1,4 @@
-"""Every family: what is packed, padded or later changes nothing, all weights learn, and a mesh is one device."""
+"""Every family: packed, padded and later tokens change nothing, all weights learn, and a mesh equals one device."""
 
 import jax
 import jax.numpy as jnp

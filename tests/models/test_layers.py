@@ -156,7 +156,7 @@ def test_gelu_is_by_tanh_and_gelu_exact_by_erf() -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_slices_of_a_network_with_biases_add_up_to_it(activation: str) -> None:
-    """As the devices of the axis `model` hold them: each has the whole output bias and adds its share."""
+    """Slices as on the devices of the axis `model`: each has the whole output bias and adds its share."""
     config = replace(CONFIG, biases=True, activation=activation)
     whole = random_parameters(lambda: FeedForward(config, 0.0, KEY))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, config.d_model)), jnp.float32)
@@ -181,7 +181,7 @@ def test_tied_logits_are_scaled_as_t5s_or_not_at_all() -> None:
 
 
 def test_kernels_cast_beforehand_give_what_they_give_cast_on_the_way() -> None:
-    """And nothing else is cast: norms, biases and vectors of tokens stay as they are."""
+    """Nothing else is cast: norms, biases and token vectors keep their type."""
     network = random_parameters(lambda: FeedForward(replace(CONFIG, biases=True), 0.0, KEY))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, CONFIG.d_model))).astype(jnp.bfloat16)
     cast = cast_kernels(network, "bfloat16")

@@ -1,4 +1,4 @@
-"""The whole model on a mesh is the model on one device, and exchanges only what its layout needs."""
+"""A whole model computes the same on a mesh as on one device, and exchanges only what its layout needs."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ CONFIG = changed(pattern=("moe",), num_encoder_layers=1, num_decoder_layers=1, e
 
 
 def lower_on(shape: tuple[int, int, int], config: Config) -> tuple[jax.stages.Compiled, tuple]:
-    """The compiled loss and gradients on a mesh, and the arguments laid over it."""
+    """The compiled loss and gradients on a mesh, and the arguments divided over it."""
     mesh, model = make_mesh(MeshConfig(*shape)), make_model(config)
     shardings = parameter_shardings(model, mesh)
     arguments = (

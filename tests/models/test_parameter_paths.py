@@ -1,4 +1,4 @@
-"""The layers of a parameter, against counting the stack's layers by hand."""
+"""The layers of a parameter equal those counted by hand."""
 
 import dataclasses
 

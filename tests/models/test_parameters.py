@@ -1,4 +1,4 @@
-"""Sizes as published, weights as prescribed, and each device creating only its own part."""
+"""Sizes are as published, weights as prescribed, and each device creates only its own part."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A stack is divided into as few different layers as it has."""
+"""A stack is divided so that as few layers as possible are compiled."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Experts in the place of the attention's weights."""
+"""Experts instead of attention weights."""
 
 import jax
 import jax.numpy as jnp

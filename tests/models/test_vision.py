@@ -1,4 +1,4 @@
-"""Patches of images, and who may influence whom."""
+"""Patches of images, and the patches that may influence each other."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def test_an_image_does_not_depend_on_those_of_other_groups_but_on_all_of_its_own
 
 
 def test_batch_prioritised_routing_at_a_capacity_below_one_keeps_the_tokens_of_the_highest_gates() -> None:
-    """V-MoE, section 4: with fewer slots than tokens, the class' logits still come, and differ from full capacity."""
+    """V-MoE, section 4: with fewer slots than tokens, logits are still finite, but differ from full capacity."""
     moe = {"fill_order": "batch_prioritized", "min_expert_capacity": 1, "group_size": 20}
     config = changed(FAMILIES["v_moe"], moe=moe | {"eval_capacity_factor": 0.4})
     full = changed(FAMILIES["v_moe"], moe=moe | {"eval_capacity_factor": 8.0})

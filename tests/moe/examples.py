@@ -31,7 +31,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Choices:
-    """What a router has decided, before capacity."""
+    """The decisions of a router, before capacity."""
 
     logits: np.ndarray  # [G, S, E]
     expert_index: np.ndarray  # [G, S, K]
@@ -40,7 +40,7 @@ class Choices:
 
 
 def random_choices(case: Case, seed: int, popularity: float = 1.0, padding: float = 0.3) -> Choices:
-    """Choices that crowd on the first experts by `popularity`; about `padding` of the tokens are padding."""
+    """Choices that prefer the first experts by `popularity`; a share `padding` of the tokens is padding."""
     rng = np.random.default_rng(seed)
     shape = (case.groups, case.tokens, case.experts)
     logits = (rng.normal(size=shape) - popularity * np.arange(case.experts)).astype(np.float32)
@@ -51,7 +51,7 @@ def random_choices(case: Case, seed: int, popularity: float = 1.0, padding: floa
 
 
 def fill_one_by_one(choices: Choices, case: Case) -> dict[tuple[int, int, int], tuple[int, int]]:
-    """(group, token, k) -> (expert, position) of every choice that finds a slot: the papers' rule as a loop.
+    """(group, token, k) -> (expert, position) of every choice with a slot: the papers' rule as a loop.
 
     First choices of all tokens come first, in the tokens' order; then second ones, and so on.
     """

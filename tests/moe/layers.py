@@ -1,4 +1,4 @@
-"""A small MoE layer and what running it gives."""
+"""A small MoE layer and its results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ class TinyExpert(nnx.Module):
 
 
 def make_layer(seed: int = 0, **changes: Any) -> MoELayer:
-    """A layer of tiny experts, 4 unless told; groups of 2 rows."""
+    """A layer of tiny experts, by default 4; groups of 2 rows."""
     config = MoEConfig(**({"num_experts": 4, "group_size": 2 * LENGTH, "min_expert_capacity": 2} | changes))
     make_expert = partial(TinyExpert, config.expert_dropout)
     return random_parameters(lambda: MoELayer(make_expert, D, config, jax.random.key(0)), seed)
@@ -54,7 +54,7 @@ def make_inputs(seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray
 def output_and_sums(
     layer: Any, x: jax.Array, mask: jax.Array, key: PRNGKeyArray | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The layer's outputs, and all that it reports as one dictionary."""
+    """The layer's outputs, and its whole report as one dictionary."""
     y, report = layer(x, mask, key)
     return y, contents_of(report)
 
@@ -62,7 +62,7 @@ def output_and_sums(
 def loss_and_everything(
     layer: MoELayer, x: jax.Array, mask: jax.Array, key: PRNGKeyArray | None
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-    """A loss through which every output has a different gradient; the outputs and the routing sums."""
+    """A loss with a different gradient for every output, with the outputs and the routing sums."""
     y, sums = output_and_sums(layer, x, mask, key)
     loss = jnp.sum(jnp.sin(y)) + sums["load_balance_loss"] + 0.1 * sums["router_z_loss"]
     return loss, (y, sums)
@@ -74,7 +74,7 @@ run_with_gradients = jax.jit(jax.value_and_grad(loss_and_everything, argnums=(0,
 
 
 def expert_slice(layer: MoELayer, expert: int) -> TinyExpert:
-    """One of the layer's experts, alone."""
+    """One of the layer's experts."""
     return jax.tree.map(lambda variable: variable[expert], layer.experts)
 
 

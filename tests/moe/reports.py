@@ -1,4 +1,4 @@
-"""What a router or layer reports, as one dictionary."""
+"""The report of a router or layer as one dictionary."""
 
 from dataclasses import fields
 
@@ -16,7 +16,7 @@ def sums_of(report: Routing | RoutingReport) -> dict[str, jax.Array]:
 
 
 def contents_of(report: Routing | RoutingReport) -> dict[str, jax.Array]:
-    """All of it: `sums_of`, the values of tokens and what the router's state moves by."""
+    """The whole report: `sums_of`, the values of tokens and the state sums."""
     return sums_of(report) | report.token_values | report.state_sums
 
 

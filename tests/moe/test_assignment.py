@@ -1,4 +1,4 @@
-"""Balanced assignment: never over capacity, within S * eps of scipy's optimum; Sinkhorn's plan: its sums."""
+"""Balanced assignment stays within capacity and within S * eps of scipy's optimum; Sinkhorn's plan has its sums."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def everyone(scores: np.ndarray) -> np.ndarray:
 
 
 def assert_valid(expert: np.ndarray, mask: np.ndarray, experts: int) -> None:
-    """Real tokens have an expert, padding none, and no expert more than C."""
+    """Asserts that real tokens have an expert, padding has none, and no expert has more than C tokens."""
     assert np.all(expert[~mask] == experts)
     assert np.all((expert[mask] >= 0) & (expert[mask] < experts))
     for row in expert:
@@ -40,7 +40,7 @@ def assert_valid(expert: np.ndarray, mask: np.ndarray, experts: int) -> None:
 
 
 def assert_near_optimal(scores: np.ndarray, expert: np.ndarray, mask: np.ndarray, share: float = 1.0) -> None:
-    """Within `share` of S * eps of the optimum, in float64."""
+    """Asserts that the sum is within `share` of S * eps of the optimum, in float64."""
     tokens, experts = scores.shape[1:]
     for values, chosen, real in zip(np.asarray(scores, np.float64), expert, mask, strict=True):
         if not real.any():
@@ -53,7 +53,7 @@ def assert_near_optimal(scores: np.ndarray, expert: np.ndarray, mask: np.ndarray
 
 
 def draw_scores(kind: str, tokens: int, experts: int, seed: int) -> np.ndarray:
-    """Two groups of scores, the second a tenth as wide."""
+    """Two groups of scores; the second group's range is a tenth of the first's."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(2, tokens, experts))
     scores = {
@@ -95,7 +95,7 @@ def test_without_padding_each_expert_gets_exactly_its_share(kind: str) -> None:
 @pytest.mark.parametrize("padding", [0.0, 0.25])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bidding_ends_by_itself_on_a_larger_group(kind: str, padding: float) -> None:
-    """Were it cut off, the tokens that take what is left would cost more than S * eps."""
+    """If the auction stopped early, tokens that take the slots left would cost more than S * eps."""
     scores = draw_scores(kind, 512, 32, seed=2)
     mask = np.random.default_rng(0).uniform(size=scores.shape[:2]) >= padding
     expert = assign(scores, mask, 2000)
@@ -106,7 +106,7 @@ def test_bidding_ends_by_itself_on_a_larger_group(kind: str, padding: float) -> 
 @pytest.mark.parametrize("padding", [0.0, 0.25])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_a_rule_assignments_are_far_within_the_bound(kind: str, padding: float) -> None:
-    """A search found at most 0.11 of it; with slots that padding leaves unsold 1.1, with steps of 20 eps 1.2."""
+    """A search found at most 0.11 of S * eps; 1.1 if padding does not bid, and 1.2 with steps of 20 eps."""
     for seed in range(6):
         scores = draw_scores(kind, 30, 4, seed)
         mask = np.random.default_rng(seed).uniform(size=scores.shape[:2]) >= padding
@@ -120,7 +120,7 @@ def test_equal_scores_end_at_once() -> None:
 
 
 def test_a_clear_preference_is_followed_whatever_the_order() -> None:
-    """Each token wants one expert, each expert is wanted by its share: the optimum is unique."""
+    """Each token wants one expert and each expert is wanted by its share, so the optimum is unique."""
     rng = np.random.default_rng(3)
     wanted = np.stack([rng.permutation(np.arange(32) % 4) for _ in range(2)])
     scores = (wanted[..., None] == np.arange(4)) * 5.0
@@ -190,7 +190,7 @@ def plan(scores: np.ndarray, mask: np.ndarray | None = None, iterations: int = 2
 
 
 def reference_plan(scores: np.ndarray, iterations: int) -> np.ndarray:
-    """One group's plan in float64, by normalising columns and rows in turn."""
+    """The plan of one group in float64, by normalising columns and rows in turn."""
     p = np.exp(np.asarray(scores, np.float64) - scores.max())
     p /= p.sum(axis=1, keepdims=True)
     for _ in range(iterations):
@@ -238,6 +238,6 @@ class TestSinkhorn:
         np.testing.assert_allclose(p.sum(axis=2), 1, rtol=1e-5)
 
     def test_all_for_one_expert_are_spread_all_the_same(self) -> None:
-        """+-1e4 for the same expert everywhere: the plan of the scores without that constant, even."""
+        """+-1e4 for the same expert in all tokens: the plan equals that of the scores without the constant."""
         scores = np.where(np.arange(4) == 2, 1e4, -1e4) * np.ones((1, 32, 1))
         np.testing.assert_allclose(plan(scores), 0.25, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The BASE layer: a residual layer that starts as the identity, over tokens from all of the batch."""
+"""The BASE layer: a residual layer that starts as the identity, with tokens from the whole batch in each group."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ SHARDS = 8
 
 
 def build(norm: str = "rms", **changes: Any) -> BaseLayer:
-    """As initialised; groups of 2 rows, one a shard of the mesh."""
+    """A new layer; groups of 2 rows, one for each shard of the mesh."""
     settings = {"router": "base", "num_experts": 4, "group_size": 2 * LENGTH, "jitter_noise": 0.0} | changes
     make_expert = partial(NormedExpert, partial(TinyExpert, 0.0), ModelConfig(d_model=D, norm=norm, norm_epsilon=1e-2))
     return BaseLayer(make_expert, D, MoEConfig(**settings), jax.random.key(0))
@@ -38,7 +38,7 @@ def make_layer(norm: str = "rms", **changes: Any) -> BaseLayer:
 
 @contextmanager
 def on_mesh(*trees: Any, shape: tuple[int, int, int] = MESH) -> Iterator[list[Any]]:
-    """Layers by their axes and inputs over the batch, laid over a mesh in context."""
+    """Layers and inputs, divided over the mesh in context."""
     mesh = make_mesh(MeshConfig(*shape))
     batch = NamedSharding(mesh, partition_spec("batch"))
     with jax.set_mesh(mesh):
@@ -111,7 +111,7 @@ def test_in_training_every_group_gives_each_expert_its_share() -> None:
 
 
 def test_the_gradient_to_the_embeddings_is_through_the_sigmoid_only() -> None:
-    """`dL/dw_e = sum g (1 - g) (dL/dy . f_e) x` over the tokens of e, g f_e being what the layer adds."""
+    """`dL/dw_e = sum g (1 - g) (dL/dy . f_e) x` over the tokens of e, where the layer adds g f_e."""
     layer, (x, mask) = make_layer(eval_capacity_factor=4.0), make_inputs()
     (_, (y, _)), (gradient, _) = run_with_gradients(layer, x, mask, None)
     wide, added = x.astype(np.float64), np.asarray(y, np.float64) - x
@@ -143,7 +143,7 @@ def test_in_evaluation_a_mesh_changes_nothing() -> None:
 
 
 def test_in_training_on_a_mesh_each_token_gets_its_own_output_back() -> None:
-    """Experts and their embeddings are all equal, so it does not matter which of them a token meets."""
+    """All experts and their embeddings are equal, so it does not matter which expert a token gets."""
     layer, (x, mask) = make_layer(num_experts=8, eval_capacity_factor=8.0), make_inputs()
     layer.moe.experts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), layer.moe.experts)
     logits = layer.moe.router["logits"]
@@ -170,7 +170,7 @@ def test_the_shuffle_costs_an_all_to_all_each_way() -> None:
 
 
 def numbered(*more: int) -> np.ndarray:
-    """[ROWS, LENGTH, *more], a number of its own for each token."""
+    """[ROWS, LENGTH, *more], a different number for each token."""
     numbers = np.arange(ROWS * LENGTH, dtype=np.float32).reshape(ROWS, LENGTH, *[1] * len(more))
     return np.broadcast_to(numbers, (ROWS, LENGTH, *more))
 

@@ -1,4 +1,4 @@
-"""Buffers of static shape: sizes as published, filled in the order of each policy, nothing lost and nothing twice."""
+"""Buffers have published sizes and fill up in the order of each policy; nothing is lost and nothing appears twice."""
 
 import dataclasses
 
@@ -157,7 +157,7 @@ def test_each_slot_carries_the_gate_of_its_choice(name: str) -> None:
 
 
 def tokens_with_probs(probs: np.ndarray, capacity: int, training: bool = False) -> tuple[Tokens, dict[str, jax.Array]]:
-    """Tokens [S, E] and router weights that give them these probabilities."""
+    """Tokens [S, E] and router weights that result in these probabilities."""
     x = jnp.asarray(np.log(probs), jnp.float32)[None]
     keys = jax.random.split(jax.random.key(0), 1) if training else None
     tokens = Tokens(x, jnp.ones(x.shape[:2], bool), capacity, keys=keys)

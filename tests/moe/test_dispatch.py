@@ -29,7 +29,7 @@ def routing_of(choices: Choices, gate: jax.Array | np.ndarray, capacity: int) ->
 
 
 def moe(x: jax.Array, gate: jax.Array, weights: jax.Array, *, choices: Choices, capacity: int, form: str) -> jax.Array:
-    """Dispatch, an expert `tanh(x W_e)`, combine."""
+    """Dispatches, applies experts `tanh(x W_e)` and combines."""
     routing, dispatcher = routing_of(choices, gate, capacity), DISPATCHERS[form]
     hidden = jnp.tanh(jnp.einsum("egcd,edf->egcf", dispatcher.dispatch(x, routing), weights))
     return dispatcher.combine(hidden, routing)

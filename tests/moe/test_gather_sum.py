@@ -1,4 +1,4 @@
-"""`gather_sum` is a product with a 0-1 matrix, forwards and backwards."""
+"""`gather_sum` is a product with a 0-1 matrix, in the forward and the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from switchjax.moe.gather_sum import gather_sum
 
 
 def random_relation(rng: np.random.Generator, rows: int, outputs: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows each output sums [M, K] and which outputs each row is part of [N, J], at most `most` each."""
+    """The rows that each output sums [M, K] and the outputs that each row is part of [N, J], at most `most` each."""
     index = np.full((outputs, most), rows, np.int32)
     inverse = np.full((rows, most), outputs, np.int32)
     for output in range(outputs):

@@ -1,4 +1,4 @@
-"""The MoE layer on one device: what it computes, and what it must not depend on."""
+"""The MoE layer on one device: its results, and what they must not depend on."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The MoE layer computes the same on every mesh, with the collectives that it says and no others."""
+"""The MoE layer computes the same on every mesh, with the documented collectives and no others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ MESHES_AND_EXPERTS = ESSENTIAL + [pytest.param(*case, marks=pytest.mark.slow) fo
 
 @contextmanager
 def on_mesh(shape: Shape, layer: MoELayer) -> Iterator[tuple[MoELayer, np.ndarray, np.ndarray]]:
-    """The layer and inputs laid over a mesh in context."""
+    """The layer and inputs, divided over the mesh in context."""
     x, mask = make_inputs()
     mesh = make_mesh(MeshConfig(*shape))
     batch = NamedSharding(mesh, partition_spec("batch"))
@@ -42,7 +42,7 @@ def on_mesh(shape: Shape, layer: MoELayer) -> Iterator[tuple[MoELayer, np.ndarra
 
 
 def assert_same_on_mesh(shape: Shape, layer: MoELayer, key: jax.Array | None) -> None:
-    """Outputs, routing sums and all gradients equal those of one device without a mesh."""
+    """Asserts that outputs, routing sums and all gradients equal those of one device without a mesh."""
     expected = run_with_gradients(layer, *make_inputs(), key)
     with on_mesh(shape, layer) as (placed, x, mask):
         actual = run_with_gradients(placed, x, mask, key)
@@ -97,7 +97,7 @@ def test_expert_dropout_is_the_same_on_every_mesh_that_does_not_slice_experts(sh
 
 
 def test_expert_dropout_of_the_slices_of_an_expert_is_independent() -> None:
-    """With d_ff over two devices, each half has its own mask: as many units live on average, not in step."""
+    """With d_ff over two devices, each half draws its own mask; the mean number of kept units is the same."""
     layer = make_layer(
         num_experts=4, expert_dropout=0.5, jitter_noise=0.0, train_capacity_factor=4.0, eval_capacity_factor=4.0
     )

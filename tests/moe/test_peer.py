@@ -31,7 +31,7 @@ def config_of(num_experts: int, heads: int = HEADS, selected: int = SELECTED, qu
 
 
 def make_layer(seed: int = 0, side: int = SIDE) -> PEERLayer:
-    """64 experts unless told; sub-keys, scales and variances wide enough for the gates to differ."""
+    """A layer, by default with 64 experts, whose sub-keys, scales and variances make gates differ."""
     layer = random_parameters(lambda: PEERLayer(D, config_of(side**2), jax.random.key(0)), seed)
     layer.sub_keys[...] *= 4
     layer.norm_scale[...] += 1
@@ -40,7 +40,7 @@ def make_layer(seed: int = 0, side: int = SIDE) -> PEERLayer:
 
 
 def loss_and_everything(layer: PEERLayer, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> tuple[Any, Any]:
-    """A loss through which every output has a different gradient; outputs and the sums that move the averages."""
+    """A loss with a different gradient for every output, with the outputs and the sums that move the averages."""
     y, sums = output_and_sums(layer, x, mask, key)
     return jnp.sum(jnp.sin(y)), (y, sums)
 
@@ -56,7 +56,7 @@ run_with_gradients = jax.jit(jax.value_and_grad(loss_and_everything, argnums=(0,
 
 
 def gelu(z: float) -> float:
-    """The tanh form, as `jax.nn.gelu` has it."""
+    """GELU in the tanh form of `jax.nn.gelu`."""
     return z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
 
 
@@ -136,7 +136,7 @@ def test_gradients_are_finite_differences_of_the_loop(key: jax.Array | None) -> 
 
 
 def statistics_of(layer: PEERLayer, x: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and variance of a batch's queries, in float64."""
+    """The mean and variance of a batch's queries, in float64."""
     query = np.einsum("bld,dhsq->blhsq", x.astype(np.float64), float64(layer)["query"])[mask]
     return dict(zip(AVERAGES, (query.mean(axis=0), query.var(axis=0)), strict=True))
 

@@ -1,4 +1,4 @@
-"""Dropless experts: grouped matrix products give what buffers for every token give."""
+"""Dropless experts: grouped matrix products equal buffers with room for every token."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Shared experts beside the routed ones."""
+"""Shared experts in addition to routed ones."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Soft MoE: against loops in float64, what padding and other rows must not change, and the same on every mesh."""
+"""Soft MoE equals loops in float64, ignores padding and other rows, and is the same on every mesh."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +25,7 @@ SLOTS = 3
 
 
 def make_layer(experts: int = 4, slots: int = SLOTS, dropout: float = 0.0) -> SoftMoELayer:
-    """A layer of tiny experts, its softmaxes far from uniform."""
+    """A layer of tiny experts, whose softmaxes are far from uniform."""
     make_expert = partial(TinyExpert, dropout)
     config = MoEConfig(num_experts=experts, expert_dropout=dropout, options={"slots_per_expert": slots})
     layer = random_parameters(lambda: SoftMoELayer(make_expert, D, config, jax.random.key(0)))

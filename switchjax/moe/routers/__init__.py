@@ -1,4 +1,4 @@
-"""The routers by name, and what a section `moe` asks of one. CONTRIBUTING shows how to add a router."""
+"""The routers by name, and their options and losses in a section `moe`. CONTRIBUTING shows how to add a router."""
 
 from typing import Any
 
@@ -36,29 +36,21 @@ ROUTERS: dict[str, Router] = {
 
 
 def router_of(config: MoEConfig) -> Router:
-    """The router that `moe.router` names.
-
-    Raises:
-        UserError: if there is none of that name.
-    """
+    """The router that `moe.router` names; raises a `UserError` for an unknown name."""
     check_choice("moe.router", config.router, ROUTERS)
     return ROUTERS[config.router]
 
 
 def router_options(config: MoEConfig) -> Any:
-    """`moe.options` as the router's own dataclass.
-
-    Raises:
-        UserError: for an option that the router does not have, or a value that does not fit.
-    """
+    """`moe.options` as the router's own dataclass; raises a `UserError` for an unknown option or a wrong value."""
     return from_mapping(router_of(config).options, config.options, "moe.options")
 
 
 def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Weight of each of the router's losses: its default, or what `moe.loss_weights` says.
+    """The weight of each of the router's losses: from `moe.loss_weights`, or else its default.
 
     Raises:
-        UserError: if `moe.loss_weights` names a loss that the router does not have.
+        UserError: if `moe.loss_weights` names a loss that the router lacks.
     """
     losses = router_of(config).losses
     for name in config.loss_weights:
@@ -68,7 +60,7 @@ def loss_weights(config: MoEConfig) -> dict[str, float]:
 
 
 def check_router(config: MoEConfig) -> None:
-    """Raises a `UserError` unless the router exists and can route by the section, its options and loss weights."""
+    """Raises a `UserError` unless the router exists and supports all settings of the section `moe`."""
     router, options = router_of(config), router_options(config)
     loss_weights(config)
     if router.selected is not None and config.num_selected_experts not in router.selected:
@@ -81,11 +73,7 @@ def check_router(config: MoEConfig) -> None:
 
 
 def noncausal_because(config: MoEConfig) -> str | None:
-    """Why, in evaluation, what comes after a token can change its experts; None if it cannot.
-
-    Raises:
-        UserError: if there is no such router.
-    """
+    """The reason why later tokens can change a token's experts in evaluation; None if they cannot."""
     if (reason := router_of(config).noncausal) is not None:
         return reason
     if config.dropless:

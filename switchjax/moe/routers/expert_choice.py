@@ -1,4 +1,4 @@
-"""Expert choice: each expert takes the tokens that score highest for it."""
+"""Expert choice: each expert takes the tokens with the highest scores for it."""
 
 from dataclasses import replace
 
@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from switchjax.config import MoEConfig, UserError
+from switchjax.moe.choice import router_logits
 from switchjax.moe.losses import router_z_loss, sum_metrics
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, router_logits
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def check_expert_choice(config: MoEConfig, options: NoOptions) -> None:
-    """Raises a `UserError` for ragged dispatch, whose rows are those of the K experts that each token chose."""
+    """Raises a `UserError` for ragged dispatch, which needs the K experts that each token chose."""
     if config.dispatch == "ragged":
         raise UserError(
             "moe.dispatch=ragged needs a router in which tokens choose: "
@@ -20,10 +21,10 @@ def check_expert_choice(config: MoEConfig, options: NoOptions) -> None:
 
 
 def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
-    """Zhou et al. 2022, section 3: `p = softmax(x W_r)` over experts; each expert takes its C most probable tokens.
+    """`p = softmax(x W_r)` over experts; each expert takes its C most probable tokens (Zhou et al. 2022, section 3).
 
-    C = S c / E, c the capacity factor (2 in the paper): the experts that a token gets on average. Balance is perfect by
-    construction, so load_balance_loss is 1 and has no gradient. A token counts as dropped if no expert takes it.
+    C = S c / E, where the capacity factor c (2 in the paper) is the mean number of experts per token. Balance is always
+    perfect, so load_balance_loss is 1 and has no gradient. A token counts as dropped if no expert takes it.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
@@ -33,7 +34,7 @@ def route_expert_choice(weights: Weights, tokens: Tokens, config: MoEConfig, opt
     filled = value >= 0
     slot_token = jnp.where(filled, slot_token, num_tokens)
     taken = jnp.any(jax.nn.one_hot(slot_token, num_tokens, dtype=bool), axis=(1, 2))
-    # What each expert took, in the place of what tokens chose: it has taken it, so nothing of it is dropped.
+    # Dropped tokens are counted here as if each token made one choice; expert_load counts what experts took.
     metrics = sum_metrics(
         probs, jnp.argmax(probs, axis=-1, keepdims=True), tokens.mask[..., None], jnp.sum(taken, axis=1), tokens.mask
     )

@@ -1,29 +1,20 @@
-"""GShard: two experts a token, the second of them at random."""
+"""GShard: two experts per token, the second one at random."""
 
 import jax
 import jax.numpy as jnp
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    NoOptions,
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-    values_of_chosen,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts, values_of_chosen
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_gshard(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """GShard's top-2 (Lepikhin et al. 2020, algorithm 1).
 
-    Gates g1 and g2 are the two probabilities over their sum. In training the second expert is kept with probability
-    `min(1, 2 g2)`; a choice given up does not count as dropped, and g1 stays as it is. Load balance counts first
-    choices.
+    The gates g1 and g2 are the two probabilities divided by their sum. In training, the second expert is kept with
+    probability `min(1, 2 g2)`; otherwise g1 does not change, and the choice does not count as dropped. The load-balance
+    loss counts first choices only.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Hash layers (Roller et al. 2021): a token's expert follows from its id alone, by a table that never changes."""
+"""Hash layers (Roller et al. 2021): a fixed table gives the expert of each token id."""
 
 import heapq
 import warnings
@@ -23,34 +23,34 @@ class HashOptions:
     """Options of router hash."""
 
     hash_table: Literal["random", "balanced", "clustered"] = "random"
-    """balanced goes by the corpora's token counts, clustered by the embeddings of `init_from`."""
+    """balanced uses the corpora's token counts, clustered the embeddings of `init_from`."""
 
     def __post_init__(self) -> None:
         check_choices("moe.options", self)
 
 
 def hash_router(sizes: RouterSizes, options: HashOptions, key: PRNGKeyArray) -> dict[str, Weight]:
-    """A random table [V]; float32 as all of a model's leaves are, exact for up to 2^24 experts.
+    """A random table [V]; float32 like all parameters of a model, which is exact for up to 2^24 experts.
 
     Raises:
         UserError: if the model has no vocabulary.
     """
     if not sizes.vocab_size:
-        raise UserError("moe.router=hash goes by token ids, but this layer's inputs have no vocabulary")
+        raise UserError("moe.router=hash needs token ids, but this layer's inputs have no vocabulary")
     table = random_table(sizes.vocab_size, sizes.num_experts, key)
     return {"table": Weight(table.astype(jnp.float32), axes=(None,), trained=False)}
 
 
 def route_hash(weights: Weights, tokens: Tokens, config: MoEConfig, options: HashOptions) -> Routing:
-    """Each token to `table[id]`, with weight 1: nothing is trained, so no gate is needed for a gradient.
+    """Sends each token to `table[id]` with gate 1: nothing is trained, so no gate needs a gradient.
 
-    Its probabilities are one-hot, so load_balance_loss, 1 at perfect balance, is a measure here and no loss.
+    Probabilities are one-hot, so load_balance_loss (1 at perfect balance) measures balance but has no gradient.
 
     Raises:
         UserError: if the tokens have no ids.
     """
     if tokens.ids is None:
-        raise UserError("moe.router=hash goes by token ids, but this layer was given none")
+        raise UserError("moe.router=hash needs token ids, but this layer received none")
     expert_index = jnp.take(weights["table"], tokens.ids, axis=0)[..., None].astype(jnp.int32)
     probs = jax.nn.one_hot(expert_index[..., 0], config.num_experts, dtype=jnp.float32)
     return token_choice(
@@ -64,18 +64,15 @@ def route_hash(weights: Weights, tokens: Tokens, config: MoEConfig, options: Has
 
 
 def random_table(vocab_size: int, num_experts: int, key: PRNGKeyArray) -> Int[Array, "V"]:
-    """An expert for each id, drawn uniformly (random hash)."""
+    """An expert for each id, drawn uniformly at random (random hash)."""
     return jax.random.randint(key, (vocab_size,), 0, num_experts)
 
 
 def balanced_table(counts: Int[np.ndarray, "V"], num_experts: int) -> Int[np.ndarray, "V"]:
-    """Ids, most frequent first, each to the expert with the least total so far (balanced assignment).
+    """An expert for each id, given how often ids occur (balanced assignment).
 
-    The experts' totals lie within the largest count of one another. Ids never seen weigh nothing and are dealt in turn.
-
-    Args:
-        counts: how often each id occurs.
-        num_experts: E.
+    Ids go to the expert with the smallest total so far, the most frequent first, so totals differ by at most the
+    largest count. Ids that never occur are dealt to the experts in turn.
     """
     by_count = np.argsort(-counts, kind="stable")
     seen, unseen = np.split(by_count, [np.count_nonzero(counts)])
@@ -90,14 +87,9 @@ def balanced_table(counts: Int[np.ndarray, "V"], num_experts: int) -> Int[np.nda
 
 
 def clustered_table(vectors: Float[np.ndarray, "V D"], num_experts: int, seed: int) -> Int[np.ndarray, "V"]:
-    """Ids whose vectors are alike to the same expert (clustered hash): Lloyd's k-means.
+    """An expert for each id, the same for ids with similar embeddings, by Lloyd's k-means (clustered hash).
 
-    The first centres are ids drawn at random; a cluster that loses all its ids keeps its centre.
-
-    Args:
-        vectors: embeddings of a trained model.
-        num_experts: E, the number of clusters.
-        seed: for the first centres.
+    The first centres are ids drawn at random. A cluster that loses all its ids keeps its centre.
 
     Raises:
         UserError: if there are fewer ids than experts.

@@ -9,9 +9,10 @@ from jaxtyping import Array, PRNGKeyArray
 
 from switchjax.config import MoEConfig, UserError, check_positive
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits
 from switchjax.moe.losses import importance_loss, load_loss
 from switchjax.moe.routers.noisy_top_k import IMPORTANCE, noisy_router, noisy_top_k, zeros
-from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights, router_logits
+from switchjax.moe.routing import Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class HierarchicalOptions:
     """Options of router hierarchical."""
 
     num_expert_groups: int = 1
-    """a, groups that the experts are divided into."""
+    """a, the number of groups that the experts are divided into."""
     num_selected_groups: int = 1
-    """Groups that a token selects; it selects K / num_selected_groups experts in each."""
+    """Number of groups that a token selects; it selects K / num_selected_groups experts in each."""
 
     def __post_init__(self) -> None:
         check_positive("moe.options", dataclasses.asdict(self))
 
 
 def hierarchical_router(sizes: RouterSizes, options: HierarchicalOptions, key: PRNGKeyArray) -> dict[str, Weight]:
-    """As `noisy_router`, and the same for the a groups of experts: "groups" and "groups_noise" [D, a]."""
+    """The weights of `noisy_router`, and "groups" and "groups_noise" [D, a] for the groups of experts."""
     groups = {name: zeros(sizes.d_model, options.num_expert_groups) for name in ("groups", "groups_noise")}
     return noisy_router(sizes, options, key) | groups
 
@@ -56,9 +57,9 @@ def check_hierarchy(config: MoEConfig, options: HierarchicalOptions) -> None:
 def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig, options: HierarchicalOptions) -> Routing:
     """The two-level hierarchy of noisy top-K gates (Shazeer et al. 2017, appendix B).
 
-    A token selects groups, and K / num_selected_groups experts in each; expert j of group i, number `i * b + j`, has
-    the gate `G'_i G_ij`, the product of the two levels'. The largest product comes first. Each level is as
-    `route_noisy_top_k`: one that selects a single group or expert keeps its probability among all.
+    A token selects groups, and K / num_selected_groups experts in each. Expert j of group i, number `i * b + j`, has
+    the gate `G'_i G_ij`, the product of the gates of both levels; the largest product comes first. Each level gates
+    like `route_noisy_top_k`, so a single selected group or expert keeps its probability among all.
     """
     num_groups, selected_groups = options.num_expert_groups, options.num_selected_groups
     flat = (*tokens.mask.shape, config.num_experts)
@@ -67,7 +68,7 @@ def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig, opti
     group = noisy_top_k(
         group_level(tokens), dataclasses.replace(config, num_selected_experts=selected_groups), group_logits, group_std
     )
-    # A row for each token and group: each group gates its experts by itself.
+    # One row for each token and group, because each group gates its experts by itself.
     rows = (flat[0], flat[1] * num_groups, nested[-1])
     logits, std = (router_logits(tokens.x, weights[name]).reshape(rows) for name in ("logits", "noise"))
     expert = noisy_top_k(
@@ -81,7 +82,7 @@ def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig, opti
         return (of_groups[..., None] * of_experts.reshape(nested)).reshape(flat)
 
     gates, chosen = product(group.gates, expert.gates), product(group.chosen, expert.chosen)
-    # Load_ij = Load'_i Load_i(X_i)_j / |X_i|, X_i the tokens that go to group i, as a sum over these.
+    # Load_ij = Load'_i Load_i(X_i)_j / |X_i|, where X_i are the tokens sent to group i: a sum over these tokens.
     sent = group.chosen & tokens.mask[..., None]
     group_load = jnp.sum(group.load_probability, axis=1, keepdims=True, where=tokens.mask[..., None])
     share = group_load / jnp.maximum(jnp.sum(sent, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
@@ -101,7 +102,7 @@ def route_hierarchical(weights: Weights, tokens: Tokens, config: MoEConfig, opti
 
 
 def group_level(tokens: Tokens) -> Tokens:
-    """The tokens as the first level of a hierarchy sees them: with keys of its own."""
+    """The tokens with other keys, for the noise of the first level."""
     return dataclasses.replace(tokens, keys=tokens.random("group level", lambda key: key) if tokens.training else None)
 
 

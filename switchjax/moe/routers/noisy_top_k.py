@@ -1,4 +1,4 @@
-"""Noisy top-K: token choice under Gaussian noise, balanced by importance and by an estimate of load with a gradient."""
+"""Noisy top-K: token choice under Gaussian noise, balanced by importance and by a differentiable estimate of load."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,44 +9,32 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import is_chosen, normalize_over_chosen, router_logits, select_experts
 from switchjax.moe.losses import importance_loss, load_loss
-from switchjax.moe.routing import (
-    BALANCE,
-    NoOptions,
-    Router,
-    RouterSizes,
-    Routing,
-    Tokens,
-    Weight,
-    Weights,
-    is_chosen,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-)
+from switchjax.moe.routing import BALANCE, NoOptions, Router, RouterSizes, Routing, Tokens, Weight, Weights
 
 MIN_NOISE = 1e-2
-"""The least standard deviation of trained noise, as in the released code: the load estimate divides by it."""
+"""Smallest standard deviation of the trained noise, as in the released code: the load estimate divides by it."""
 
 
 def noisy_router(sizes: RouterSizes, options: Any, key: PRNGKeyArray) -> dict[str, Weight]:
-    """W_g and W_noise [D, E], both 0 at first: noise alone spreads the tokens (Shazeer et al. 2017, appendix A)."""
+    """W_g and W_noise [D, E], both 0, so that only noise spreads tokens at first (Shazeer et al. 2017, appendix A)."""
     return {name: zeros(sizes.d_model, sizes.num_experts) for name in ("logits", "noise")}
 
 
 def zeros(rows: int, columns: int) -> Weight:
-    """Weights that start at 0."""
+    """A weight [rows, columns] that starts at 0."""
     return Weight(jnp.zeros((rows, columns), jnp.float32), ("embed", None))
 
 
 def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """The sparsely-gated layer's noisy top-K gating (Shazeer et al. 2017, eq. 3-11).
 
-    `H = x W_g + N(0, 1) softplus(x W_noise)`, without the noise in evaluation; gates are the softmax over the K
-    highest of H. A single expert's gate is its probability among all E: over the one kept it would be 1, and without
-    gradient. With weights of 0, as at first, all H are equal in evaluation and the first experts are taken.
+    `H = x W_g + N(0, 1) softplus(x W_noise)`, without the noise in evaluation; gates are the softmax over the K highest
+    of H. For K = 1 the gate is the probability among all E: a softmax over one expert is 1 and has no gradient. With
+    the initial weights of 0, all H are equal in evaluation, which selects the first experts.
 
-    `moe.sample_experts` draws on top of the noise, of which alone the load loss knows.
+    `moe.sample_experts` draws after this noise is added; the load loss does not account for that draw.
     """
     clean, raw_std = router_logits(tokens.x, weights["logits"]), router_logits(tokens.x, weights["noise"])
     choice = noisy_top_k(tokens, config, clean, raw_std)
@@ -67,22 +55,22 @@ def route_noisy_top_k(weights: Weights, tokens: Tokens, config: MoEConfig, optio
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoisyTopK:
-    """One level's gating."""
+    """The gating of one level."""
 
     probs: Float[Array, "G S E"]
     """softmax(H)."""
     gates: Float[Array, "G S E"]
-    """Softmax over the kept K, for these; for the others what it would take to add them."""
+    """The softmax over the K selected experts; for other experts, their probability on the same scale."""
     expert_index: Int[Array, "G S K"]
     chosen: Bool[Array, "G S E"]
     load_probability: Float[Array, "G S E"]
-    """P(x, i) of eq. 8; in evaluation, where nothing is random, 1 for the chosen."""
+    """P(x, i) of eq. 8; in evaluation, where nothing is random, 1 for the chosen experts."""
 
 
 def noisy_top_k(
     tokens: Tokens, config: MoEConfig, clean: Float[Array, "G S E"], raw_std: Float[Array, "G S E"]
 ) -> NoisyTopK:
-    """Noisy top-K gating of `clean` under noise of standard deviation `softplus(raw_std)`."""
+    """Noisy top-K gating of the logits `clean` under noise of standard deviation `softplus(raw_std)`."""
     std = jnp.maximum(jax.nn.softplus(raw_std), MIN_NOISE)
     noisy = add_noise(tokens, clean, std)
     expert_index = select_experts(tokens, config, noisy)
@@ -107,9 +95,9 @@ def add_noise(tokens: Tokens, clean: Float[Array, "G S E"], std: Float[Array, "G
 def load_probability(
     clean: Float[Array, "*T E"], std: Float[Array, "*T E"], noisy: Float[Array, "*T E"], k: int
 ) -> Float[Array, "*T E"]:
-    """P(x, i) that expert i is among the k highest if its own noise alone is drawn anew (Shazeer et al. 2017, eq. 8-9).
+    """`Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)` (Shazeer et al. 2017, eq. 8-9); 1 if k = E.
 
-    `Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)`; 1 where k = E.
+    The probability that expert i is among the k highest if only its own noise is drawn again.
     """
     if k == clean.shape[-1]:
         return jnp.ones_like(clean)
@@ -117,15 +105,16 @@ def load_probability(
 
 
 def kth_excluding(values: Float[Array, "*T E"], k: int) -> Float[Array, "*T E"]:
-    """For each i the k-th highest of the values other than `values[i]`; k < E."""
+    """For each i, the k-th highest of all values except `values[i]`; k < E."""
     top = highest(values, k + 1)
     kth, after = top[..., k - 1 : k], top[..., k:]
-    # Without one of the k highest, the (k + 1)-th moves up; equals make no difference.
+    # If i is one of the k highest, the (k + 1)-th moves up; among equal values, both are the same.
     return jnp.where(values > after, after, kth)
 
 
 def highest(values: Float[Array, "*T E"], k: int) -> Float[Array, "*T k"]:
-    """The k highest values in order, by masked sums: the derivative of a gather would be a scatter."""
+    """The k highest values, highest first."""
+    # Masked sums and not a gather, whose derivative would be a scatter.
     index = jax.lax.top_k(jax.lax.stop_gradient(values), k)[1]
     return jnp.sum(values[..., None, :], axis=-1, where=jax.nn.one_hot(index, values.shape[-1], dtype=bool))
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits, select_experts, values_of_chosen
 from switchjax.moe.routing import (
     BALANCE,
     NoOptions,
@@ -20,9 +21,6 @@ from switchjax.moe.routing import (
     Weight,
     Weights,
     linear_router,
-    router_logits,
-    select_experts,
-    values_of_chosen,
 )
 
 
@@ -33,14 +31,13 @@ def reinforced_router(sizes: RouterSizes, options: Any, key: PRNGKeyArray) -> di
 
 
 def route_reinforced(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
-    """In training an expert `a ~ pi(. | x) = softmax(x W_r)`, in evaluation the most probable.
+    """In training, a random expert `a ~ pi(. | x) = softmax(x W_r)`; in evaluation, the most probable one.
 
-    `policy_loss` takes `log_policy = log pi(a | x)` and `baseline = x . w_b`, the reward that the token can expect; the
-    baseline watches the tokens and has no say in what they become. Entropy is rewarded by `policy_entropy_loss`, the
-    sum of its negative.
+    `policy_loss` uses `log_policy = log pi(a | x)` and `baseline = x . w_b`, an estimate of the token's reward, whose
+    gradient stops at x. `policy_entropy_loss` is the negative entropy, so it rewards entropy.
 
-    The gate is the probability of the chosen expert, as in Switch. That is our choice: the router keeps the language
-    model's gradient, of little variance, beside the policy's.
+    The gate is the probability of the chosen expert, as in Switch. This is our choice: besides the policy's gradient,
+    the router then has that of the language model, which varies less.
     """
     logits = router_logits(tokens.x, weights["logits"])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -67,13 +64,9 @@ def policy_loss(
 ) -> dict[str, Float[Array, "N"]]:
     """REINFORCE (Williams 1992): `sum over tokens of -(R - b) log pi(a|x) + (R - b)^2 / 2`, for each of N layers.
 
-    R - b is a constant in the first term, whose gradient is an unbiased estimate of that of `-E[R]`, whatever the
-    baseline; the second makes the baseline the expected reward.
-
-    Args:
-        values: `log_policy` and `baseline`.
-        reward: R, the log-probability of the token's target.
-        mask: False for padding.
+    R is `reward`, the log-probability of the token's target, and b the baseline. R - b is constant in the first term,
+    whose gradient is an unbiased estimate of the gradient of `-E[R]` for any baseline. The second term moves the
+    baseline towards the expected reward.
     """
     advantage = jax.lax.stop_gradient(reward)[None] - values["baseline"]
     loss = -jax.lax.stop_gradient(advantage) * values["log_policy"] + jnp.square(advantage) / 2

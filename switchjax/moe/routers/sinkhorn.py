@@ -1,4 +1,4 @@
-"""Sinkhorn: choices balanced in training by a transport plan, so that no balance loss is needed."""
+"""Sinkhorn: a transport plan balances the choices in training, so that no balance loss is needed."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from switchjax.config import MoEConfig, check_positive
 from switchjax.moe.assignment import sinkhorn
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import Router, Routing, Tokens, Weights, router_logits, select_experts
+from switchjax.moe.choice import router_logits, select_experts
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class SinkhornOptions:
 def route_sinkhorn(weights: Weights, tokens: Tokens, config: MoEConfig, options: SinkhornOptions) -> Routing:
     """S-BASE (Clark et al. 2022, section 3.1): `y = p_e(x) E_e(x)`, `p = softmax(x W_r)`.
 
-    In training, e is the expert to which the balanced transport plan of the logits sends most of the token: nearly as
-    many tokens each. In evaluation it is the most probable one.
+    In training, e is the expert with the largest part of the token in the balanced transport plan of the logits, so
+    experts get nearly equally many tokens. In evaluation, e is the most probable expert.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)

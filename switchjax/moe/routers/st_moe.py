@@ -1,4 +1,4 @@
-"""ST-MoE: two experts a token, the second of them above a threshold."""
+"""ST-MoE: two experts per token, the second one only above a threshold."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,8 @@ import jax.numpy as jnp
 
 from switchjax.config import MoEConfig, check_fraction
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-    values_of_chosen,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts, values_of_chosen
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class STMoEOptions:
 def route_st_moe(weights: Weights, tokens: Tokens, config: MoEConfig, options: STMoEOptions) -> Routing:
     """ST-MoE's top-2 (Zoph et al. 2022): GShard's gates, the second expert only if its gate exceeds a threshold.
 
-    The threshold holds in training and in evaluation. The router is to be trained with the router z-loss.
+    The threshold applies in training and in evaluation. The paper trains this router with the router z-loss.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)

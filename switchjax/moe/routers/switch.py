@@ -1,16 +1,17 @@
-"""Switch: each token goes to the one expert of the highest probability."""
+"""Switch: each token goes to the one expert with the highest probability."""
 
 import jax
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, router_logits, select_experts
+from switchjax.moe.choice import router_logits, select_experts
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_switch(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """Switch Transformer's top-1 routing (section 2.1): `y = p_e(x) E_e(x)`, e the argmax of `p = softmax(x W_r)`.
 
-    The gate multiplies although there is one expert only: through it the router gets the language model's gradient.
+    Through the gate, the router receives the gradient of the language model's loss.
     """
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Top-K: each token goes to the K experts of the highest probability."""
+"""Top-K: each token goes to the K experts with the highest probability."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,8 @@ import jax
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
-from switchjax.moe.routing import (
-    Router,
-    Routing,
-    Tokens,
-    Weights,
-    normalize_over_chosen,
-    router_logits,
-    select_experts,
-)
+from switchjax.moe.choice import normalize_over_chosen, router_logits, select_experts
+from switchjax.moe.routing import Router, Routing, Tokens, Weights
 
 
 @dataclass(frozen=True)
@@ -26,10 +19,10 @@ class TopKOptions:
 
 
 def route_top_k(weights: Weights, tokens: Tokens, config: MoEConfig, options: TopKOptions) -> Routing:
-    """The K most probable experts; gates are their probabilities, over their sum with `normalize_gates`.
+    """Selects the K most probable experts; gates are their probabilities, divided by their sum if `normalize_gates`.
 
-    Normalised, this is the softmax over the K chosen logits alone (Mixtral); otherwise it is the softmax before the
-    choice. A single expert's gate is its probability either way: over its sum it would be 1, and without gradient.
+    Normalised gates equal the softmax over the K chosen logits (Mixtral). For K = 1 the gate is never normalised: it
+    would be 1 and have no gradient.
     """
     logits = router_logits(tokens.x, weights["logits"])
     gates = probs = jax.nn.softmax(logits, axis=-1)

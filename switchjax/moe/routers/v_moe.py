@@ -1,21 +1,22 @@
-"""V-MoE: the K highest probabilities under noise of a fixed size, as gates that are not normalised."""
+"""V-MoE: gates are the K highest probabilities under noise of a fixed size, without normalisation."""
 
 import jax
 import jax.numpy as jnp
 
 from switchjax.config import MoEConfig
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import is_chosen, router_logits, select_experts
 from switchjax.moe.losses import importance_loss, load_loss
 from switchjax.moe.routers.noisy_top_k import IMPORTANCE, add_noise, highest
-from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights, is_chosen, router_logits, select_experts
+from switchjax.moe.routing import NoOptions, Router, Routing, Tokens, Weights
 
 
 def route_v_moe(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
     """V-MoE's routing (Riquelme et al. 2021, section 2.1 and appendix A).
 
-    Noise of standard deviation 1 / E on the logits in training; gates are the K highest of all E probabilities, never
-    renormalised. Importance sums the probabilities without noise, of all experts. The threshold of the load is the
-    K-th highest noisy logit, an expert's own included, as released.
+    In training, the logits get noise of standard deviation 1 / E. Gates are the K highest of all E probabilities, never
+    renormalised. Importance sums the probabilities of all experts without noise. The threshold of the load is the K-th
+    highest noisy logit, which may be the expert's own, as in the released code.
     """
     clean, std = router_logits(tokens.x, weights["logits"]), 1 / config.num_experts
     noisy = add_noise(tokens, clean, jnp.full_like(clean, std))

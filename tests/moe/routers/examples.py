@@ -1,4 +1,4 @@
-"""Running a router by its name on random tokens."""
+"""Runs a router by its name on random tokens."""
 
 import dataclasses
 from functools import cache
@@ -17,14 +17,14 @@ VOCAB = 32
 
 
 def router_config(name: str, **changes: Any) -> MoEConfig:
-    """A config that the router accepts: K = 2 where it may choose, 4 experts unless told."""
+    """A config that the router accepts: K = 2 if allowed, by default 4 experts."""
     known = ROUTERS[name].selected
     selected = 2 if known is None else known[0]
     return MoEConfig(**({"router": name, "num_experts": 4, "num_selected_experts": selected} | changes))
 
 
 def random_weights(config: MoEConfig, seed: int = 0) -> dict[str, jax.Array]:
-    """The router's weights, those that are trained drawn anew so that none is 0."""
+    """The router's weights; trained ones are drawn again at random, so that none is 0."""
     sizes = RouterSizes(D, config.num_experts, VOCAB)
     weights = ROUTERS[config.router].weights(sizes, router_options(config), jax.random.key(seed))
     rng = np.random.default_rng(seed)
@@ -56,18 +56,18 @@ def compiled(config: MoEConfig) -> Any:
 
 
 def route(config: MoEConfig, tokens: Tokens, weights: dict[str, jax.Array] | None = None) -> Routing:
-    """Routes `tokens` with random weights unless told."""
+    """Routes `tokens`, by default with random weights."""
     return compiled(config)(random_weights(config) if weights is None else weights, tokens)
 
 
 def chosen_experts(routing: Routing) -> np.ndarray:
-    """The expert of each choice [G, S, K]; E where it found no slot."""
+    """The expert of each choice [G, S, K]; E for a choice without a slot."""
     assert routing.token_slot is not None
     return np.asarray(routing.token_slot) // routing.slot_token.shape[2]
 
 
 def token_gates(routing: Routing) -> np.ndarray:
-    """Each token's weight for each expert [G, S, E], 0 where it has no slot there."""
+    """Each token's weight for each expert [G, S, E]; 0 if the token has no slot there."""
     groups, experts, capacity = routing.slot_token.shape
     gates = np.zeros((groups, routing.num_tokens + 1, experts), np.float32)
     slot_token, slot_gate = np.asarray(routing.slot_token), np.asarray(routing.slot_gate)
@@ -94,7 +94,7 @@ def probabilities(config: MoEConfig, tokens: Tokens) -> np.ndarray:
 
 
 def best(scores: np.ndarray, selected: int) -> np.ndarray:
-    """The experts of the highest scores, best first."""
+    """The experts with the highest scores, best first."""
     return np.argsort(-scores, axis=-1, kind="stable")[..., :selected]
 
 

@@ -27,7 +27,7 @@ def project(tokens: Tokens, weight: jax.Array) -> np.ndarray:
 
 
 def drawn(tokens: Tokens, shape: tuple[int, ...]) -> np.ndarray:
-    """The N(0, 1) that the router draws [G, *shape]; 0 in evaluation."""
+    """The N(0, 1) noise that the router draws [G, *shape]; 0 in evaluation."""
     zeros = jnp.zeros((tokens.mask.shape[0], *shape))
     return np.asarray(add_noise(tokens, zeros, jnp.ones_like(zeros)), np.float64)
 
@@ -35,7 +35,7 @@ def drawn(tokens: Tokens, shape: tuple[int, ...]) -> np.ndarray:
 def gate_one_token(
     clean: np.ndarray, std: np.ndarray, noise: np.ndarray, k: int
 ) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Gates [E], the chosen from the best on, and P(x, i) [E]; in evaluation (no noise) 1 for the chosen."""
+    """Gates [E], the chosen experts best first, and P(x, i) [E], in evaluation (no noise) 1 for the chosen."""
     noisy = clean + std * noise
     best = [int(i) for i in np.argsort(-noisy, kind="stable")[:k]]
     gates, probability = np.zeros(len(clean)), np.zeros(len(clean))

@@ -72,7 +72,7 @@ def test_in_evaluation_each_token_goes_to_its_best_expert_as_far_as_capacity_rea
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_only_gradient_to_the_embeddings_is_through_the_sigmoid(training: bool) -> None:
-    """Of `sum_s c_s sigmoid(x_s . w_e)` it is `sum_s c_s g_s (1 - g_s) x_s` over e's tokens; losses add none."""
+    """The gradient of `sum_s c_s sigmoid(x_s . w_e)` is `sum_s c_s g_s (1 - g_s) x_s` over e's tokens; losses add 0."""
     config, tokens = router_config("base"), random_tokens(training=training)
     coefficient = np.sin(np.arange(32.0)).reshape(2, 16)
 

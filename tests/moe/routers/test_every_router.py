@@ -1,4 +1,4 @@
-"""What holds for every router, also for one from outside the package."""
+"""Properties of every router, including one from outside the package."""
 
 import dataclasses
 from contextlib import closing
@@ -18,6 +18,7 @@ from switchjax.config import Config, MoEConfig, UserError
 from switchjax.models.families import build
 from switchjax.models.parameters import count_trained
 from switchjax.moe.capacity import token_choice
+from switchjax.moe.choice import router_logits, select_experts
 from switchjax.moe.layer import MoELayer
 from switchjax.moe.losses import count_choices
 from switchjax.moe.routers import ROUTERS, check_router, loss_weights, noncausal_because, router_options
@@ -31,8 +32,6 @@ from switchjax.moe.routing import (
     Weight,
     Weights,
     linear_router,
-    router_logits,
-    select_experts,
 )
 from switchjax.planning.plan import plan_step
 from switchjax.training.checkpoint import Checkpoints
@@ -231,7 +230,7 @@ WITH_OPTIONS = [(name, field.name) for name, router in ROUTERS.items() for field
 
 
 def refused(config: MoEConfig) -> str:
-    """The one line with which all that ask a router refuse the section: its check, and a layer."""
+    """The one message with which both the router's check and a layer refuse the section."""
     with pytest.raises(UserError) as of_check:
         check_router(config)
     with pytest.raises(UserError) as of_layer:
@@ -277,7 +276,6 @@ def test_an_option_of_another_router_is_refused(name: str) -> None:
         ("sigmoid", "bias_update_rate", 0.0),
         ("base", "auction_rounds", 0),
         ("sinkhorn", "sinkhorn_iterations", 0),
-        ("hash", "hash_table", "balance"),
     ],
 )
 def test_an_option_out_of_range_is_refused(name: str, option: str, value: object) -> None:
@@ -326,7 +324,7 @@ def test_a_router_that_does_not_exist_is_refused_with_the_one_that_was_meant() -
 
 
 def route_by_first_feature(weights: Weights, tokens: Tokens, config: MoEConfig, options: NoOptions) -> Routing:
-    """A router of one's own: the expert of the highest logit among two."""
+    """A router from outside the package: the expert with the highest of two logits."""
     logits = router_logits(tokens.x, weights["logits"])
     probs = jax.nn.softmax(logits, axis=-1)
     index = (logits[..., 1:2] > logits[..., :1]).astype(jnp.int32)

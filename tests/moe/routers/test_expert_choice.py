@@ -1,4 +1,4 @@
-"""Expert choice: each expert its best tokens, balance by construction."""
+"""Expert choice: each expert takes its best tokens, and balance is perfect by construction."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_balance_is_perfect_and_a_token_no_expert_takes_is_dropped() -> None:
 
 
 def test_a_later_token_can_take_the_place_of_an_earlier_one() -> None:
-    """Why a decoder refuses it."""
+    """This is the reason why a decoder refuses the router."""
     tokens = random_tokens(groups=1, capacity=2)
     weights = random_weights(CONFIG)
     other = tokens.x.at[0, -1].set(10 * weights["logits"][:, 0])

@@ -1,4 +1,4 @@
-"""Hash routing: the expert is the table's; tables that are random, balanced or clustered."""
+"""Hash routing: the table gives the expert; tables are random, balanced or clustered."""
 
 import dataclasses
 from collections import Counter

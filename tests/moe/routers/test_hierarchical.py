@@ -117,7 +117,7 @@ def test_a_single_group_is_the_flat_noisy_top_k(k: int, training: bool) -> None:
 
 
 def test_a_choice_sent_on_has_the_product_of_the_last_experts_gates() -> None:
-    """Gates of experts that were not kept are not 0, so a token sent on is not lost."""
+    """Gates of experts that were not selected are not 0, so a token that goes to its next best expert is not lost."""
     routing = route(hierarchy(no_token_left_behind=2), random_tokens(capacity=6))
     assert np.all(np.asarray(routing.slot_gate)[np.asarray(routing.slot_token) < 16] > 0)
     before = route(hierarchy(), random_tokens(capacity=6))

@@ -51,7 +51,7 @@ def test_kth_excluding_is_differentiated_through_the_values_that_it_returns() ->
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_load_probability_is_how_often_an_expert_is_chosen_when_its_own_noise_is_drawn_anew(k: int) -> None:
+def test_load_probability_is_how_often_an_expert_is_chosen_when_its_own_noise_is_drawn_again(k: int) -> None:
     rng = np.random.default_rng(1)
     experts, draws = 5, 20_000
     clean, std = rng.normal(size=experts), rng.uniform(0.3, 1.5, size=experts)
@@ -77,7 +77,7 @@ def test_load_probability_is_certain_where_all_experts_are_chosen() -> None:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_load_estimate_of_a_token_is_unbiased_over_its_noise(k: int) -> None:
-    """Its mean over many draws of all the noise is how often the router chooses the expert."""
+    """Its mean over many draws of the noise is the frequency with which the router chooses the expert."""
     copies, config = 4000, router_config("noisy_top_k", num_selected_experts=k)
     rng = np.random.default_rng(2)
     clean, raw = (jnp.asarray(np.tile(rng.normal(size=4), (copies, 1, 1)), jnp.float32) for _ in range(2))

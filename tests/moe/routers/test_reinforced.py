@@ -111,7 +111,7 @@ def test_the_gradient_of_a_bandit_of_two_arms_is_unbiased() -> None:
 
 
 def random_inputs(layers: int = 2) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Values of tokens, their reward and their mask."""
+    """The values, rewards and mask of tokens."""
     rng = np.random.default_rng(0)
     shapes = {"log_policy": (layers, 3, 5), "baseline": (layers, 3, 5), "reward": (3, 5)}
     values = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}

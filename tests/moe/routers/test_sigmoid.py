@@ -30,7 +30,7 @@ BIAS = jnp.array([0.3, -0.5, 0.1, 0.2])
 
 
 def sigmoids(config: MoEConfig, tokens: Tokens) -> np.ndarray:
-    """In float64."""
+    """The logistic function in float64."""
     return 1 / (1 + np.exp(-logits_of(config, tokens)))
 
 
@@ -70,7 +70,7 @@ def test_probabilities_are_the_scores_over_their_sum() -> None:
 
 
 def loads(config: MoEConfig, tokens: Tokens) -> np.ndarray:
-    """The choices of two experts a token that fall on each expert, group by group [G, E], by hand."""
+    """The number of choices (two per token) that fall on each expert, group by group [G, E], by hand."""
     chosen = best(sigmoids(config, tokens) + np.asarray(BIAS), 2)
     return np.array([np.bincount(c[real].ravel(), minlength=4) for c, real in zip(chosen, tokens.mask, strict=True)])
 

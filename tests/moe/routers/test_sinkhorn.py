@@ -52,7 +52,7 @@ def test_in_evaluation_it_is_switch() -> None:
 
 
 def test_the_gradient_to_the_router_is_that_of_the_gates_alone() -> None:
-    """`d p_e = p_e (1[e = j] - p_j)`, whatever made the choice."""
+    """`d p_e = p_e (1[e = j] - p_j)`, however e was chosen."""
     config, tokens = router_config("sinkhorn"), random_tokens(training=True)
 
     def total(weights: Weights) -> jax.Array:

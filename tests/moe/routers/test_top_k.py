@@ -1,4 +1,4 @@
-"""Top-K against the rule by hand, with gates normalised and not."""
+"""Top-K against the rule by hand, with and without normalised gates."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What routers share: the choice of experts, noise keyed by group."""
+"""The parts that routers share: the choice of experts, noise keyed by group."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchjax.moe.routing import Tokens, is_chosen, jitter, normalize_over_chosen, select_experts, values_of_chosen
+from switchjax.moe.choice import is_chosen, jitter, normalize_over_chosen, select_experts, values_of_chosen
+from switchjax.moe.routing import Tokens
 from tests.moe.routers.examples import best, random_tokens, router_config
 
 
