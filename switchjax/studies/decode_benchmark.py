@@ -29,15 +29,15 @@ from switchjax.studies.report import Row, number, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 ROWS = (1, 8, 16)
-"""Texts that are written at a time."""
+"""Batch sizes."""
 PROMPT_TOKENS = 32
-"""Length of a decoder's prompt, or of what an encoder reads."""
+"""Length of a decoder's prompt, or of an encoder's input."""
 _CONFIGS = ["configs/families.py:glam-dense", "configs/families.py:glam", "configs/quickstart.py:switch"]
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """Median speeds of greedy decoding of one model."""
+    """Median speeds of greedy decoding with one model."""
 
     model: Annotated[str, text("model")]
     rows: Annotated[int, number("rows")]
@@ -58,7 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
-    """Times each model that the flags name, with each of `ROWS`."""
+    """Times each model of the flags with each batch size."""
     if flags.huggingface:
         from switchjax.studies.beside_transformers import measure_decoding
 
@@ -73,36 +73,28 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     for name, make in models.items():
         model = make()
         for rows in ROWS:
-            seconds = time_decoding(model, rows, flags.new_tokens, flags.repeats)
-            yield DecodeRow(
-                model=name,
-                rows=rows,
-                cached_tokens_per_second=rows * flags.new_tokens / statistics.median(seconds["cached"]),
-                uncached_tokens_per_second=rows * flags.new_tokens / statistics.median(seconds["uncached"]),
-                speedup=Ratio.of(seconds["uncached"], seconds["cached"]),
-                time_over_products=Ratio.of(seconds["cached"], seconds["matmuls"]),
-                new_tokens=flags.new_tokens,
-            )
+            yield _time_decoding(name, model, rows, flags.new_tokens, flags.repeats)
 
 
-def time_decoding(model: TextModel, rows: int, new_tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of greedy decoding in each round: `cached`, `uncached`, and `matmuls`, the products of its steps alone.
-
-    No row stops before it has all its tokens.
-    """
+def _time_decoding(name: str, model: TextModel, rows: int, new_tokens: int, repeats: int) -> DecodeRow:
     num_ids = model.config.vocab_size
     batch = make_prompts(isinstance(model, EncoderDecoder), rows, num_ids)
     decoding = DecodingConfig(max_new_tokens=new_tokens)
     programs = {
+        # No token has the id -1, so every row gets all its tokens.
         "cached": lambda: generate(model, batch, decoding, num_ids, eos=-1),
         "uncached": lambda: decode_uncached(model, batch, new_tokens, num_ids),
         "matmuls": matmuls_alone(matmuls(partial(_one_token, new_tokens=new_tokens), model, batch), new_tokens),
     }
-    return interleaved_seconds(programs, repeats)
+    seconds = interleaved_seconds(programs, repeats)
+    cached, uncached = (rows * new_tokens / statistics.median(seconds[way]) for way in ("cached", "uncached"))
+    speedup = Ratio.of(seconds["uncached"], seconds["cached"])
+    time_over_products = Ratio.of(seconds["cached"], seconds["matmuls"])
+    return DecodeRow(name, rows, cached, uncached, speedup, time_over_products, new_tokens)
 
 
 def _one_token(model: TextModel, batch: Batch, new_tokens: int) -> tuple[Array, Cache]:
-    """One step of decoding after the prompt, without the products that read the prompt."""
+    """One decoding step after the prompt; the prompt itself is not read."""
     cache = jax.eval_shape(lambda: model.start(batch, batch["decoder_inputs"].shape[1] + new_tokens))
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
     ones = jnp.ones((batch["decoder_inputs"].shape[0], 1), jnp.int32)
@@ -110,30 +102,25 @@ def _one_token(model: TextModel, batch: Batch, new_tokens: int) -> tuple[Array, 
 
 
 def make_prompts(encoded: bool, rows: int, num_ids: int) -> Batch:
-    """Random texts of `PROMPT_TOKENS` tokens: for an encoder, or else for a decoder to continue."""
+    """Random texts of `PROMPT_TOKENS` tokens: input of an encoder if `encoded`, otherwise prompts of a decoder."""
     tokens = jax.random.randint(jax.random.key(0), (rows, PROMPT_TOKENS), 3, num_ids)
     if not encoded:
         return {"decoder_inputs": tokens.at[:, 0].set(PAD), "decoder_segments": jnp.ones_like(tokens)}
-    start = jnp.full((rows, 1), PAD)
-    ones = jnp.ones_like(tokens)
+    start, ones = jnp.full((rows, 1), PAD), jnp.ones_like(tokens)
     return {"encoder_tokens": tokens, "encoder_segments": ones, "decoder_inputs": start, "decoder_segments": start + 1}
 
 
 @partial(jax.jit, static_argnames=("new_tokens", "num_ids"))
 def decode_uncached(model: TextModel, batch: Batch, new_tokens: int, num_ids: int) -> Int[Array, "B T"]:
-    """Greedy decoding by a forward pass over the whole row for each token (an encoder runs once)."""
+    """Decodes greedily with a forward pass over the whole row for each token; an encoder runs once."""
     first = batch["decoder_inputs"].shape[1]
     inputs = jnp.pad(batch["decoder_inputs"], ((0, 0), (0, new_tokens)))
-    encoded = (
-        model.encode(batch["encoder_tokens"], batch["encoder_segments"], None)[0]
-        if isinstance(model, EncoderDecoder)
-        else None
-    )
+    if isinstance(model, EncoderDecoder):
+        encoded, _ = model.encode(batch["encoder_tokens"], batch["encoder_segments"], None)
 
     def write_next(position: Array, inputs: Array) -> Array:
         written = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None] < position, inputs.shape).astype(jnp.int32)
         if isinstance(model, EncoderDecoder):
-            assert encoded is not None
             logits, _ = model.decode(encoded, batch["encoder_segments"], inputs, written, None)
         else:
             logits, _ = model({"decoder_inputs": inputs, "decoder_segments": written}, None)

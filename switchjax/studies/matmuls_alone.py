@@ -1,4 +1,4 @@
-"""The matrix products of a program as a program of their own: what it would take if nothing else did."""
+"""A program that computes only the matrix products of another: the least time that the other can take."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,10 @@ from switchjax.accounting.matmuls import Matmul
 
 
 def matmuls_alone(found: list[Matmul], repeats: int) -> Callable[[], Float[Array, ""]]:
-    """Multiplies arrays of their shapes, `repeats` times over; each of the times of a product has arrays of its own."""
+    """A function that computes all products `repeats` times, on arrays of their shapes.
+
+    A product in a loop has different arrays in each turn, as in the original program.
+    """
     operands = [
         tuple(jnp.ones((matmul.times, *side.shape), side.dtype) for side in (matmul.left, matmul.right))
         for matmul in found
@@ -33,8 +36,8 @@ def _multiply(
     matmul: Matmul, carry: Float[Array, ""], sides: tuple[Array, Array]
 ) -> tuple[Float[Array, ""], Float[Array, "0"]]:
     left, right = sides
-    left = left * carry.astype(left.dtype)  # so that no product is done once for all
+    left = left * carry.astype(left.dtype)  # otherwise XLA computes each product only once
     y = jax.lax.dot_general(left, right, matmul.dimension_numbers, preferred_element_type=matmul.result)
-    # One entry of it, and not a sum, which would take time of its own; the barrier keeps the others.
+    # One entry, as a sum would take time of its own. The barrier stops XLA from computing only that entry.
     first = jax.lax.optimization_barrier(y)[(0,) * y.ndim]
     return carry + 0 * first.astype(jnp.float32), jnp.zeros(0)

@@ -43,13 +43,13 @@ DENSE = Config(
     moe=MoEConfig(train_capacity_factor=1.25, group_size=2048),
     data=DataConfig(batch_size=16, encoder_length=512, decoder_length=128),
 )
-"""A T5 of the proportions of T5-Base, small enough for two cores. A Switch Transformer has an MoE layer in the place of
-every other feed-forward network, and as many FLOPs a token."""
+"""A T5 with the proportions of T5-Base, small enough for two cores. A Switch Transformer replaces every other
+feed-forward network with an MoE layer and has as many FLOPs a token."""
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A train step; its speed is set beside that of the case `beside`."""
+    """A train step, and the name of the case that its speed is compared with."""
 
     name: str
     config: Config
@@ -60,14 +60,14 @@ class StepCase:
 
 @dataclass(frozen=True)
 class StepRow:
-    """The median speed of a train step."""
+    """Median speed of a train step."""
 
     name: Annotated[str, text("train step")]
     parameters: Annotated[int, number("parameters", "{:,}".format)]
     milliseconds: Annotated[float, number("ms", "{:.0f}".format)]
     tokens_per_second: Annotated[float, number("tokens/s", "{:,.0f}".format)]
     mfu: Annotated[float | None, number("MFU", "{:.3f}".format)]
-    """Model FLOPs utilisation; None where the peak of the devices is not known."""
+    """Model FLOPs utilisation; None if the peak of the devices is unknown."""
     beside: Annotated[str | None, text("its tokens/s over those of")]
     ratio: Annotated[Ratio | None, number("")]
     aim: Annotated[float | None, number("aim")]
@@ -84,7 +84,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
-    """Times the cases of the config that the flags name, or small models beside transformers' own."""
+    """Times the cases of the flags' config, or small models beside transformers' own."""
     if flags.huggingface:
         from switchjax.studies.beside_transformers import measure_training
 
@@ -102,7 +102,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
 
 
 def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | None) -> StepRow:
-    """Makes the row of a case from the seconds of every case's steps, by name, and the FLOP/s of a device if known."""
+    """Makes the row of a case from all cases' seconds, by name, and from a device's peak FLOP/s if it is known."""
     config, median = case.config, statistics.median(seconds[case.name])
     return StepRow(
         name=case.name,
@@ -117,10 +117,7 @@ def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | N
 
 
 def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, two models with experts as its `moe` says, and one of these on one device and on `DEVICES`.
-
-    With fewer devices, the last two are left out.
-    """
+    """The dense model, its models with 32 and 128 experts, and the former on one device and on `DEVICES` if present."""
     dense = replace(dense, model=replace(dense.model, pattern=("dense", "dense")), mesh=MeshConfig())
     routed = replace(dense.moe, experts_per_layer=())
     selected = f", K = {routed.num_selected_experts}" if routed.num_selected_experts > 1 else ""
@@ -150,7 +147,7 @@ def cases(dense: Config) -> tuple[StepCase, ...]:
 
 
 def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
-    """Returns a program that takes one more train step on full rows of random tokens."""
+    """A program that takes one more train step at each call, on full rows of random tokens."""
     mesh = make_mesh(config.mesh, devices)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)
@@ -168,7 +165,7 @@ def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
 
 
 def random_rows(config: Config) -> dict[str, np.ndarray]:
-    """Makes a global batch of random tokens without padding; each row is one segment."""
+    """A global batch of random tokens without padding; each row is one segment."""
     shapes = FAMILIES[config.model.family].batch_shapes(config)
     rng = np.random.default_rng(config.data.seed)
     return {
