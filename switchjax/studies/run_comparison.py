@@ -1,4 +1,4 @@
-"""Sets a complete run beside its baseline."""
+"""Compares a complete run with its baseline."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _NEVER = -1
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What a complete run came to."""
+    """The results of a complete run."""
 
     parameters: Annotated[int, Figure("parameters, total", "{:,}".format)]
     active_parameters: Annotated[int, Figure("parameters, active for a token", "{:,}".format)]
@@ -36,15 +36,15 @@ class RunFigures:
         float | None, Figure("fraction of tokens dropped in evaluation", percent, missing="-")
     ]
     target_tokens: int
-    """Held-out tokens that the losses are means over."""
+    """Held-out tokens whose mean the losses are."""
     baseline: str
 
 
 def compare_runs(workdir: Path, baseline: Path) -> str:
-    """Returns a Markdown table of two runs: sizes, speed, held-out loss, and when the first passed the second.
+    """A Markdown table of two runs: sizes, speed, held-out loss, and when the first passed the second.
 
     Raises:
-        UserError: if one of them is not complete, or they were not evaluated on the same text.
+        UserError: if a run is not complete, or the runs were not evaluated on the same text.
     """
     base = _read(baseline, baseline.name)
     run = _read(workdir, baseline.name, base.loss)
