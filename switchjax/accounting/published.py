@@ -1,8 +1,8 @@
-"""What the papers print of their models, and where a config differs from it and why.
+"""The figures that papers print of their models, and the reasons why some configs differ.
 
 Figures are strings as printed, so that their rounding is known. Those of GLaM, Expert choice, GShard, DeepSpeed-MoE,
-ST-MoE, V-MoE and Shazeer et al. are of the papers' own tables; those of T5 and Switch-Base are of the released
-checkpoints, as are Mixtral's.
+ST-MoE, V-MoE and Shazeer et al. come from the papers' tables; those of T5, Switch-Base and Mixtral come from the
+released checkpoints.
 """
 
 import re
@@ -20,36 +20,36 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Published:
-    """The printed figures of a model; empty: none."""
+    """The printed figures of a model; an empty string if one is not printed."""
 
     total: str
     """Parameters."""
     active: str = ""
-    """Parameters that a token meets."""
+    """Parameters that a token uses."""
     flops: str = ""
-    """Of the forward pass of a sequence."""
+    """FLOPs of a sequence's forward pass."""
     training_flops: str = ""
-    """Of the training run, by Meta's formula."""
+    """FLOPs of the training run by Meta's formula."""
     vocabulary: int | None = None
-    """With how many tokens the parameters were counted, where not the config's: 0 for none, without embeddings."""
+    """Vocabulary of the printed counts if it is not the config's; 0 means counts without embeddings."""
     tolerance: Mapping[str, float] = field(default_factory=dict)
-    """Figure -> relative difference that `note` explains, where it is more than 1 %."""
+    """Figure -> relative difference, if it is more than 1 %; `note` explains it."""
     note: str = ""
 
 
 class PublishedFigure(NamedTuple):
-    """A figure of a config beside the printed one."""
+    """A figure of a config and the printed one."""
 
     figure: str
     """A field of `Published`."""
     ours: float
     printed: str
     agrees: bool
-    """Within the tolerance."""
+    """True within the tolerance."""
 
 
 def published_figures(key: str, config: Config) -> tuple[PublishedFigure, ...]:
-    """The figures of the model that `key` (`switch:c`) names beside those printed; none for one not in `PUBLISHED`."""
+    """The figures of a config beside those printed of `key` (`switch:c`); none if `PUBLISHED` lacks the key."""
     if (published := PUBLISHED.get(key)) is None:
         return ()
     accounting = account(config)
@@ -67,22 +67,17 @@ def published_figures(key: str, config: Config) -> tuple[PublishedFigure, ...]:
 
 
 def agrees(count: float, printed: str, tolerance: float = TOLERANCE) -> bool:
-    """Whether `count` lies within the tolerance of the printed figure, or rounds to it.
-
-    Raises:
-        ValueError: if `printed` is no number such as 395B or 22.27Z.
-    """
+    """True if `count` lies within the tolerance of the printed figure (such as 395B or 22.27Z), or rounds to it."""
     match = re.fullmatch(r"(\d+(?:\.(\d+))?)([KMBTZ]?)", printed)
     if match is None:
         raise ValueError(f"'{printed}' is no printed figure")
     digits, decimals, unit = match.groups()
-    half = 0.5 * 10.0 ** -len(decimals or "") * _UNITS[unit]
-    difference = abs(count - float(digits) * _UNITS[unit])
-    return difference <= half or difference <= tolerance * float(digits) * _UNITS[unit]
+    figure, half = float(digits) * _UNITS[unit], 0.5 * 10.0 ** -len(decimals or "") * _UNITS[unit]
+    return abs(count - figure) <= max(half, tolerance * figure)
 
 
 def _with_vocabulary(parts: Mapping[str, int], config: Config, vocabulary: int | None) -> int:
-    """The sum of all parts, with a vocabulary of another size."""
+    """The sum of all parts, scaled to a vocabulary of this size."""
     total = sum(parts.values())
     if vocabulary is None:
         return total
@@ -94,16 +89,19 @@ _GSHARD = (
     "The table's own experts, of 2 x 1024 x 8192 weights each, hold more than its total: 618B of 600B, 38.7B of 37B, "
     "12.9B of 12.5B."
 )
+_GLAM = "Counted with a vocabulary of 32,000, though the text has 256,000."
 _GLAM_SMALL = (
-    "Counted with a vocabulary of 32,000, though the text has 256,000; what a token meets is then 7M less than the sum "
+    "Counted with a vocabulary of 32,000, though the text has 256,000; the active count is then 7M less than the sum "
     "of its parts, as much as one dense feed-forward layer."
 )
-_GLAM = "Counted with a vocabulary of 32,000, though the text has 256,000."
+_GLAM_20B = f"{_GLAM} 20B is a slip: by the active count and the other rows, 32 experts in 12 layers hold 12.9B."
 _SHAZEER = "Without embeddings and softmax (406M each of 512, 813M each of 1024 numbers a word)."
-_SHAZEER_H = (
-    _SHAZEER + " The printed operations are of the gates of a token's two groups; here all groups' gates are active."
-)
-_GPT_3 = "The name of GPT-3's model of this shape, which has learned positions besides."
+_SHAZEER_H = f"{_SHAZEER} The printed operations count the gates of a token's two groups; here all groups' gates count."
+_GPT_3 = "The name of GPT-3's model of this shape, which also has learned positions."
+_SWITCH_XXL = "128 experts, as released and as the total needs; the paper prints 64."
+_SWITCH_C = "30 heads, as released; the paper prints 32, which give the printed FLOPs."
+_ST_MOE_L = "The convention that gives the FLOPs of T5, Switch and 32B gives neither these nor those of the dense twin."
+_DENSE_SMALL, _SPARSE_SMALL = {"total": 0.07, "active": 0.07}, {"active": 0.06}
 
 PUBLISHED: dict[str, Published] = {
     "t5:base": Published("222.90M", flops="124B"),
@@ -116,22 +114,9 @@ PUBLISHED: dict[str, Published] = {
     "switch:base-8": Published("619339008"),
     "switch:base-128": Published("7415217408", flops="124B"),
     "switch:large-128": Published("26.3B", flops="425B"),
-    "switch:xxl-128": Published(
-        "395B", flops="6.3T", note="128 experts, as released and as the total needs; 64 are printed."
-    ),
-    "switch:c": Published(
-        "1571B",
-        flops="890B",
-        tolerance={"flops": 0.03},
-        note="30 heads, as released; 32 are printed, and give the printed FLOPs.",
-    ),
-    "st_moe:l": Published(
-        "4.1B",
-        flops="645B",
-        tolerance={"flops": 0.15},
-        note="The convention that gives the FLOPs of T5, Switch and the 32B model does not give these, nor those "
-        "of the dense model beside it.",
-    ),
+    "switch:xxl-128": Published("395B", flops="6.3T", note=_SWITCH_XXL),
+    "switch:c": Published("1571B", flops="890B", tolerance={"flops": 0.03}, note=_SWITCH_C),
+    "st_moe:l": Published("4.1B", flops="645B", tolerance={"flops": 0.15}, note=_ST_MOE_L),
     "st_moe:32b": Published("269B", flops="20.2T"),
     "gshard:12.5b": Published("12.5B", tolerance={"total": 0.06}, note=_GSHARD),
     "gshard:50b": Published("50B", tolerance={"total": 0.04}, note=_GSHARD),
@@ -150,19 +135,10 @@ PUBLISHED: dict[str, Published] = {
     "meta_moe:52b": Published("52B"),
     "meta_moe:207b": Published("207B"),
     "meta_moe:1.1t": Published("1.1T", training_flops="22.27Z"),
-    "glam:0.1b": Published(
-        "130M", "130M", vocabulary=32_000, tolerance={"total": 0.07, "active": 0.07}, note=_GLAM_SMALL
-    ),
-    "glam:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL),
+    "glam:0.1b": Published("130M", "130M", vocabulary=32_000, tolerance=_DENSE_SMALL, note=_GLAM_SMALL),
+    "glam:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
     "glam:1.7b": Published("1.7B", vocabulary=32_000, note=_GLAM),
-    "glam:1.7b-32e": Published(
-        "20B",
-        "1.878B",
-        vocabulary=32_000,
-        tolerance={"total": 0.31},
-        note=_GLAM
-        + " 20B is a slip: 32 experts in 12 layers hold 12.9B, as the active count and the other rows have it.",
-    ),
+    "glam:1.7b-32e": Published("20B", "1.878B", vocabulary=32_000, tolerance={"total": 0.31}, note=_GLAM_20B),
     "glam:1.7b-64e": Published("27B", "1.879B", vocabulary=32_000, note=_GLAM),
     "glam:1.7b-128e": Published("53B", "1.881B", vocabulary=32_000, note=_GLAM),
     "glam:1.7b-256e": Published("105B", "1.886B", vocabulary=32_000, note=_GLAM),
@@ -170,21 +146,11 @@ PUBLISHED: dict[str, Published] = {
     "glam:8b-64e": Published("143B", "9.8B", vocabulary=32_000, note=_GLAM),
     "glam:137b": Published("137B", "137B", vocabulary=32_000, note=_GLAM),
     "glam:64b-64e": Published("1.2T", "96.6B", note="Counted with the full vocabulary, unlike the smaller models."),
-    "expert_choice:0.1b": Published(
-        "130M", "130M", vocabulary=32_000, tolerance={"total": 0.07, "active": 0.07}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-16e": Published(
-        "548M", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-32e": Published(
-        "1.0B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-64e": Published(
-        "1.9B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-128e": Published(
-        "3.7B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
+    "expert_choice:0.1b": Published("130M", "130M", vocabulary=32_000, tolerance=_DENSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-16e": Published("548M", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-32e": Published("1.0B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-128e": Published("3.7B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
     "expert_choice:8b": Published("8.7B", "8.7B", vocabulary=32_000, note=_GLAM),
     "expert_choice:8b-64e": Published("143B", "9.8B", vocabulary=32_000, note=_GLAM),
     "mixtral:8x7b": Published("46702792704", "12879925248"),
@@ -226,4 +192,4 @@ PUBLISHED: dict[str, Published] = {
     "shazeer_lstm:moe-34m": Published("4313.9M", vocabulary=0, note=_SHAZEER_H),
     "shazeer_lstm:moe-143m": Published("4371.1M", vocabulary=0, note=_SHAZEER_H),
 }
-"""`file:size` of configs/ -> what is printed."""
+"""`file:size` of configs/ -> the printed figures."""

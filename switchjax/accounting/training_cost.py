@@ -1,17 +1,13 @@
-"""What a training run costs, by a paper's own formula."""
+"""The cost of a training run by a paper's own formula."""
 
 from switchjax.config import Config
 
 
 def meta_training_flops(config: Config, tokens: float = 300e9) -> float:
-    """The formula by which Artetxe et al. 2021 print the training cost of their dense and MoE models, in FLOPs.
+    """Training FLOPs of a decoder with feed-forward width 4 h on T = `tokens`, as Artetxe et al. 2021 print them.
 
-    `96 T l h^2 (1 + s / 6h + V / 16lh)`, with the forward pass computed twice (activations are recomputed), and
-    `64 T h^2` for each expert beyond the first of the l/2 MoE layers.
-
-    Args:
-        config: a decoder with feed-forward layers of width 4 h.
-        tokens: T.
+    `96 T l h^2 (1 + s / 6h + V / 16lh)`, which counts the forward pass twice for recomputed activations, plus
+    `64 T h^2` for each selected expert after the first in each of the l / 2 MoE layers.
     """
     model = config.model
     layers, width, length = model.num_decoder_layers, model.d_model, config.data.decoder_length

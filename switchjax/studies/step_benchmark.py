@@ -39,7 +39,7 @@ DENSE = Config(
         num_decoder_layers=2,
         pattern=("dense", "dense"),
     ),
-    # Groups as large as the decoder's rows of all devices together allow, and as a device of 8 has.
+    # 2048 tokens: the decoder's whole batch on one device has as many.
     moe=MoEConfig(train_capacity_factor=1.25, group_size=2048),
     data=DataConfig(batch_size=16, encoder_length=512, decoder_length=128),
 )
@@ -116,8 +116,8 @@ def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | N
     )
 
 
-def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, its models with 32 and 128 experts, and the former on one device and on `DEVICES` if present."""
+def cases(dense: Config) -> list[StepCase]:
+    """The dense model and its models with 32 and 128 experts; with enough devices, one more on 1 and on `DEVICES`."""
     dense = replace(dense, model=replace(dense.model, pattern=("dense", "dense")), mesh=MeshConfig())
     routed = replace(dense.moe, experts_per_layer=())
     selected = f", K = {routed.num_selected_experts}" if routed.num_selected_experts > 1 else ""
@@ -130,20 +130,17 @@ def cases(dense: Config) -> tuple[StepCase, ...]:
         model = replace(dense.model, pattern=("dense", "moe"))
         return replace(dense, model=model, moe=replace(routed, num_experts=num_experts, group_size=group_size))
 
-    alone = (
+    found = [
         StepCase("dense", dense),
         StepCase(name(32), sparse(32), "dense", few),
         StepCase(name(128), sparse(128), "dense", many),
-    )
-    if jax.device_count() < DEVICES:
-        return alone
-    small_groups = sparse(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
-    one = f"{name(32)}, groups for {DEVICES} devices"
-    return (
-        *alone,
-        StepCase(one, small_groups),
-        StepCase(f"the same on {DEVICES} devices", replace(small_groups, mesh=_MESH), one, 0.85, DEVICES),
-    )
+    ]
+    if jax.device_count() >= DEVICES:
+        one = f"{name(32)}, groups for {DEVICES} devices"
+        config = sparse(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
+        found.append(StepCase(one, config))
+        found.append(StepCase(f"the same on {DEVICES} devices", replace(config, mesh=_MESH), one, 0.85, DEVICES))
+    return found
 
 
 def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
