@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from switchjax import command
@@ -45,17 +46,17 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join([show_accounting(accounting), *show_published(f"{Path(file).stem}:{size}", config)]), flush=True)
     found = accounting_dict(accounting)
     if chip or slice_:
-        plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
+        plan = (
+            plan_step(config, slice_)
+            if slice_
+            else smallest_fit(config, chip, report=partial(print, file=sys.stderr, flush=True))
+        )
         print(show_plan(plan))
         found |= asdict(plan)
     else:
         print(show_estimate(accounting, mesh_axes(config, devices=1)))
     if flags.json:
         write_json(flags.json, found)
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

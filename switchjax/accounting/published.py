@@ -8,7 +8,7 @@ released checkpoints.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from switchjax.accounting.accounting import account
 from switchjax.accounting.training_cost import meta_training_flops
@@ -103,13 +103,17 @@ _SWITCH_C = "30 heads, as released; the paper prints 32, which give the printed 
 _ST_MOE_L = "The convention that gives the FLOPs of T5, Switch and 32B gives neither these nor those of the dense twin."
 _DENSE_SMALL, _SPARSE_SMALL = {"total": 0.07, "active": 0.07}, {"active": 0.06}
 
+
+def _totals(system: str, totals: dict[str, str], **shared: Any) -> dict[str, Published]:
+    """Models of one system, by size, of which only the total and the `shared` fields are printed."""
+    return {f"{system}:{size}": Published(total, **shared) for size, total in totals.items()}
+
+
 PUBLISHED: dict[str, Published] = {
     "t5:base": Published("222.90M", flops="124B"),
     "t5:large": Published("737.67M", flops="425B"),
     "t5:xxl": Published("11.1B", flops="6.3T"),
-    "t5:v1_1-base": Published("247577856"),
-    "t5:v1_1-large": Published("783150080"),
-    "t5:v1_1-xl": Published("2849757184"),
+    **_totals("t5", {"v1_1-base": "247577856", "v1_1-large": "783150080", "v1_1-xl": "2849757184"}),
     "t5:v1_1-xxl": Published("11135332352"),
     "switch:base-8": Published("619339008"),
     "switch:base-128": Published("7415217408", flops="124B"),
@@ -119,21 +123,16 @@ PUBLISHED: dict[str, Published] = {
     "st_moe:l": Published("4.1B", flops="645B", tolerance={"flops": 0.15}, note=_ST_MOE_L),
     "st_moe:32b": Published("269B", flops="20.2T"),
     "gshard:12.5b": Published("12.5B", tolerance={"total": 0.06}, note=_GSHARD),
-    "gshard:50b": Published("50B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:200b": Published("200B", tolerance={"total": 0.04}, note=_GSHARD),
     "gshard:37b": Published("37B", tolerance={"total": 0.07}, note=_GSHARD),
-    "gshard:150b": Published("150B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:600b": Published("600B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:1t": Published("1T", tolerance={"total": 0.04}, note=_GSHARD),
-    "meta_moe:125m": Published("125M", tolerance={"total": 0.02}, note=_GPT_3),
-    "meta_moe:355m": Published("355M"),
-    "meta_moe:1.3b": Published("1.3B"),
-    "meta_moe:2.7b": Published("2.7B", tolerance={"total": 0.02}, note=_GPT_3),
-    "meta_moe:6.7b": Published("6.7B"),
-    "meta_moe:13b": Published("13B"),
+    **_totals(
+        "gshard",
+        {"50b": "50B", "200b": "200B", "150b": "150B", "600b": "600B", "1t": "1T"},
+        tolerance={"total": 0.04},
+        note=_GSHARD,
+    ),
+    **_totals("meta_moe", {"125m": "125M", "2.7b": "2.7B"}, tolerance={"total": 0.02}, note=_GPT_3),
+    **_totals("meta_moe", {"355m": "355M", "1.3b": "1.3B", "6.7b": "6.7B", "13b": "13B", "52b": "52B", "207b": "207B"}),
     "meta_moe:15b": Published("15B", training_flops="0.43Z"),
-    "meta_moe:52b": Published("52B"),
-    "meta_moe:207b": Published("207B"),
     "meta_moe:1.1t": Published("1.1T", training_flops="22.27Z"),
     "glam:0.1b": Published("130M", "130M", vocabulary=32_000, tolerance=_DENSE_SMALL, note=_GLAM_SMALL),
     "glam:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
@@ -156,40 +155,23 @@ PUBLISHED: dict[str, Published] = {
     "mixtral:8x7b": Published("46702792704", "12879925248"),
     "mixtral:8x22b": Published("140620634112", "39B"),
     "deepspeed_moe:350m": Published("350M", tolerance={"total": 0.02}, note="GPT-3 Medium, named by a round figure."),
-    "deepspeed_moe:1.3b": Published("1.3B"),
-    "deepspeed_moe:6.7b": Published("6.7B"),
-    "deepspeed_moe:350m-moe-128": Published("13B"),
-    "deepspeed_moe:1.3b-moe-128": Published("52B"),
-    "deepspeed_moe:350m-pr-moe": Published("4B"),
-    "deepspeed_moe:1.3b-pr-moe": Published("31B"),
-    "deepspeed_moe:350m-mos": Published("3.5B"),
-    "deepspeed_moe:1.3b-mos": Published("27B"),
-    "vit:s-32": Published("36.5M"),
-    "vit:b-32": Published("102.1M"),
-    "vit:b-16": Published("100.5M"),
-    "vit:l-32": Published("325.3M"),
-    "vit:l-16": Published("323.1M"),
-    "vit:h-14": Published("655.8M"),
-    "vmoe:s-32-every2": Published("296.9M"),
-    "vmoe:b-32-every2": Published("980.6M"),
-    "vmoe:b-16-every2": Published("979.0M"),
-    "vmoe:l-16-every2": Published("3446.0M"),
-    "vmoe:h-14-every2": Published("7160.8M"),
-    "vmoe:h-14-last5": Published("2688.6M"),
-    "vmoe:15b": Published("14705.1M"),
-    "soft_moe:s-16-128e": Published("933M"),
-    "soft_moe:s-14-256e": Published("1.8B"),
-    "soft_moe:b-16-128e": Published("3.7B"),
-    "soft_moe:l-16-128e": Published("13.1B"),
-    "soft_moe:h-14-128e": Published("27.3B"),
-    "soft_moe:h-14-256e": Published("54.1B"),
+    **_totals("deepspeed_moe", {"1.3b": "1.3B", "6.7b": "6.7B", "350m-moe-128": "13B", "1.3b-moe-128": "52B"}),
+    **_totals("deepspeed_moe", {"350m-pr-moe": "4B", "1.3b-pr-moe": "31B", "350m-mos": "3.5B", "1.3b-mos": "27B"}),
+    **_totals("vit", {"s-32": "36.5M", "b-32": "102.1M", "b-16": "100.5M"}),
+    **_totals("vit", {"l-32": "325.3M", "l-16": "323.1M", "h-14": "655.8M"}),
+    **_totals("vmoe", {"s-32-every2": "296.9M", "b-32-every2": "980.6M", "b-16-every2": "979.0M"}),
+    **_totals("vmoe", {"l-16-every2": "3446.0M", "h-14-every2": "7160.8M", "h-14-last5": "2688.6M", "15b": "14705.1M"}),
+    **_totals("soft_moe", {"s-16-128e": "933M", "s-14-256e": "1.8B", "b-16-128e": "3.7B"}),
+    **_totals("soft_moe", {"l-16-128e": "13.1B", "h-14-128e": "27.3B", "h-14-256e": "54.1B"}),
     "shazeer_lstm:moe-4": Published("8.4M", "8.4M", vocabulary=0, note=_SHAZEER),
     "shazeer_lstm:moe-32": Published("37.8M", "8.4M", vocabulary=0, note=_SHAZEER),
     "shazeer_lstm:moe-256": Published("272.9M", "8.6M", vocabulary=0, note=_SHAZEER),
-    "shazeer_lstm:moe-256-h": Published("272.9M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-1024-h": Published("1079.0M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-4096-h": Published("4303.4M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-34m": Published("4313.9M", vocabulary=0, note=_SHAZEER_H),
+    **_totals(
+        "shazeer_lstm",
+        {"moe-256-h": "272.9M", "moe-1024-h": "1079.0M", "moe-4096-h": "4303.4M", "moe-34m": "4313.9M"},
+        vocabulary=0,
+        note=_SHAZEER_H,
+    ),
     "shazeer_lstm:moe-143m": Published("4371.1M", vocabulary=0, note=_SHAZEER_H),
 }
 """`file:size` of configs/ -> the printed figures."""

@@ -91,21 +91,16 @@ def compile_step(config: Config) -> None:
     lower_train_step(config, plan_state(config, mesh), mesh).compile()
 
 
-def seconds_to_first_step(config: Config) -> float:
-    """Seconds that a new run takes from prepared data to the end of its first step."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, started_run(config, Path(folder)) as run:
-        run.advance()
-        run.settle()
-        return time.perf_counter() - started
-
-
-def _time_starts(first: Config) -> list[float]:
-    """Seconds to a first step with no cache, with an empty one and with a full one."""
-    prepare_data(first.data)
+def _time_starts(config: Config) -> list[float]:
+    """Seconds from prepared data to the end of a run's first step: without a cache, with an empty one, a full one."""
+    prepare_data(config.data)
     seconds = []
     with tempfile.TemporaryDirectory() as name:
         for cache in (None, Path(name), Path(name)):
-            with compiled_programs_in(cache):
-                seconds.append(seconds_to_first_step(first))
+            with compiled_programs_in(cache), tempfile.TemporaryDirectory() as workdir:
+                started = time.perf_counter()
+                with started_run(config, Path(workdir)) as run:
+                    run.advance()
+                    run.settle()
+                    seconds.append(time.perf_counter() - started)
     return seconds

@@ -53,29 +53,20 @@ def at_start(process: Process, step: int, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 6))
 
 
-in_evaluation = partial(at_step, most=0.05)
+in_evaluation: Moment = partial(at_step, most=0.05)
 """Waits for a step, which an evaluation has to follow."""
 
 
-def kill(process: Process) -> None:
-    """Sends SIGKILL."""
-    process.signal(signal.SIGKILL)
-
-
-def terminate(process: Process) -> None:
-    """Sends SIGTERM, which asks a run to stop."""
-    process.signal(signal.SIGTERM)
+kill: Blow = partial(Process.signal, number=signal.SIGKILL)
+terminate: Blow = partial(Process.signal, number=signal.SIGTERM)
+fill: Blow = partial(Process.limit_files, size=1)
+"""Leaves no room on the disk."""
 
 
 def fill_for_arrays(process: Process) -> None:
     """Leaves room on the disk for logs, but none for the arrays of a checkpoint."""
     logs = [process.workdir / "metrics.jsonl", *(process.workdir / "tensorboard").iterdir()]
     process.limit_files(max(log.stat().st_size for log in logs) + 2**14)  # more than the logs of 4 steps
-
-
-def fill(process: Process) -> None:
-    """Leaves no room on the disk."""
-    process.limit_files(1)
 
 
 def nothing(workdir: Path, attempt: int, chance: random.Random) -> None:

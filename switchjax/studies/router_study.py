@@ -15,8 +15,10 @@ from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.metrics import read_metrics
 
 _TOP_2 = {"num_selected_experts": 2, "fill_order": "token_by_token"}
-_IMPORTANCE = {"load_balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1}
-
+_GROUPS = {"options": {"num_expert_groups": 2}}
+_CAPACITY_2 = {"train_capacity_factor": 2.0, "eval_capacity_factor": 2.0}
+_NO_BALANCE = {"load_balance_loss": 0.0}
+_IMPORTANCE, _V_MOE = (_NO_BALANCE | {"importance_loss": weight, "load_loss": weight} for weight in (0.1, 0.005))
 STUDIED: dict[str, dict[str, Any]] = {
     "dense": {},
     "switch": {},
@@ -31,26 +33,17 @@ STUDIED: dict[str, dict[str, Any]] = {
     "top_k, K = 2, raw gates": {"router": "top_k", "options": {"normalize_gates": False}, **_TOP_2},
     "gshard": {"router": "gshard", **_TOP_2},
     "st_moe": {"router": "st_moe", "loss_weights": {"router_z_loss": 1e-3}, **_TOP_2},
-    "noisy_top_k, K = 2": {
-        "router": "noisy_top_k", "loss_weights": _IMPORTANCE, **_TOP_2,
-    },
-    "v_moe, K = 2": {
-        "router": "v_moe", "loss_weights": _IMPORTANCE | {"importance_loss": 0.005, "load_loss": 0.005}, **_TOP_2,
-    },
-    "hierarchical, 1 of 2, then 2 of 4": {
-        "router": "hierarchical", "options": {"num_expert_groups": 2}, "loss_weights": _IMPORTANCE, **_TOP_2,
-    },
-    "sigmoid, K = 2": {"router": "sigmoid", "loss_weights": {"load_balance_loss": 0.0}, **_TOP_2},
-    "expert_choice, c = 2": {
-        "router": "expert_choice", "train_capacity_factor": 2.0, "eval_capacity_factor": 2.0,
-        "allow_noncausal_routing": True,
-    },
+    "noisy_top_k, K = 2": {"router": "noisy_top_k", "loss_weights": _IMPORTANCE, **_TOP_2},
+    "v_moe, K = 2": {"router": "v_moe", "loss_weights": _V_MOE, **_TOP_2},
+    "hierarchical, 1 of 2, then 2 of 4": {"router": "hierarchical", **_GROUPS, "loss_weights": _IMPORTANCE, **_TOP_2},
+    "sigmoid, K = 2": {"router": "sigmoid", "loss_weights": _NO_BALANCE, **_TOP_2},
+    "expert_choice, c = 2": {"router": "expert_choice", **_CAPACITY_2, "allow_noncausal_routing": True},
     "hash, random": {"router": "hash"},
     "hash, balanced": {"router": "hash", "options": {"hash_table": "balanced"}},
-    "base": {"router": "base", "loss_weights": {"load_balance_loss": 0.0}},
-    "sinkhorn": {"router": "sinkhorn", "loss_weights": {"load_balance_loss": 0.0}},
+    "base": {"router": "base", "loss_weights": _NO_BALANCE},
+    "sinkhorn": {"router": "sinkhorn", "loss_weights": _NO_BALANCE},
     "reinforced": {"router": "reinforced"},
-}  # fmt: skip
+}
 """Name -> changes of the section `moe`; `dense` changes the pattern instead."""
 _decimals = "{:.3f}".format
 

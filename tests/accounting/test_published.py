@@ -1,4 +1,4 @@
-"""Printed figures: what they round, and how a config is held against them."""
+"""Printed figures: their rounding, and their comparison with a config."""
 
 import pytest
 

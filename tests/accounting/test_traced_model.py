@@ -1,4 +1,4 @@
-"""A model's weights as its modules make them: their parts, and what a sequence does with each."""
+"""The traced weights of models: their parts, and what a sequence computes with each."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from tests.tiny import changed
 
 
 def find(config: Config, ending: str) -> TracedWeight:
-    """The first weight in the decoder whose name ends so."""
+    """The decoder's first weight whose name ends with `ending`."""
     return next(w for w in trace_model(config).weights if w.stack == "decoder" and w.name.endswith(ending))
 
 

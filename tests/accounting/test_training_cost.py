@@ -1,4 +1,4 @@
-"""The papers' formulas, against the figures that they print."""
+"""The papers' formulas against their printed figures."""
 
 import pytest
 

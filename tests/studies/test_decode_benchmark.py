@@ -1,4 +1,4 @@
-"""Both ways of decoding write the same, and there is a row for each number of texts."""
+"""Both ways of decoding write the same text, and each batch size has a row."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A program's matrix products are all done again."""
+"""The products alone are all products of a program."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The writer: columns, figures and JSON of rows, and publishing them in a document."""
+"""The writer: columns, figures and JSON of rows, and their places in documents."""
 
 import json
 from collections.abc import Iterator
