@@ -66,10 +66,7 @@ def draw_layouts(layouts: Mapping[str, Config]) -> str:
     """An SVG with a row for each layout, a panel for each array and in it a square for each device.
 
     Each square shows the whole array, rows down and columns across, experts side by side. The part that the device
-    holds is filled; equal parts have equal colours.
-
-    Raises:
-        UserError: if a config does not fit its mesh, or matplotlib is missing.
+    holds is filled; equal parts have equal colours. Raises a `UserError` if matplotlib is missing.
     """
     try:
         import matplotlib

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from switchjax.config import (
-    Config,
-    DataConfig,
-    DecodingConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from switchjax.config import Config, DecodingConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless
@@ -34,7 +25,7 @@ from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.decode_benchmark import ROWS, make_prompts
 from switchjax.studies.report import number, percent, text
-from switchjax.studies.step_benchmark import random_rows, train_program
+from switchjax.studies.step_benchmark import DENSE, random_rows, train_program
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
 
 EXPERTS = (0, 8, 32)
@@ -119,22 +110,20 @@ def generate_by_transformers(model: Any, batch: Batch, new_tokens: int) -> Int[n
 
 
 def make_step_config(num_experts: int, dropout: float) -> Config:
-    """A small Switch Transformer, or a T5 of the same FLOPs a token."""
+    """A small Switch Transformer, or with 0 experts a T5 of the same FLOPs a token."""
+    model = replace(
+        DENSE.model,
+        num_encoder_layers=4,
+        num_decoder_layers=4,
+        pattern=("dense", "moe") if num_experts else ("dense",),
+        dropout=dropout,
+        scan_layers=False,  # as in PyTorch
+    )
     moe = MoEConfig(num_experts=num_experts, group_size=512, expert_dropout=dropout) if num_experts else MoEConfig()
     return Config(
-        model=ModelConfig(
-            vocab_size=2048,
-            d_model=256,
-            d_ff=1024,
-            num_heads=4,
-            num_encoder_layers=4,
-            num_decoder_layers=4,
-            pattern=("dense", "moe") if num_experts else ("dense",),
-            dropout=dropout,
-            scan_layers=False,  # as in PyTorch
-        ),
+        model=model,
         moe=moe,
-        data=DataConfig(batch_size=16, encoder_length=128, decoder_length=32),
+        data=replace(DENSE.data, encoder_length=128, decoder_length=32),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=1),
         train=TrainConfig(steps=1_000_000, z_loss_weight=0.0),
     )

@@ -35,7 +35,7 @@ class FamilyRow:
     loss: Annotated[float, number("held-out loss", _decimals)]
     twin_loss: Annotated[float, number("of the dense twin", _decimals)]
     gain: Annotated[float, number("gain", "{:+.3f}".format)]
-    """How far the loss is below the twin's."""
+    """The twin's loss minus this loss."""
     accuracy: Annotated[float, number("accuracy", percent)]
     twin_accuracy: Annotated[float, number("of the dense twin", percent)]
     fraction_tokens_dropped: Annotated[float, number("dropped in evaluation", percent)]
@@ -72,19 +72,10 @@ def _train_pair(name: str, flags: Namespace, load: LoadConfig) -> FamilyRow:
     sparse, dense = (load(f"{flags.config}:{run}") for run in (name, f"{name}-dense"))
     ours = train_to_end(sparse, flags.workdir / name)["evaluation"]
     twins = train_to_end(dense, flags.workdir / f"{name}-dense")["evaluation"]
-    count = account(sparse)
-    return FamilyRow(
-        family=name,
-        parameters=count.total,
-        active_parameters=count.active,
-        twin_parameters=account(dense).total,
-        loss=-ours["neg_log_perplexity"],
-        twin_loss=-twins["neg_log_perplexity"],
-        gain=ours["neg_log_perplexity"] - twins["neg_log_perplexity"],
-        accuracy=ours["accuracy"],
-        twin_accuracy=twins["accuracy"],
-        fraction_tokens_dropped=ours["fraction_tokens_dropped"],
-    )
+    sizes = account(sparse).total, account(sparse).active, account(dense).total
+    loss, twin_loss = -ours["neg_log_perplexity"], -twins["neg_log_perplexity"]
+    accuracies, dropped = (ours["accuracy"], twins["accuracy"]), ours["fraction_tokens_dropped"]
+    return FamilyRow(name, *sizes, loss, twin_loss, twin_loss - loss, *accuracies, dropped)
 
 
 def _evaluate(config: Config, workdir: Path, capacity: float, order: Any) -> dict[str, float]:

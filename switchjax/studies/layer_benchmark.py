@@ -26,7 +26,7 @@ from switchjax.moe.routers.base import BaseOptions
 from switchjax.moe.routers.sinkhorn import SinkhornOptions
 from switchjax.moe.routing import RoutingReport
 from switchjax.studies.flags import LoadConfig, add_repeats
-from switchjax.studies.report import Row, number, text
+from switchjax.studies.report import Row, listed, number, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 
@@ -38,9 +38,6 @@ class LayerCase:
     num_tokens: int
     """Tokens of a group."""
     num_selected: int
-
-    def __str__(self) -> str:
-        return f"{self.num_experts}, {self.num_tokens}, {self.num_selected}"
 
 
 _SIZES = ((8, 2048, 1), (8, 2048, 2), (16, 2048, 2), (64, 4096, 1), (64, 4096, 2), (128, 4096, 1), (512, 4096, 1))
@@ -63,9 +60,6 @@ class LayerSizes:
     def model(self) -> ModelConfig:
         return ModelConfig(d_model=self.d_model, d_ff=4 * self.d_model, dtype=self.dtype, param_dtype=self.dtype)
 
-    def __str__(self) -> str:
-        return f"{self.d_model}, {self.dtype}"
-
 
 def cases_of(experts: Sequence[int]) -> list[LayerCase]:
     """The cases with these numbers of experts; refuses a number that no case has."""
@@ -82,8 +76,8 @@ class LayerRow:
     A ratio of 1 means: the layer takes as long as the dense network takes for as many rows as the experts compute.
     """
 
-    sizes: Annotated[LayerSizes, text("d_model, dtype")]
-    case: Annotated[LayerCase, text("E, S, K")]
+    sizes: Annotated[LayerSizes, text("d_model, dtype", listed)]
+    case: Annotated[LayerCase, text("E, S, K", listed)]
     dispatch: Annotated[str, text("dispatch")]
     dense_forward_ms: Annotated[float, number("forward: dense, ms", "{:.1f}".format)]
     forward_ratio: Annotated[Ratio, number("the layer over that for its experts' rows")]
@@ -113,9 +107,11 @@ def add_flags(parser: ArgumentParser) -> None:
     add_repeats(parser, 7)
     widths, dtypes = [256, 512, 1024], ["float32", "bfloat16"]
     parser.add_argument("--d_model", type=int, nargs="+", default=widths, metavar="D", help="widths; d_ff is 4 D")
-    parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="float32, bfloat16: of all arrays")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="of 8, 16, 64, 128, 512")
-    parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of it")
+    parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="of all arrays: float32, bfloat16")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="some of 8, 16, 64, 128, 512"
+    )
+    parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of dispatch")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of all groups together")
 
 

@@ -29,7 +29,7 @@ from switchjax.planning.report import show_count, show_seconds
 from switchjax.planning.topology import describe_devices
 from switchjax.studies.flags import LoadConfig
 from switchjax.studies.layer_benchmark import FORMS, LayerCase, LayerSizes, cases_of, plan_layer
-from switchjax.studies.report import Row, number, percent, text
+from switchjax.studies.report import Row, listed, number, percent, text
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class PlanRow:
     """A train step that the TPU compiler has compiled."""
 
     config: Annotated[str, text("config", lambda words: " ".join(f"`{word}`" for word in words.split()))]
-    """Its name and overrides."""
+    """The name and overrides of the case."""
     parameters: Annotated[int, number("parameters", show_count)]
     topology: Annotated[str, text("slice")]
     chips: Annotated[int, number("chips", "{:,}".format)]
@@ -124,7 +124,7 @@ class CompileRatioRow:
 class PlannedLayerRow:
     """One MoE layer that the TPU compiler has compiled."""
 
-    case: Annotated[LayerCase, text(f"one MoE layer on {_CHIP}, forward + backward: E, S, K")]
+    case: Annotated[LayerCase, text(f"one MoE layer on {_CHIP}, forward + backward: E, S, K", listed)]
     dispatch: Annotated[str, text("dispatch")]
     flops_ratio: Annotated[float, number("FLOPs over the experts' products", "{:.2f}".format)]
     temporaries_ratio: Annotated[float, number("temporaries over the experts' rows", "{:.1f}".format)]
@@ -139,9 +139,6 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone.
 
     The workdir keeps each plan's row until its case or the compiler's version changes.
-
-    Raises:
-        UserError: if no slice holds a step, the compiler is missing, or the workdir cannot be written.
     """
     jax.config.update("jax_platforms", "cpu")  # leaves the machine's accelerators alone
     jax.config.update("jax_enable_compilation_cache", False)  # measures real compile times
@@ -179,10 +176,9 @@ def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> 
     _log.info("compiling %s for %s", " ".join([case.config, *case.overrides]), case.topology)
     config = load(str(flags.configs / case.config), case.arguments)
     if ":" in case.topology:
-        plan = plan_step(config, parse_slice(case.topology))
+        row = make_row(case, config, plan_step(config, parse_slice(case.topology)))
     else:
-        plan = smallest_fit(config, find_chip(case.topology), _log.info)
-    row = make_row(case, config, plan)
+        row = make_row(case, config, smallest_fit(config, find_chip(case.topology), _log.info))
     # Written aside, then renamed: an interrupted write leaves no file that the next run reads.
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"case": described, "row": asdict(row)}, indent=2) + "\n")

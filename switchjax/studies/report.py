@@ -57,6 +57,11 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def listed(record: Any) -> str:
+    """The fields of a dataclass, as `64, 4096, 1`."""
+    return ", ".join(str(value) for value in vars(record).values())
+
+
 def to_markdown(rows: Iterable[Row]) -> str:
     """Makes one table for each class of rows, in the order of the rows."""
     return "\n\n".join(_table(table) for table in _by_class(rows))
