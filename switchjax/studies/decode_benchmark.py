@@ -10,9 +10,9 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from switchjax.accounting.matmuls import matmuls
+from switchjax.accounting.matmuls import Matmul, matmuls
 from switchjax.config import Config, DecodingConfig, MeshConfig, load_workdir_config
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
@@ -24,7 +24,6 @@ from switchjax.models.families import TextModel, build
 from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.flags import LoadConfig, add_repeats
-from switchjax.studies.matmuls_alone import matmuls_alone
 from switchjax.studies.report import Row, number, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
@@ -51,10 +50,10 @@ class DecodeRow:
 def add_flags(parser: ArgumentParser) -> None:
     add_repeats(parser, 3)
     parser.add_argument("--config", nargs="+", default=_CONFIGS, metavar="CONFIG", help="configs of untrained models")
-    parser.add_argument("--workdir", type=Path, help="a run, whose latest checkpoint takes their place")
-    beside = "Hugging Face models in their place, beside transformers' generate"
+    parser.add_argument("--workdir", type=Path, help="time the latest checkpoint of this run instead")
+    beside = "time these Hugging Face models instead, beside transformers' generate"
     parser.add_argument("--huggingface", nargs="+", type=Path, metavar="FOLDER", help=beside)
-    parser.add_argument("--new_tokens", type=int, default=256, help="tokens that each row is continued by")
+    parser.add_argument("--new_tokens", type=int, default=256, help="tokens to write in each row")
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
@@ -129,6 +128,39 @@ def decode_uncached(model: TextModel, batch: Batch, new_tokens: int, num_ids: in
         return jax.lax.dynamic_update_index_in_dim(inputs, chosen, position, axis=1)
 
     return jax.lax.fori_loop(first, first + new_tokens, write_next, inputs)[:, first:]
+
+
+def matmuls_alone(found: list[Matmul], repeats: int) -> Callable[[], Float[Array, ""]]:
+    """A function that computes all products `repeats` times, on arrays of their shapes.
+
+    A product in a loop has different arrays in each turn, as in the original program.
+    """
+    operands = [
+        tuple(jnp.ones((matmul.times, *side.shape), side.dtype) for side in (matmul.left, matmul.right))
+        for matmul in found
+    ]
+
+    @jax.jit
+    def run(operands: list[tuple[Array, Array]]) -> Float[Array, ""]:
+        def once(_: Array, carry: Float[Array, ""]) -> Float[Array, ""]:
+            for matmul, sides in zip(found, operands, strict=True):
+                carry, _ = jax.lax.scan(partial(_multiply, matmul), carry, sides)
+            return carry
+
+        return jax.lax.fori_loop(0, repeats, once, jnp.ones(()))
+
+    return lambda: run(operands)
+
+
+def _multiply(
+    matmul: Matmul, carry: Float[Array, ""], sides: tuple[Array, Array]
+) -> tuple[Float[Array, ""], Float[Array, "0"]]:
+    left, right = sides
+    left = left * carry.astype(left.dtype)  # otherwise XLA computes each product only once
+    y = jax.lax.dot_general(left, right, matmul.dimension_numbers, preferred_element_type=matmul.result)
+    # One entry, as a sum would take time of its own. The barrier stops XLA from computing only that entry.
+    first = jax.lax.optimization_barrier(y)[(0,) * y.ndim]
+    return carry + 0 * first.astype(jnp.float32), jnp.zeros(0)
 
 
 def fresh(config: Config) -> TextModel:

@@ -45,17 +45,13 @@ class FaultRow:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", default="configs/quickstart.py:faults", help="what is trained")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="one run a fault")
+    parser.add_argument("--config", default="configs/quickstart.py:faults", help="config to train")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/faults"), help="folder of the runs")
     parser.add_argument("--tries", type=positive, default=20, metavar="N", help="at most N tries of a fault (20: all)")
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[FaultRow]:
-    """Tries every fault on processes of `train.py`; an interrupted study resumes.
-
-    Raises:
-        UserError: if the undisturbed run fails, or its config does not suit the study.
-    """
+    """Tries every fault on processes of `train.py`; an interrupted study resumes."""
     config = load(flags.config)
     emulate_devices(config.mesh)
     require(config.model.family == "encoder_decoder", f"faults need an encoder-decoder, not {config.model.family}")
@@ -149,11 +145,7 @@ class FaultStudy:
         return tries
 
     def moments(self, fault: Fault) -> list[int]:
-        """The steps at which the tries strike, in order, between the second checkpoint and the last but one.
-
-        Raises:
-            UserError: if there are too few steps between them.
-        """
+        """The steps at which the tries strike, in order, between the second checkpoint and the last but one."""
         every, last = self.config.train.checkpoint_every, self.config.train.steps
         steps = [step for step in range(2 * every + 1, last - every) if step % fault.steps == 0]
         require(

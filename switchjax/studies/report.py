@@ -95,9 +95,6 @@ def publish(rows: Iterable[Row], command: str, write: Path | None = None, json: 
         command: the command line, which also marks the tables' place in documents.
         write: a document to put the tables into.
         json: a file for the numbers.
-
-    Raises:
-        UserError: from the study, or if a file cannot be written.
     """
     found = []
     for row in rows:

@@ -70,11 +70,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[RouterRow]:
-    """Trains one run for each router; only reads complete runs, resumes others.
-
-    Raises:
-        UserError: as `train`, or if a loss does not fall.
-    """
+    """Trains one run for each router; only reads complete runs, resumes others."""
     base = load(flags.config)
     emulate_devices(base.mesh)
     for name, changes in STUDIED.items():

@@ -76,10 +76,9 @@ class StepRow:
 def add_flags(parser: ArgumentParser) -> None:
     add_repeats(parser, 7)
     models = parser.add_mutually_exclusive_group()
-    models.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
-    models.add_argument(
-        "--config", metavar="CONFIG", help="models in the place of small ones; --config.SECTION.KEY=VALUE too"
-    )
+    models.add_argument("--huggingface", action="store_true", help="time small models beside transformers' in PyTorch")
+    instead = "time models of this config instead of small ones; --config.SECTION.KEY=VALUE changes it"
+    models.add_argument("--config", metavar="CONFIG", help=instead)
     parser.set_defaults(overrides=[])
 
 
