@@ -58,10 +58,6 @@ def destination(start: Instruction) -> Shape:
     return start.shapes[0 if start.opcode == "copy-start" or len(start.shapes) == 1 else 1]
 
 
-def _fusion(program: Program, fusion: Instruction) -> Computation:
-    return program.computations[called_computations(fusion)[0]]
-
-
 def _root(computation: Computation) -> Instruction:
     return next(instruction for instruction in computation.values() if instruction.is_root)
 
@@ -69,7 +65,7 @@ def _root(computation: Computation) -> Instruction:
 def _makers(program: Program, body: Computation, value: Instruction) -> list[tuple[Computation, Instruction]]:
     """Each array's computing instruction and its computation, found through fusions and bitcasts."""
     if value.opcode == "fusion":
-        body = _fusion(program, value)
+        body = program.computations[called_computations(value)[0]]
         return _makers(program, body, _root(body))
     if value.opcode == "tuple":
         return [_makers(program, body, body[name])[0] for name in value.operands]
@@ -98,7 +94,7 @@ def _read_of_operand(program: Program, instruction: Instruction, position: int) 
         return 0
     if instruction.opcode != "fusion":
         return 2**63
-    body = _fusion(program, instruction)
+    body = program.computations[called_computations(instruction)[0]]
     parameter = next(i for i in body.values() if i.opcode == "parameter" and i.operands == (str(position),))
     return _read_of_value(program, body, parameter)
 

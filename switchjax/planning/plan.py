@@ -59,7 +59,7 @@ class StepPlan:
     mesh: dict[str, int]
     memory_per_device: DeviceMemory
     held_at_peak: tuple[Held, ...]
-    """The largest temporaries at the moment when memory is fullest."""
+    """The largest temporaries at the peak of memory."""
     flops_per_device: int
     """FLOPs of one step's matrix products, including recomputation."""
     hbm_bytes_per_device: int

@@ -63,7 +63,7 @@ FITS = (
 )
 """Published models. Overrides make activations fit into memory and groups fit into a shard."""
 
-# 788 tokens are 4 images: each of 1024 chips has as many.
+# Each of 1024 chips has 4 images, which are 788 tokens.
 _V_MOE = Case("vmoe.py:l-16-every2", ("model.remat=exchange", "moe.group_size=788"), "v5p:2x2x4")
 RATIOS = (
     ("24 layers to 4", 1.3, replace(_V_MOE, overrides=(*_V_MOE.overrides, "model.num_encoder_layers=4")), _V_MOE),

@@ -39,7 +39,7 @@ DENSE = Config(
         num_decoder_layers=2,
         pattern=("dense", "dense"),
     ),
-    # 2048 tokens: the decoder's whole batch on one device has as many.
+    # A group of 2048 tokens is the decoder's whole batch on one device.
     moe=MoEConfig(train_capacity_factor=1.25, group_size=2048),
     data=DataConfig(batch_size=16, encoder_length=512, decoder_length=128),
 )
