@@ -88,7 +88,7 @@ class LayerRow:
     temporaries_ratio: Annotated[float, number("their temporaries over the experts' rows", "{:.1f}".format)]
     """Peak bytes of routing and moves, without arguments and results, over the bytes of the experts' rows."""
     expert_rows: int
-    """As `count_rows` returns them."""
+    """The result of `count_rows`."""
     tokens: int
     capacity_factor: float
 
@@ -108,9 +108,7 @@ def add_flags(parser: ArgumentParser) -> None:
     widths, dtypes = [256, 512, 1024], ["float32", "bfloat16"]
     parser.add_argument("--d_model", type=int, nargs="+", default=widths, metavar="D", help="widths; d_ff is 4 D")
     parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="of all arrays: float32, bfloat16")
-    parser.add_argument(
-        "--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="some of 8, 16, 64, 128, 512"
-    )
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="8, 16, 64, 128 or 512")
     parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of dispatch")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of all groups together")
 

@@ -43,7 +43,7 @@ def find_provenance(command: str) -> Provenance:
 def command_line(program: str, flags: Namespace, parser: ArgumentParser) -> str:
     """The command line of `program` with those flags that may change its figures and are not at their defaults.
 
-    A `workdir` with a default only says where a study keeps its runs, so it is left out. `flags.overrides` is a list of words.
+    A `workdir` with a default only says where a study keeps its runs, so it is left out.
     """
     skipped = {*_OUTPUTS, "overrides"} | ({"workdir"} if parser.get_default("workdir") else set())
     words = [program]
