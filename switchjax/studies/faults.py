@@ -54,7 +54,7 @@ def at_start(process: Process, step: int, chance: random.Random) -> None:
 
 
 in_evaluation: Moment = partial(at_step, most=0.05)
-"""Waits for a step, which an evaluation has to follow."""
+"""Waits for a step that precedes an evaluation."""
 
 
 kill: Blow = partial(Process.signal, number=signal.SIGKILL)
