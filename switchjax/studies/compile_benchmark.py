@@ -26,17 +26,16 @@ from switchjax.training.step import lower_train_step
 
 SHALLOW, DEEP = 2, 12
 """Layers of each stack."""
+_FEW, _MANY = (f"{layers} + {layers} layers" for layers in (SHALLOW, DEEP))
 
 
 @dataclass(frozen=True)
 class CompileFigures:
     """Median times of compiling a train step, and single times of a first step."""
 
-    shallow_seconds: Annotated[float, Figure(f"train step of {SHALLOW} + {SHALLOW} layers", "{:.1f} s".format)]
-    deep_seconds: Annotated[float, Figure(f"train step of {DEEP} + {DEEP} layers", "{:.1f} s".format)]
-    deep_over_shallow: Annotated[
-        Ratio, Figure(f"{DEEP} + {DEEP} layers over {SHALLOW} + {SHALLOW} layers", aim="at most 1.3")
-    ]
+    shallow_seconds: Annotated[float, Figure(f"train step of {_FEW}", "{:.1f} s".format)]
+    deep_seconds: Annotated[float, Figure(f"train step of {_MANY}", "{:.1f} s".format)]
+    deep_over_shallow: Annotated[Ratio, Figure(f"{_MANY} over {_FEW}", aim="at most 1.3")]
     uncached_start_seconds: Annotated[float, Figure("first step, no cache", "{:.1f} s".format, aim="30 s")]
     empty_cache_start_seconds: Annotated[float, Figure("first step, an empty cache", "{:.1f} s".format)]
     full_cache_start_seconds: Annotated[float, Figure("first step, a full cache", "{:.1f} s".format)]

@@ -35,6 +35,8 @@ STEPS = 4
 """Steps in a round."""
 RUN = TrainConfig(steps=220, log_every=20, checkpoint_every=100)
 """The run whose loop is timed: one lap to warm up, then two checkpoints in 200 steps."""
+_LOOP = f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop"
+_percent = partial(percent, digits=2)
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,9 @@ class InputFigures:
     pipeline_tokens_per_second: Annotated[float, Figure("text pipeline, tokens/s", "{:,.0f}".format)]
     step_tokens_per_second: Annotated[float, Figure("train step, tokens/s", "{:,.0f}".format)]
     pipeline_over_step: Annotated[Ratio, Figure("pipeline over step", aim="at least 10")]
-    data_wait_fraction: Annotated[
-        float, Figure("waiting for data in training, of its time", partial(percent, digits=2), aim="below 1 %")
-    ]
+    data_wait_fraction: Annotated[float, Figure("waiting for data in training, of its time", _percent, aim="below 1 %")]
     ready_seconds: Annotated[float, Figure("data that is on disk already, ready after", "{:.2f} s".format)]
-    loop_fraction: Annotated[
-        float,
-        Figure(
-            f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop",
-            partial(percent, digits=2),
-            aim="below 2 %",
-        ),
-    ]
+    loop_fraction: Annotated[float, Figure(_LOOP, _percent, aim="below 2 %")]
 
 
 def add_flags(parser: ArgumentParser) -> None:

@@ -14,6 +14,10 @@ _PREFIX = "neg_log_perplexity/"
 _NEVER = -1
 
 
+def _show_step(step: int) -> str:
+    return "not yet" if step == _NEVER else f"{step:,}"
+
+
 @dataclass(frozen=True)
 class RunFigures:
     """The results of a complete run."""
@@ -24,17 +28,8 @@ class RunFigures:
     tokens_per_second: Annotated[float, Figure("tokens/s in training", "{:,.0f}".format)]
     loss: Annotated[float, Figure("held-out loss, nats a token", "{:.3f}".format)]
     corpus_losses: Annotated[dict[str, float], Figure("... {key}", "{:.3f}".format)]
-    step_of_passing: Annotated[
-        int | None,
-        Figure(
-            "step at which it passed {baseline}'s final loss",
-            lambda step: "not yet" if step == _NEVER else f"{step:,}",
-            missing="-",
-        ),
-    ]
-    fraction_tokens_dropped: Annotated[
-        float | None, Figure("fraction of tokens dropped in evaluation", percent, missing="-")
-    ]
+    step_of_passing: Annotated[int | None, Figure("step at which it passed {baseline}'s final loss", _show_step, "-")]
+    fraction_tokens_dropped: Annotated[float | None, Figure("fraction of tokens dropped in evaluation", percent, "-")]
     target_tokens: int
     """Held-out tokens whose mean the losses are."""
     baseline: str
