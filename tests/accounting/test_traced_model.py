@@ -32,7 +32,7 @@ def test_a_router_from_outside_the_package_is_accounted_for_with_all_its_weights
         made = switch.weights(*arguments)
         of = partial(replace, made["logits"])
         hidden, scale = of(value=jnp.ones((width, width))), of(value=jnp.ones(width), axes=("embed",))
-        return {**made, "hidden": hidden, "scale": scale, "count": of(value=jnp.ones(3), axes=(None,), update="frozen")}
+        return {**made, "hidden": hidden, "scale": scale, "count": of(value=jnp.ones(3), axes=(None,), trained=False)}
 
     def route(weights: Any, tokens: Any, *others: Any) -> Any:
         x = jnp.einsum("gsd,de->gse", tokens.x, weights["hidden"] * weights["scale"][None])
