@@ -1,4 +1,4 @@
-"""Measures what the README and the docs claim about speed and routing; each table is one command.
+"""Measures what the README and the docs claim about speed and routing; each command makes one study's tables.
 
 python scripts/benchmark.py layer      # the MoE layer beside the dense network of the same FLOPs
 python scripts/benchmark.py step       # the train step beside the dense model's, and on 8 devices beside one
@@ -11,7 +11,7 @@ python scripts/benchmark.py layouts    # what each layout over a mesh communicat
 python scripts/benchmark.py faults     # runs that are killed, filled up and poisoned, for docs/faults.md
 python scripts/benchmark.py plan       # the published models, compiled for the smallest slices that hold them
 
-The last needs the TPU compiler, no TPU: pip install -c constraints.txt libtpu
+The last needs the TPU compiler but no TPU: pip install -c constraints.txt libtpu
 `python scripts/benchmark.py STUDY --help` shows the flags of a study.
 """
 
@@ -42,9 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     name = chooser.parse_args(arguments[:1]).study
     study = import_module(f"switchjax.studies.{STUDIES[name]}")
 
-    from switchjax.studies.markdown import find_place
     from switchjax.studies.provenance import command_line
-    from switchjax.studies.report import publish
+    from switchjax.studies.report import find_place, publish
 
     parser = command.make_parser(study.__doc__)
     parser.prog += f" {name}"
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     flags.overrides = rest
     called = command_line(f"python scripts/benchmark.py {name}", flags, parser)
     if flags.write:
-        find_place(flags.write, called)  # refused before anything is measured
+        find_place(flags.write, called)  # refuses a wrong document before anything is measured
     process_settings.keep_freed_memory()
     publish(study.measure(flags, command.load_config), called, flags.write, flags.json)
 

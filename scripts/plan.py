@@ -1,4 +1,4 @@
-"""Plans a run: parameters, FLOPs and, compiled for TPUs that need not be attached, memory and communication of a step.
+"""Plans a run: parameters and FLOPs; memory and communication of a step, compiled for TPUs that need not be attached.
 
 python scripts/plan.py --config=configs/switch.py:c
 python scripts/plan.py --config=configs/switch.py:c --topology=v5p:8x8x8 --json=plan.json
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from switchjax import command
@@ -28,34 +29,25 @@ def main(arguments: Sequence[str]) -> None:
 
     from switchjax.accounting.accounting import account, mesh_axes
     from switchjax.accounting.hardware import find_chip, parse_slice
+    from switchjax.planning import report
     from switchjax.planning.plan import plan_step, smallest_fit
-    from switchjax.planning.report import (
-        accounting_dict,
-        show_accounting,
-        show_estimate,
-        show_plan,
-        show_published,
-        write_json,
-    )
 
     chip = find_chip(flags.topology or "v5p") if flags.fit else None
     slice_ = parse_slice(flags.topology) if flags.topology and not chip else None
     accounting = account(config)
     file, _, size = flags.config.partition(":")
-    print("\n".join([show_accounting(accounting), *show_published(f"{Path(file).stem}:{size}", config)]), flush=True)
-    found = accounting_dict(accounting)
+    published = report.show_published(f"{Path(file).stem}:{size}", config)
+    print(report.show_accounting(accounting), *published, sep="\n", flush=True)
+    found = report.accounting_dict(accounting)
     if chip or slice_:
-        plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, report=_report)
-        print(show_plan(plan))
+        log = partial(print, file=sys.stderr, flush=True)
+        plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, log)
+        print(report.show_plan(plan))
         found |= asdict(plan)
     else:
-        print(show_estimate(accounting, mesh_axes(config, devices=1)))
+        print(report.show_estimate(accounting, mesh_axes(config, devices=1)))
     if flags.json:
-        write_json(flags.json, found)
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        report.write_json(flags.json, found)
 
 
 if __name__ == "__main__":

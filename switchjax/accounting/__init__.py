@@ -1,1 +1,1 @@
-"""What a model costs on paper: parameters, FLOPs, bytes, published sizes, hardware."""
+"""The costs of a model on paper: parameters, FLOPs, bytes, published sizes, hardware."""

@@ -1,7 +1,7 @@
-"""What a model takes: parameters, FLOPs, memory and communication, from the shapes of its modules.
+"""Counts a model's parameters, FLOPs, memory and communication from the shapes of its modules.
 
-The model is traced (`switchjax.accounting.traced_model`); nothing is allocated or compiled. `switchjax.planning.plan`
-asks the compiler about memory and communication, which are estimates here.
+It traces the model (`switchjax.accounting.traced_model`) and allocates or compiles nothing. Memory and communication
+are estimates here; `switchjax.planning.plan` asks the compiler about them.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from switchjax.parallel.sharding import partition_spec, sharded_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FACTORED_FROM = 128
-"""Adafactor factors what has two dimensions of at least this size (optax's default)."""
+"""Adafactor factors weights with two dimensions of at least this size (optax's default)."""
 
 
 @dataclass(frozen=True)
@@ -28,63 +28,63 @@ class DeviceBytes:
     gradients: int
     optimizer: int
     activations: int
-    """What layers keep for the backward pass; an estimate, as the compiler decides."""
+    """Arrays that layers keep for the backward pass; an estimate, as the compiler decides."""
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one device puts into collectives in a train step."""
+    """Bytes that one device sends through collectives in a train step."""
 
     all_to_all: int
-    """Slots on their way to experts and back, forward and backward, and BASE's shuffle."""
+    """Slots on their way to experts and back, in forward and backward pass, and BASE's shuffle."""
     gradient_all_reduce: int
-    """Gradients of weights that devices share, whole; where these are sharded, it is a reduce-scatter of as much."""
+    """Whole gradients of weights that devices share; with sharded parameters, a reduce-scatter of as many bytes."""
 
 
 @dataclass(frozen=True)
 class Accounting:
-    """What a config's model takes."""
+    """The costs of a config's model."""
 
     parameters: Mapping[str, int]
-    """By part; see `TracedWeight.part`."""
+    """Part (`TracedWeight.part`) -> number of parameters."""
     active_parameters: Mapping[str, int]
-    """Those that a token meets."""
+    """Part -> number of parameters that a token uses."""
     forward_flops: int
-    """Of a sequence, as the Switch Transformer's paper counts them: without routers, with keys and values of
-    cross-attention charged at the decoder's length, and of attention's two products queries by keys alone."""
+    """FLOPs of a sequence as the Switch Transformer's paper counts them: without routers, with cross-attention's keys
+    and values at the decoder's length, and with queries by keys as the only one of attention's two products."""
     computed_flops: Mapping[str, int]
-    """Of a sequence in a training forward pass, every matrix product, of empty slots too: by the weight's part, or
-    `activations` for those without a weight (attention's scores and values, one-hot dispatch, balancing)."""
+    """Part of the weight -> FLOPs of a sequence in all matrix products of a training forward pass, including empty
+    slots; `activations` are products without a weight (attention's scores and values, one-hot dispatch, balancing)."""
     training_flops: float
-    """Of the whole run: forward and backward of all matrix products."""
+    """FLOPs of the whole run: forward and backward pass of all matrix products."""
     training_flops_6nd: float
-    """Of the whole run, `6 N D` of each stack (Kaplan et al. 2020): N active parameters, D its tokens."""
+    """FLOPs of the whole run as `6 N D` of each stack (Kaplan et al. 2020): N active parameters, D tokens."""
     memory: DeviceBytes
     communication: Communication
 
     @property
     def total(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return sum(self.parameters.values())
 
     @property
     def active(self) -> int:
-        """Parameters that a token meets."""
+        """Number of parameters that a token uses."""
         return sum(self.active_parameters.values())
 
 
 def account(config: Config, devices: int = 1) -> Accounting:
-    """Accounts for a config on a mesh of `devices`, of which `mesh.data=-1` takes those that the other axes leave.
+    """Counts the costs of a config on a mesh of `devices`; `mesh.data=-1` takes those that the other axes leave.
 
     Raises:
-        UserError: if the config has no model, or one that cannot take its batches.
+        UserError: if the config has no model, or its model cannot take its batches.
     """
     model, mesh = trace_model(config), mesh_axes(config, devices)
     trained = [weight for weight in model.weights if weight.trained]
     computed = _by_part((weight.part, weight.computed_flops) for weight in model.weights if weight.computed_flops)
     computed |= {"activations": model.activation_flops} if model.activation_flops else {}
     lengths = config.stack_lengths
-    last = list(lengths.values())[-1]  # what stands before and after the stacks counts with the last of them
+    last = list(lengths.values())[-1]  # weights outside of the stacks count with the last stack
     sequences = config.train.steps * config.data.batch_size
     return Accounting(
         parameters=_by_part((weight.part, weight.size) for weight in trained),
@@ -99,7 +99,7 @@ def account(config: Config, devices: int = 1) -> Accounting:
 
 
 def mesh_axes(config: Config, devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes."""
+    """Mesh axis -> its size."""
     mesh = config.mesh
     data = mesh.data if mesh.data > 0 else max(devices // (mesh.expert * mesh.model), 1)
     return {DATA: data, EXPERT: mesh.expert, MODEL: mesh.model}
@@ -113,7 +113,7 @@ def _by_part(values: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _papers_flops(config: Config, weight: TracedWeight) -> int:
-    """FLOPs of a sequence as `Accounting.forward_flops` counts them; attention's scores count with its last weight."""
+    """FLOPs of a sequence for `Accounting.forward_flops`; attention's scores count with its output weight."""
     if weight.part == "routers" or not weight.computed_flops:
         return 0
     if not weight.stack:
@@ -123,7 +123,7 @@ def _papers_flops(config: Config, weight: TracedWeight) -> int:
 
 
 def _attention_weights(config: Config, weight: TracedWeight) -> int:
-    """Pairs of a query and a key in all heads of a sequence and layer, where `weight` projects what attention mixes."""
+    """Query-key pairs in all heads of a sequence and layer if `weight` is attention's output weight, otherwise 0."""
     if weight.axes != ("heads", "head", "embed"):
         return 0
     queries = config.stack_lengths[weight.stack]
@@ -132,7 +132,7 @@ def _attention_weights(config: Config, weight: TracedWeight) -> int:
 
 
 def _divided(weight: TracedWeight, mesh: Mapping[str, int], sharded: bool = False) -> list[int]:
-    """The dimensions of a device's part of a layer's weight; where it is `sharded`, of the part that it keeps."""
+    """The shape of a device's part of a layer's weight: the part in use, or if `sharded` the part that it stores."""
     spec = (sharded_spec if sharded else partition_spec)(*weight.axes)
     parts = [prod(mesh[axis] for axis in ((used,) if isinstance(used, str) else used or ())) for used in spec]
     return [-(-size // count) for size, count in zip(weight.shape, parts, strict=True)]
@@ -150,19 +150,19 @@ def _memory(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, 
 
 
 def _adafactor_numbers(shape: Sequence[int], local: list[int]) -> int:
-    """Second moments of a weight: whole, or a row and a column of averages over its two largest dimensions."""
+    """Numbers in a weight's second moments: all, or averages over each of its two largest dimensions."""
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
     if len(shape) < 2 or shape[order[-2]] < _FACTORED_FROM:
-        return prod(local) + 2  # optax keeps a number in the place of what it does not need
+        return prod(local) + 2  # optax keeps one number in place of each unused average
     return prod(local) // local[order[-1]] + prod(local) // local[order[-2]] + 1
 
 
 def _activation_bytes(config: Config, weights: Sequence[TracedWeight], mesh: Mapping[str, int]) -> int:
-    """Inputs of norms and matrix products, attention's weights, hidden layers before and after their activation."""
+    """Bytes of inputs of norms and matrix products, attention weights, and hidden layers around their activation."""
     recomputed = config.model.remat != "none"
     layers = [weight for weight in weights if weight.stack]
     numbers = sum(_kept(config, weight, mesh) * (1 if recomputed else weight.layers) for weight in layers)
-    if recomputed:  # a period keeps its input alone, and one at a time all the rest
+    if recomputed:  # a period keeps only its input; one period at a time keeps all the rest
         for stack, length in config.stack_lengths.items():
             periods = sum(run.repeats for run in scan_periods(config.layers(stack)))
             numbers += length * config.model.d_model * periods
@@ -170,8 +170,8 @@ def _activation_bytes(config: Config, weights: Sequence[TracedWeight], mesh: Map
 
 
 def _kept(config: Config, weight: TracedWeight, mesh: Mapping[str, int]) -> int:
-    """Numbers that one layer keeps of a sequence because of this weight: what a norm reads and writes; what a matrix
-    product reads or writes but for the residual stream, of which the mesh axis `model` divides heads and hidden layers.
+    """Numbers of a sequence that one layer keeps because of this weight: a norm's input and output, or a matrix
+    product's input or output unless it is the residual stream. The mesh axis `model` divides heads and hidden layers.
     """
     if weight.part == "norms" and weight.name.endswith("/scale"):
         return 2 * config.stack_lengths[weight.stack] * config.model.d_model
@@ -183,7 +183,7 @@ def _kept(config: Config, weight: TracedWeight, mesh: Mapping[str, int]) -> int:
 
 
 def _local_rows(config: Config, mesh: Mapping[str, int]) -> int:
-    """Sequences of a device in a micro-batch."""
+    """Sequences on a device in a micro-batch."""
     return -(-config.data.batch_size // (config.train.accumulation_steps * mesh[DATA] * mesh[EXPERT]))
 
 
@@ -195,11 +195,11 @@ def _communication(config: Config, weights: Sequence[TracedWeight], mesh: Mappin
             reduced += prod(_divided(weight, mesh)) * weight.layers * weight.dtype.itemsize
     if mesh[EXPERT] > 1:
         exchanged += sum(weight.layers * weight.slot_numbers for weight in weights)
-    if shards > 1:  # a BASE layer's tokens are shuffled, and brought back
+    if shards > 1:  # a BASE layer shuffles its tokens, and brings them back
         for stack, length in config.stack_lengths.items():
             shuffled = sum(layer.kind == "base" for layer in config.layers(stack))
             exchanged += 2 * shuffled * length * model.d_model
-    # There and back, in the forward and in the backward pass; once more where that computes the exchange again.
+    # Forward and backward pass, and once more if the backward pass recomputes the exchange.
     times = 3 if model.remat in ("full", "dots") else 2
     rows = _local_rows(config, mesh) * config.train.accumulation_steps
     return Communication(times * exchanged * rows * _BYTES[model.dtype], reduced)

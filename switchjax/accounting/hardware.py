@@ -1,8 +1,8 @@
-"""TPU chips and the slices that they come in, and GPUs' peaks: what plans and runs are measured against.
+"""TPU chips, their slices, and the peaks of GPUs.
 
-Figures are a chip's, from Google's pages (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; read in 2026). Those give
-the interconnect's bandwidth of all links and of both directions together; here it is one link's in one direction, which
-agrees with their bisection bandwidths (v5e: 16 rings x 2 links x 50 GB/s = 1.6 TB/s of a 16x16 pod).
+Figures are a chip's, from Google's pages (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; read in 2026). The pages
+give the bandwidth of all links in both directions together; here it is one link's in one direction, which agrees with
+their bisection bandwidths (v5e: 16 rings x 2 links x 50 GB/s = 1.6 TB/s of a 16x16 pod).
 """
 
 import math
@@ -20,7 +20,7 @@ class Chip:
 
     name: str
     memory: int
-    """Bytes of HBM that a program may fill on one device, as libtpu 0.0.42 says where a program does not fit."""
+    """Bytes of HBM that a program may fill on one device, from libtpu 0.0.42's message when it does not fit."""
     flops: float
     """Peak bfloat16 FLOP/s."""
     memory_bandwidth: float
@@ -28,13 +28,13 @@ class Chip:
     link_bandwidth: float
     """Bytes/s of one link between chips, in one direction."""
     dimensions: int
-    """Of the mesh of chips, each with two links."""
+    """Dimensions of the mesh of chips; a chip has two links along each."""
     ring: int
-    """What a dimension must be a multiple of for its ends to be linked as well."""
+    """A dimension whose size is a multiple of this is a ring: its ends are linked."""
     devices: int
-    """JAX devices a chip: `memory` is one's, the other figures are shared by them all."""
+    """JAX devices in a chip. `memory` is for each device; the devices share all other figures."""
     shapes: tuple[str, ...]
-    """Slices by growing size, those of Google's tables up to the largest that one job may have."""
+    """Slices by growing size: those of Google's tables, up to the largest that one job may have."""
     kinds: tuple[str, ...]
     """`jax.Device.device_kind` of its devices."""
 
@@ -46,9 +46,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # 275 TFLOP/s, 32 GiB, 1200 GB/s; 6 links; bisection of 16x16x16: 24 TB/s = 256 rings x 2 links x 50 GB/s.
-        # Two cores, which work as one device (megacore); so v5p. A dimension of the 4x4x4 cubes closes into a ring.
+        # v4 and v5p: two cores work as one device (megacore). Chips form 4x4x4 cubes, so multiples of 4 are rings.
         Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 4, 1, _CUBES, ("TPU v4",)),
-        # 197 TFLOP/s, 16 GB, 819 GB/s; 4 links, 400 GB/s in both directions. Only a pod's full side of 16 is a ring.
+        # 197 TFLOP/s, 16 GB, 819 GB/s; 4 links, 400 GB/s in both directions. Only a full side of 16 is a ring.
         Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 16, 1, _SQUARES, ("TPU v5 lite", "TPU v5e")),
         # 459 TFLOP/s, 95 GiB, 2765 GB/s; 6 links, 1200 GB/s in both directions.
         Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 100e9, 3, 4, 1, (*_CUBES, "16x16x24"), ("TPU v5", "TPU v5p")),
@@ -60,11 +60,11 @@ CHIPS = {
 }
 
 _GPU_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-"""Peak dense bfloat16 FLOP/s by the beginning of `device_kind`, from NVIDIA's data sheets; H100 is the SXM one."""
+"""Start of `device_kind` -> peak dense bfloat16 FLOP/s, from NVIDIA's data sheets; H100 is the SXM version."""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device of this `jax.Device.device_kind`; None where it is not known."""
+    """Peak bfloat16 FLOP/s of one device of this `jax.Device.device_kind`, or None if it is unknown."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops / chip.devices
@@ -73,14 +73,14 @@ def peak_flops(device_kind: str) -> float | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips that are linked to one another, as many as the product of `shape`."""
+    """A mesh of linked chips."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """As `--topology` and the compiler call it."""
+        """The name that `--topology` and the compiler use."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -92,23 +92,19 @@ class Slice:
         return self.chips * self.chip.devices
 
     def links(self, dimension: int) -> int:
-        """Links across the middle of a line of chips along this dimension: 2 where it is a ring, 1 where it ends."""
+        """Links across the middle of a line of chips along this dimension: 2 if it is a ring, otherwise 1."""
         return 2 if self.shape[dimension] % self.chip.ring == 0 else 1
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of this name, which is no slice.
-
-    Raises:
-        UserError: listing those known.
-    """
+    """The chip of this name; raises a `UserError` that suggests one if there is none."""
     if name not in CHIPS:
         raise UserError(f"--topology: no chip '{name}'{suggest(name, CHIPS)}")
     return CHIPS[name]
 
 
 def parse_slice(topology: str) -> Slice:
-    """The slice that `CHIP:AxB[xC]` names, of any size that the chip's pod may hold.
+    """The slice that `CHIP:AxB[xC]` names.
 
     Raises:
         UserError: for another form, an unknown chip, a wrong number of dimensions or more chips than a job may have.
@@ -135,7 +131,7 @@ def slices(chip: Chip) -> tuple[Slice, ...]:
 
 
 def show_bytes(count: float) -> str:
-    """In the unit that the number reads best in: `25.3 GiB`."""
+    """Bytes in the largest unit that keeps the number above 1: `25.3 GiB`."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = min(int(math.log(max(count, 1), 1024)), len(units) - 1)
     return f"{count / 1024**power:.{0 if power == 0 else 1}f} {units[power]}"

@@ -1,17 +1,16 @@
-"""What the papers print of their models, and where a config differs from it and why.
+"""The figures that papers print of their models, and the reasons why some configs differ.
 
 Figures are strings as printed, so that their rounding is known. Those of GLaM, Expert choice, GShard, DeepSpeed-MoE,
-ST-MoE, V-MoE and Shazeer et al. are of the papers' own tables; those of T5 and Switch-Base are of the released
-checkpoints, as are Mixtral's.
+ST-MoE, V-MoE and Shazeer et al. come from the papers' tables; those of T5, Switch-Base and Mixtral come from the
+released checkpoints.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from switchjax.accounting.accounting import account
-from switchjax.accounting.training_cost import meta_training_flops
 from switchjax.config import Config
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "Z": 1e21}
@@ -20,36 +19,36 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Published:
-    """The printed figures of a model; empty: none."""
+    """The printed figures of a model; an empty string if one is not printed."""
 
     total: str
     """Parameters."""
     active: str = ""
-    """Parameters that a token meets."""
+    """Parameters that a token uses."""
     flops: str = ""
-    """Of the forward pass of a sequence."""
+    """FLOPs of a sequence's forward pass."""
     training_flops: str = ""
-    """Of the training run, by Meta's formula."""
+    """FLOPs of the training run by Meta's formula."""
     vocabulary: int | None = None
-    """With how many tokens the parameters were counted, where not the config's: 0 for none, without embeddings."""
+    """Vocabulary of the printed counts if it is not the config's; 0 means counts without embeddings."""
     tolerance: Mapping[str, float] = field(default_factory=dict)
-    """Figure -> relative difference that `note` explains, where it is more than 1 %."""
+    """Figure -> relative difference, if it is more than 1 %; `note` explains it."""
     note: str = ""
 
 
 class PublishedFigure(NamedTuple):
-    """A figure of a config beside the printed one."""
+    """A figure of a config and the printed one."""
 
     figure: str
     """A field of `Published`."""
     ours: float
     printed: str
     agrees: bool
-    """Within the tolerance."""
+    """True within the tolerance."""
 
 
 def published_figures(key: str, config: Config) -> tuple[PublishedFigure, ...]:
-    """The figures of the model that `key` (`switch:c`) names beside those printed; none for one not in `PUBLISHED`."""
+    """The figures of a config beside those printed of `key` (`switch:c`); none if `PUBLISHED` lacks the key."""
     if (published := PUBLISHED.get(key)) is None:
         return ()
     accounting = account(config)
@@ -67,22 +66,31 @@ def published_figures(key: str, config: Config) -> tuple[PublishedFigure, ...]:
 
 
 def agrees(count: float, printed: str, tolerance: float = TOLERANCE) -> bool:
-    """Whether `count` lies within the tolerance of the printed figure, or rounds to it.
-
-    Raises:
-        ValueError: if `printed` is no number such as 395B or 22.27Z.
-    """
+    """True if `count` lies within the tolerance of the printed figure (such as 395B or 22.27Z), or rounds to it."""
     match = re.fullmatch(r"(\d+(?:\.(\d+))?)([KMBTZ]?)", printed)
     if match is None:
         raise ValueError(f"'{printed}' is no printed figure")
     digits, decimals, unit = match.groups()
-    half = 0.5 * 10.0 ** -len(decimals or "") * _UNITS[unit]
-    difference = abs(count - float(digits) * _UNITS[unit])
-    return difference <= half or difference <= tolerance * float(digits) * _UNITS[unit]
+    figure, half = float(digits) * _UNITS[unit], 0.5 * 10.0 ** -len(decimals or "") * _UNITS[unit]
+    return abs(count - figure) <= max(half, tolerance * figure)
+
+
+def meta_training_flops(config: Config, tokens: float = 300e9) -> float:
+    """Training FLOPs of a decoder with feed-forward width 4 h on T = `tokens`, as Artetxe et al. 2021 print them.
+
+    `96 T l h^2 (1 + s / 6h + V / 16lh)`, which counts the forward pass twice for recomputed activations, plus
+    `64 T h^2` for each selected expert after the first in each of the l / 2 MoE layers.
+    """
+    model = config.model
+    layers, width, length = model.num_decoder_layers, model.d_model, config.data.decoder_length
+    share = 1 + length / (6 * width) + model.vocab_size / (16 * layers * width)
+    dense = 96 * tokens * layers * width**2 * share
+    extra = config.moe.num_selected_experts - 1 if model.has_experts else 0
+    return dense + layers / 2 * extra * 64 * tokens * width**2
 
 
 def _with_vocabulary(parts: Mapping[str, int], config: Config, vocabulary: int | None) -> int:
-    """The sum of all parts, with a vocabulary of another size."""
+    """The sum of all parts, scaled to a vocabulary of this size."""
     total = sum(parts.values())
     if vocabulary is None:
         return total
@@ -94,75 +102,55 @@ _GSHARD = (
     "The table's own experts, of 2 x 1024 x 8192 weights each, hold more than its total: 618B of 600B, 38.7B of 37B, "
     "12.9B of 12.5B."
 )
+_GLAM = "Counted with a vocabulary of 32,000, though the text has 256,000."
 _GLAM_SMALL = (
-    "Counted with a vocabulary of 32,000, though the text has 256,000; what a token meets is then 7M less than the sum "
+    "Counted with a vocabulary of 32,000, though the text has 256,000; the active count is then 7M less than the sum "
     "of its parts, as much as one dense feed-forward layer."
 )
-_GLAM = "Counted with a vocabulary of 32,000, though the text has 256,000."
+_GLAM_20B = f"{_GLAM} 20B is a slip: by the active count and the other rows, 32 experts in 12 layers hold 12.9B."
 _SHAZEER = "Without embeddings and softmax (406M each of 512, 813M each of 1024 numbers a word)."
-_SHAZEER_H = (
-    _SHAZEER + " The printed operations are of the gates of a token's two groups; here all groups' gates are active."
-)
-_GPT_3 = "The name of GPT-3's model of this shape, which has learned positions besides."
+_SHAZEER_H = f"{_SHAZEER} The printed operations count the gates of a token's two groups; here all groups' gates count."
+_GPT_3 = "The name of GPT-3's model of this shape, which also has learned positions."
+_SWITCH_XXL = "128 experts, as released and as the total needs; the paper prints 64."
+_SWITCH_C = "30 heads, as released; the paper prints 32, which give the printed FLOPs."
+_ST_MOE_L = "The convention that gives the FLOPs of T5, Switch and 32B gives neither these nor those of the dense twin."
+_DENSE_SMALL, _SPARSE_SMALL = {"total": 0.07, "active": 0.07}, {"active": 0.06}
+
+
+def _totals(system: str, totals: dict[str, str], **shared: Any) -> dict[str, Published]:
+    """Models of one system, by size, of which only the total and the `shared` fields are printed."""
+    return {f"{system}:{size}": Published(total, **shared) for size, total in totals.items()}
+
 
 PUBLISHED: dict[str, Published] = {
     "t5:base": Published("222.90M", flops="124B"),
     "t5:large": Published("737.67M", flops="425B"),
     "t5:xxl": Published("11.1B", flops="6.3T"),
-    "t5:v1_1-base": Published("247577856"),
-    "t5:v1_1-large": Published("783150080"),
-    "t5:v1_1-xl": Published("2849757184"),
+    **_totals("t5", {"v1_1-base": "247577856", "v1_1-large": "783150080", "v1_1-xl": "2849757184"}),
     "t5:v1_1-xxl": Published("11135332352"),
     "switch:base-8": Published("619339008"),
     "switch:base-128": Published("7415217408", flops="124B"),
     "switch:large-128": Published("26.3B", flops="425B"),
-    "switch:xxl-128": Published(
-        "395B", flops="6.3T", note="128 experts, as released and as the total needs; 64 are printed."
-    ),
-    "switch:c": Published(
-        "1571B",
-        flops="890B",
-        tolerance={"flops": 0.03},
-        note="30 heads, as released; 32 are printed, and give the printed FLOPs.",
-    ),
-    "st_moe:l": Published(
-        "4.1B",
-        flops="645B",
-        tolerance={"flops": 0.15},
-        note="The convention that gives the FLOPs of T5, Switch and the 32B model does not give these, nor those "
-        "of the dense model beside it.",
-    ),
+    "switch:xxl-128": Published("395B", flops="6.3T", note=_SWITCH_XXL),
+    "switch:c": Published("1571B", flops="890B", tolerance={"flops": 0.03}, note=_SWITCH_C),
+    "st_moe:l": Published("4.1B", flops="645B", tolerance={"flops": 0.15}, note=_ST_MOE_L),
     "st_moe:32b": Published("269B", flops="20.2T"),
     "gshard:12.5b": Published("12.5B", tolerance={"total": 0.06}, note=_GSHARD),
-    "gshard:50b": Published("50B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:200b": Published("200B", tolerance={"total": 0.04}, note=_GSHARD),
     "gshard:37b": Published("37B", tolerance={"total": 0.07}, note=_GSHARD),
-    "gshard:150b": Published("150B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:600b": Published("600B", tolerance={"total": 0.04}, note=_GSHARD),
-    "gshard:1t": Published("1T", tolerance={"total": 0.04}, note=_GSHARD),
-    "meta_moe:125m": Published("125M", tolerance={"total": 0.02}, note=_GPT_3),
-    "meta_moe:355m": Published("355M"),
-    "meta_moe:1.3b": Published("1.3B"),
-    "meta_moe:2.7b": Published("2.7B", tolerance={"total": 0.02}, note=_GPT_3),
-    "meta_moe:6.7b": Published("6.7B"),
-    "meta_moe:13b": Published("13B"),
+    **_totals(
+        "gshard",
+        {"50b": "50B", "200b": "200B", "150b": "150B", "600b": "600B", "1t": "1T"},
+        tolerance={"total": 0.04},
+        note=_GSHARD,
+    ),
+    **_totals("meta_moe", {"125m": "125M", "2.7b": "2.7B"}, tolerance={"total": 0.02}, note=_GPT_3),
+    **_totals("meta_moe", {"355m": "355M", "1.3b": "1.3B", "6.7b": "6.7B", "13b": "13B", "52b": "52B", "207b": "207B"}),
     "meta_moe:15b": Published("15B", training_flops="0.43Z"),
-    "meta_moe:52b": Published("52B"),
-    "meta_moe:207b": Published("207B"),
     "meta_moe:1.1t": Published("1.1T", training_flops="22.27Z"),
-    "glam:0.1b": Published(
-        "130M", "130M", vocabulary=32_000, tolerance={"total": 0.07, "active": 0.07}, note=_GLAM_SMALL
-    ),
-    "glam:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL),
+    "glam:0.1b": Published("130M", "130M", vocabulary=32_000, tolerance=_DENSE_SMALL, note=_GLAM_SMALL),
+    "glam:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
     "glam:1.7b": Published("1.7B", vocabulary=32_000, note=_GLAM),
-    "glam:1.7b-32e": Published(
-        "20B",
-        "1.878B",
-        vocabulary=32_000,
-        tolerance={"total": 0.31},
-        note=_GLAM
-        + " 20B is a slip: 32 experts in 12 layers hold 12.9B, as the active count and the other rows have it.",
-    ),
+    "glam:1.7b-32e": Published("20B", "1.878B", vocabulary=32_000, tolerance={"total": 0.31}, note=_GLAM_20B),
     "glam:1.7b-64e": Published("27B", "1.879B", vocabulary=32_000, note=_GLAM),
     "glam:1.7b-128e": Published("53B", "1.881B", vocabulary=32_000, note=_GLAM),
     "glam:1.7b-256e": Published("105B", "1.886B", vocabulary=32_000, note=_GLAM),
@@ -170,60 +158,33 @@ PUBLISHED: dict[str, Published] = {
     "glam:8b-64e": Published("143B", "9.8B", vocabulary=32_000, note=_GLAM),
     "glam:137b": Published("137B", "137B", vocabulary=32_000, note=_GLAM),
     "glam:64b-64e": Published("1.2T", "96.6B", note="Counted with the full vocabulary, unlike the smaller models."),
-    "expert_choice:0.1b": Published(
-        "130M", "130M", vocabulary=32_000, tolerance={"total": 0.07, "active": 0.07}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-16e": Published(
-        "548M", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-32e": Published(
-        "1.0B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-64e": Published(
-        "1.9B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
-    "expert_choice:0.1b-128e": Published(
-        "3.7B", "145M", vocabulary=32_000, tolerance={"active": 0.06}, note=_GLAM_SMALL
-    ),
+    "expert_choice:0.1b": Published("130M", "130M", vocabulary=32_000, tolerance=_DENSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-16e": Published("548M", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-32e": Published("1.0B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-64e": Published("1.9B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
+    "expert_choice:0.1b-128e": Published("3.7B", "145M", vocabulary=32_000, tolerance=_SPARSE_SMALL, note=_GLAM_SMALL),
     "expert_choice:8b": Published("8.7B", "8.7B", vocabulary=32_000, note=_GLAM),
     "expert_choice:8b-64e": Published("143B", "9.8B", vocabulary=32_000, note=_GLAM),
     "mixtral:8x7b": Published("46702792704", "12879925248"),
     "mixtral:8x22b": Published("140620634112", "39B"),
     "deepspeed_moe:350m": Published("350M", tolerance={"total": 0.02}, note="GPT-3 Medium, named by a round figure."),
-    "deepspeed_moe:1.3b": Published("1.3B"),
-    "deepspeed_moe:6.7b": Published("6.7B"),
-    "deepspeed_moe:350m-moe-128": Published("13B"),
-    "deepspeed_moe:1.3b-moe-128": Published("52B"),
-    "deepspeed_moe:350m-pr-moe": Published("4B"),
-    "deepspeed_moe:1.3b-pr-moe": Published("31B"),
-    "deepspeed_moe:350m-mos": Published("3.5B"),
-    "deepspeed_moe:1.3b-mos": Published("27B"),
-    "vit:s-32": Published("36.5M"),
-    "vit:b-32": Published("102.1M"),
-    "vit:b-16": Published("100.5M"),
-    "vit:l-32": Published("325.3M"),
-    "vit:l-16": Published("323.1M"),
-    "vit:h-14": Published("655.8M"),
-    "vmoe:s-32-every2": Published("296.9M"),
-    "vmoe:b-32-every2": Published("980.6M"),
-    "vmoe:b-16-every2": Published("979.0M"),
-    "vmoe:l-16-every2": Published("3446.0M"),
-    "vmoe:h-14-every2": Published("7160.8M"),
-    "vmoe:h-14-last5": Published("2688.6M"),
-    "vmoe:15b": Published("14705.1M"),
-    "soft_moe:s-16-128e": Published("933M"),
-    "soft_moe:s-14-256e": Published("1.8B"),
-    "soft_moe:b-16-128e": Published("3.7B"),
-    "soft_moe:l-16-128e": Published("13.1B"),
-    "soft_moe:h-14-128e": Published("27.3B"),
-    "soft_moe:h-14-256e": Published("54.1B"),
+    **_totals("deepspeed_moe", {"1.3b": "1.3B", "6.7b": "6.7B", "350m-moe-128": "13B", "1.3b-moe-128": "52B"}),
+    **_totals("deepspeed_moe", {"350m-pr-moe": "4B", "1.3b-pr-moe": "31B", "350m-mos": "3.5B", "1.3b-mos": "27B"}),
+    **_totals("vit", {"s-32": "36.5M", "b-32": "102.1M", "b-16": "100.5M"}),
+    **_totals("vit", {"l-32": "325.3M", "l-16": "323.1M", "h-14": "655.8M"}),
+    **_totals("vmoe", {"s-32-every2": "296.9M", "b-32-every2": "980.6M", "b-16-every2": "979.0M"}),
+    **_totals("vmoe", {"l-16-every2": "3446.0M", "h-14-every2": "7160.8M", "h-14-last5": "2688.6M", "15b": "14705.1M"}),
+    **_totals("soft_moe", {"s-16-128e": "933M", "s-14-256e": "1.8B", "b-16-128e": "3.7B"}),
+    **_totals("soft_moe", {"l-16-128e": "13.1B", "h-14-128e": "27.3B", "h-14-256e": "54.1B"}),
     "shazeer_lstm:moe-4": Published("8.4M", "8.4M", vocabulary=0, note=_SHAZEER),
     "shazeer_lstm:moe-32": Published("37.8M", "8.4M", vocabulary=0, note=_SHAZEER),
     "shazeer_lstm:moe-256": Published("272.9M", "8.6M", vocabulary=0, note=_SHAZEER),
-    "shazeer_lstm:moe-256-h": Published("272.9M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-1024-h": Published("1079.0M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-4096-h": Published("4303.4M", vocabulary=0, note=_SHAZEER_H),
-    "shazeer_lstm:moe-34m": Published("4313.9M", vocabulary=0, note=_SHAZEER_H),
+    **_totals(
+        "shazeer_lstm",
+        {"moe-256-h": "272.9M", "moe-1024-h": "1079.0M", "moe-4096-h": "4303.4M", "moe-34m": "4313.9M"},
+        vocabulary=0,
+        note=_SHAZEER_H,
+    ),
     "shazeer_lstm:moe-143m": Published("4371.1M", vocabulary=0, note=_SHAZEER_H),
 }
-"""`file:size` of configs/ -> what is printed."""
+"""`file:size` of configs/ -> the printed figures."""

@@ -1,7 +1,7 @@
-"""The weights of a config's model as its modules make them, and what a training sequence does with each.
+"""Traces a config's model: its weights, and what a training sequence computes with each.
 
-Nothing is allocated or compiled: the modules are traced for their shapes, and the forward pass for its matrix products
-(`switchjax.accounting.matmuls`). A layer or router from anywhere is accounted for without an edit here.
+It allocates and compiles nothing: it traces the modules for their shapes and the forward pass for its matrix products
+(`switchjax.accounting.matmuls`). So it covers any new layer or router without an edit here.
 """
 
 from collections import Counter
@@ -23,29 +23,29 @@ from switchjax.parallel.sharding import is_variable, named_leaves
 
 @dataclass(frozen=True)
 class TracedWeight:
-    """A parameter of the model; one that stands in repeated layers is stacked over them."""
+    """A parameter of the model, stacked over the layers that repeat it."""
 
     name: str
-    """As `named_leaves` has it."""
+    """The name that `named_leaves` gives it."""
     stack: str
-    """The stack of layers that it stands in; empty before and after these."""
+    """The stack of its layers, or an empty string outside of stacks."""
     layers: int
-    """How many layers it is stacked over, 1 outside of them."""
+    """Number of layers that it is stacked over; 1 outside of stacks."""
     axes: tuple[str | None, ...]
-    """Logical axes in one layer, as `AXIS_RULES` names them."""
+    """Logical axes in one layer, with the names of `AXIS_RULES`."""
     shape: tuple[int, ...]
     """Sizes of the axes."""
     dtype: np.dtype
     trained: bool
-    """The gradient trains it. What is not trained (tables, balancing biases, averages) is state and no parameter."""
+    """True if the gradient trains it. Tables, balancing biases and averages are state, not parameters."""
     active: int
-    """Numbers that a token meets, in all layers: those of the experts that it is sent to, or all."""
+    """Numbers that a token uses in all layers: those of its selected experts, or all."""
     computed_flops: int
-    """FLOPs of a sequence in its matrix products, those of empty slots included."""
+    """FLOPs of a sequence in its matrix products, including those of empty slots."""
 
     @property
     def part(self) -> str:
-        """embeddings, positions, patches, attention, feed_forward, experts, routers, lstm, norms, logits, or other."""
+        """The part of the model it belongs to: `experts`, one of `_PARTS`, or `other`."""
         if "expert" in self.axes:
             return "experts"
         places = set(self.name.split("/"))
@@ -53,19 +53,19 @@ class TracedWeight:
 
     @property
     def size(self) -> int:
-        """Numbers in it, in all layers."""
+        """Numbers in all its layers."""
         return prod(self.shape) * self.layers
 
     @property
     def vectors(self) -> int:
-        """Vectors of a sequence that one layer multiplies by it, each by one expert's share."""
+        """Vectors of a sequence that one layer multiplies by it (by one expert's share of it)."""
         return self.computed_flops // (2 * self.size // self.axis("expert"))
 
     @property
     def slot_numbers(self) -> int:
-        """Numbers in a sequence's slots on their way to this weight of one layer's experts, or from it.
+        """Numbers in a sequence's slots on their way to, or from, this weight of one layer's experts.
 
-        A gate reads the slots that have come to w_in; PEER's neurons, rows of a table, have no slots.
+        A gate reads the same slots as w_in, so it counts none. PEER's neurons are rows of a table and have no slots.
         """
         if "expert" not in self.axes or len(self.axes) < 3 or self.name.endswith("/w_gate"):
             return 0
@@ -73,7 +73,7 @@ class TracedWeight:
         return self.vectors * sum(size for axis, size in sizes if axis not in ("expert", "mlp"))
 
     def axis(self, name: str) -> int:
-        """The size of an axis, 1 without such an axis."""
+        """The size of an axis, or 1 without such an axis."""
         return self.shape[self.axes.index(name)] if name in self.axes else 1
 
 
@@ -81,7 +81,7 @@ _PARTS = (
     ("routers", {"router", "mixing", "mixing_bias", "sub_keys", "norm_scale", "norm_bias", "phi", "phi_scale"}),
     ("norms", {"norm", "self_norm", "cross_norm", "ff_norm", "extra_norm"}),
     ("attention", {"self_attention", "cross_attention"}),
-    ("routers", {"query"}),  # PEER's, as attention's have been found
+    ("routers", {"query"}),  # PEER's: the entry above has found attention's
     ("lstm", {"lstm"}),
     ("feed_forward", {"w_in", "w_gate", "w_out", "b_in", "b_out"}),
     ("embeddings", {"embedding"}),
@@ -89,12 +89,12 @@ _PARTS = (
     ("patches", {"patches", "patches_bias"}),
     ("logits", {"logits", "pre_logits", "pre_logits_bias", "head", "head_bias"}),
 )
-"""Parts with the names on a weight's path that say so; the first that has one."""
+"""Parts, and the names on a weight's path that place it there; the first match counts."""
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model's weights, and what its forward pass multiplies besides."""
+    """A model's weights, and the products of its forward pass without a weight."""
 
     weights: tuple[TracedWeight, ...]
     activation_flops: int
@@ -103,20 +103,20 @@ class TracedModel:
 
 @cache
 def trace_model(config: Config) -> TracedModel:
-    """Traces the model, and its forward pass in training on one micro-batch, on one device.
+    """Traces the model, and its training forward pass on one micro-batch and one device.
 
     Raises:
-        UserError: if there is no such model, or if it cannot take such batches.
+        UserError: if the config has no model, or its model cannot take its batches.
     """
     rows = config.data.batch_size // config.train.accumulation_steps
     config = replace(
         config,
-        # FLOPs are those of any dtype; in float32, attention is no kernel that hides its products, whatever the device.
+        # FLOPs do not depend on the dtype, but in float32 attention never becomes a kernel, which would hide products.
         model=replace(config.model, dtype="float32"),
         data=replace(config.data, batch_size=rows),
         train=replace(config.train, accumulation_steps=1),
     )
-    # On the mesh of a caller, a layer would be traced as one device's share of it.
+    # Without this, a caller's mesh would make the trace of a layer one device's share of it.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
         batch, key = FAMILIES[config.model.family].batch_shapes(config), jax.eval_shape(lambda: jax.random.key(0))
@@ -144,7 +144,7 @@ def _weight(name: str, variable: nnx.Variable, experts_per_token: float, compute
 
 
 def _experts_per_token(config: Config, name: str, leaves: Mapping[str, Any]) -> float:
-    """Experts that a token meets in the layer of a weight; on average where experts choose or slots mix tokens."""
+    """Experts that a token uses in the layer of a weight; an average if experts choose or slots mix tokens."""
     moe, layer = config.moe, name.rpartition("/")[0]
     if (phi := leaves.get(f"{name.partition('/experts/')[0]}/phi")) is not None:  # soft MoE: E x P slots a row
         return phi.shape[-2] * phi.shape[-1] / config.stack_lengths[name.split("/")[0]]

@@ -1,4 +1,4 @@
-"""What a train step asks of the devices, beside what they could do."""
+"""The FLOPs of a train step, and the devices' peak, for utilisation."""
 
 from dataclasses import dataclass
 
@@ -11,22 +11,22 @@ from switchjax.config import Config
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a train step takes."""
+    """A train step's FLOPs, and the FLOP/s of the devices that take it."""
 
     flops: float
-    """The model's, of one step on all devices together."""
+    """The model's FLOPs of one step, on all devices together."""
     peak_flops: float | None
-    """FLOP/s of all devices at their best; None where that is not known, as of CPUs."""
+    """Peak FLOP/s of all devices together, or None if it is unknown, as for CPUs."""
 
 
 def model_flops(config: Config) -> float:
-    """FLOPs of a train step, the model's own: three forward passes as papers count them, with neither recomputation nor
-    empty slots, and every row as full as it can be."""
+    """Model FLOPs of a train step: three forward passes as papers count them, with full rows, but without recomputation
+    and empty slots."""
     return 3.0 * account(config).forward_flops * config.data.batch_size
 
 
 def step_cost(config: Config, mesh: Mesh) -> StepCost:
-    """What the metrics of a run measure its speed by; a kind of device whose peak is not known leaves the peak open."""
+    """The cost of a run's train step on a mesh; the peak is None if one device's peak is unknown."""
     peaks = [peak_flops(device.device_kind) for device in mesh.devices.flat]
     known = [peak for peak in peaks if peak is not None]
     return StepCost(model_flops(config), sum(known) if len(known) == len(peaks) else None)

@@ -1,1 +1,1 @@
-"""What XLA makes of a model: topologies, HLO, memory, roofline, layouts."""
+"""The compiler's view of a train step: topologies, HLO, memory, roofline, layouts."""

@@ -1,12 +1,12 @@
-"""What a compiled program holds at the peak of its memory, read from XLA's buffer assignment.
+"""Lists the arrays that a compiled program holds at the peak of its memory, from XLA's buffer assignment.
 
-Without an attached TPU, `memory_analysis()` has no buffer assignment: it is read from what the compiler dumps. jaxlib
-has no Python classes for XLA's messages, so `_MESSAGES` declares the few fields that are read here.
+Without an attached TPU, `memory_analysis()` has no buffer assignment, but the compiler can dump it. jaxlib has no
+Python classes for XLA's messages, so `_MESSAGES` declares the few fields that are read here.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ class Held:
     """Arrays of one shape and origin that a device holds at the same time."""
 
     bytes: int
-    """All of them together, with their padding."""
+    """The sum over all of them, with their padding."""
     count: int
     shape: str
     source: str
@@ -49,9 +49,9 @@ class Held:
 
 
 def compile_with_assignment(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bytes]:
-    """The compiled program and its `HloProto` with the buffer assignment, which only a dump holds.
+    """The compiled program, and its `HloProto` with the buffer assignment, from the compiler's dump.
 
-    JAX's compilation cache must be off: a program that comes from there dumps nothing.
+    JAX's compilation cache must be off: a cached program dumps nothing.
     """
     with TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_proto": True})
@@ -60,19 +60,18 @@ def compile_with_assignment(lowered: jax.stages.Lowered) -> tuple[jax.stages.Com
 
 
 def held_at_peak(hlo_proto: bytes, program: Program) -> list[Held]:
-    """The temporaries in a device's main memory when they take most of it, largest first.
+    """The temporaries in a device's main memory at the moment when they take most of it, largest first.
 
     Args:
-        hlo_proto: as `compile_with_assignment` returns it.
-        program: its text, which says what the buffers hold.
+        hlo_proto: from `compile_with_assignment`.
+        program: the same program's parsed text, which says what the buffers hold.
     """
     assignment = _hlo_proto().FromString(hlo_proto).buffer_assignment
     buffers = {buffer.id: buffer for buffer in assignment.logical_buffers if buffer.color == _HBM}
-    peaks = [_peak(trace.events, buffers) for trace in assignment.heap_simulator_traces]
     instructions = {name: made for body in program.computations.values() for name, made in body.items()}
     parameters = _parameter_names(program)
     sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for event in (event for peak in peaks for event in peak):
+    for event in (event for trace in assignment.heap_simulator_traces for event in _peak(trace.events, buffers)):
         instruction, buffer = instructions[event.instruction_name], buffers[event.buffer_id]
         shape = _shape_at(instruction, buffer.defined_at.shape_index)
         name = parameters.get(shape.sizes) if len(shape.sizes) > 1 else None
@@ -83,7 +82,7 @@ def held_at_peak(hlo_proto: bytes, program: Program) -> list[Held]:
 
 
 def _hlo_proto() -> Any:
-    """The class of `HloProto`."""
+    """The message class `HloProto`, made from `_MESSAGES`."""
     file = FileDescriptorProto(name="hlo.proto", syntax="proto3")
     for message, fields in _MESSAGES.items():
         added = file.message_type.add(name=message)
@@ -95,7 +94,7 @@ def _hlo_proto() -> Any:
 
 
 def _peak(events: Iterable[Any], buffers: Mapping[int, Any]) -> list[Any]:
-    """The allocations that are held when most bytes are; buffers that share memory count once."""
+    """The allocations at the moment when they take most bytes; buffers that share memory count once."""
     owners: dict[int, int] = {}
     users: Counter[int] = Counter()
     held: dict[int, Any] = {}
@@ -115,15 +114,15 @@ def _peak(events: Iterable[Any], buffers: Mapping[int, Any]) -> list[Any]:
     return peak
 
 
-def _shape_at(instruction: Instruction, index: list[int]) -> Shape:
-    """One array of an instruction's result."""
-    if instruction.opcode.endswith("-start"):  # nested tuples: operands, results and the state of the transfer
+def _shape_at(instruction: Instruction, index: Sequence[int]) -> Shape:
+    """The array of an instruction's result that a buffer holds."""
+    if instruction.opcode.endswith("-start"):  # its result nests tuples of operands, results and transfer state
         return destination(instruction)
     return instruction.shapes[index[0] if index else 0]
 
 
 def _parameter_names(program: Program) -> dict[tuple[int, ...], str]:
-    """Sizes -> the first of the model's parameters that has them on a device."""
+    """Sizes -> the first parameter of the model with these sizes on a device."""
     names: dict[tuple[int, ...], str] = {}
     for instruction in program.computations[program.entry].values():
         if instruction.opcode == "parameter" and instruction.source.startswith("state.model"):

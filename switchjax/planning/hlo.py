@@ -1,7 +1,7 @@
-"""Reading compiled HLO text: its computations, how often each runs in a step, and what it communicates.
+"""Parses compiled HLO text into computations and instructions, and counts how often each runs in a step.
 
 XLA prints a program as computations of instructions, `%name = shape opcode(%operand, ...), attribute=value, ...`. One
-computation is the entry; instructions call the others, a loop its body as often as it turns.
+computation is the entry; instructions call the others, and a loop calls its body in every iteration.
 """
 
 import math
@@ -26,7 +26,7 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Shape(NamedTuple):
-    """An array's element type, as HLO calls it, its sizes, and whether it lies in a device's main memory."""
+    """An array: HLO's name of its element type, its sizes, and whether a device's main memory holds it."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Without the padding of the layout."""
+        """Its bytes without the padding of the layout."""
         return math.ceil(self.elements * _bits(self.dtype) / 8)
 
     @property
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 def _bits(dtype: str) -> int:
-    """The size of an element: the digits after the letters (`bf16`, `f8e4m3fn`, `s4`)."""
+    """Bits of an element: the first digits of its type (`bf16`, `f8e4m3fn`, `s4`)."""
     digits = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(digits[0]) if digits else 0
 
@@ -66,7 +66,7 @@ class Instruction:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """The array, or the arrays of a tuple in order."""
+        """The resulting array, or the arrays of a tuple in order."""
         return parse_shapes(self.shape_text)
 
     @property
@@ -79,12 +79,12 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """Where in the JAX program it comes from (`metadata.op_name`)."""
+        """Its origin in the JAX program (`metadata.op_name`)."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """The text in the braces of `name={...}`, empty if there is none."""
+        """The text inside the braces of `name={...}`, or an empty string."""
         found = re.search(rf"\b{name}=\{{([^}}]*)\}}", self.attributes)
         return found[1] if found else ""
 
@@ -110,10 +110,10 @@ class Program:
 
     @cached_property
     def executions(self) -> Counter[str]:
-        """How often each computation runs when the program runs once.
+        """Computation -> number of runs when the program runs once.
 
-        A loop's body counts as often as the loop turns (once where that is not known), each branch of a conditional as
-        if it were taken.
+        A loop's body counts once for each iteration (once if their number is unknown). Each branch of a conditional
+        counts as taken.
         """
         calls = {name: list(self._calls(computation)) for name, computation in self.computations.items()}
         callees_first = TopologicalSorter({name: [called for called, _ in called] for name, called in calls.items()})
@@ -124,16 +124,16 @@ class Program:
         return executions
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs, with its computation and how often it runs."""
+        """Every instruction that runs, with its computation and its number of runs."""
         for name, computation in self.computations.items():
             if times := self.executions[name]:
                 for instruction in computation.values():
                     yield computation, instruction, times
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` turns: the compiler's own count, or the constant that its condition compares with, or 1.
+        """Iterations of a `while`: the compiler's count, or the constant in its condition, or 1 if both are missing.
 
-        JAX's loops over a range count up from 0 in steps of 1.
+        The constant is the count because JAX's loops over a range start at 0 and step by 1.
         """
         if found := _TRIP_COUNT.search(loop.attributes):
             return int(found[1])
@@ -149,22 +149,18 @@ class Program:
 
 
 def called_computations(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs; a loop's body comes before its condition."""
+    """Names of the computations that an instruction calls; a loop's body comes before its condition."""
     text = instruction.attributes
     if instruction.opcode == "while":
         return [match[1] for role in ("body", "condition") if (match := re.search(rf"\b{role}=%?([\w.-]+)", text))]
-    if instruction.opcode.endswith(("-done", "-update")):  # their `-start` calls
+    if instruction.opcode.endswith(("-done", "-update")):  # the matching `-start` makes the call
         return []
     branches = _BRANCHES.search(text)
     return _CALLED.findall(text) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
 
 
 def parse(text: str) -> Program:
-    """Parses what `compiled.as_text()` prints.
-
-    Raises:
-        ValueError: if the text has no entry computation.
-    """
+    """Parses the text of `compiled.as_text()`; raises a `ValueError` if it has no entry computation."""
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = ""
@@ -183,14 +179,14 @@ def parse(text: str) -> Program:
 
 
 def parse_compiled(compiled: jax.stages.Compiled) -> Program:
-    """The program that the compiler made."""
+    """Parses a compiled program."""
     text = compiled.as_text()
     assert text, "the compiled program has no text"
     return parse(text)
 
 
 def count_operations(compiled: jax.stages.Compiled) -> Counter[str]:
-    """How often the compiled program names each operation, in fusions and loop bodies too."""
+    """Operation -> number of its instructions in the compiled program, including fusions and loop bodies."""
     program = parse_compiled(compiled)
     return Counter(
         instruction.opcode.removesuffix("-start")

@@ -1,4 +1,4 @@
-"""What a compiled program communicates: which collectives, how often, how many bytes, between which devices."""
+"""Finds the collectives of a compiled program: their kind, number, bytes and groups of devices."""
 
 import math
 import re
@@ -20,19 +20,19 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int
-    """What one device holds: the operands, or the result of an all-gather."""
+    """Bytes on one device: of the operands, or of the result of an all-gather."""
     times: int
-    """How often it runs in a step."""
+    """Runs in a step."""
     group: tuple[int, ...]
-    """Positions in the mesh, counted along its last axis first, of the devices of one group; empty: all."""
+    """Positions of one group's devices in the flattened (row-major) mesh; empty: all devices."""
     source: str
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All collectives that run; an asynchronous pair counts as its start.
+    """All collectives that run; an asynchronous pair counts once.
 
-    The TPU compiler may do one in steps, each fused with other work: these have one channel, and count as one. It
-    writes a reduce-scatter as an all-reduce whose result it slices, in a computation called all-reduce-scatter.
+    The TPU compiler may split one collective into steps that it fuses with other work: they share a channel and count
+    as one. It writes a reduce-scatter as an all-reduce with a sliced result, in a computation `all-reduce-scatter...`.
     """
     found, chains = [], set()
     scatters = [id(body) for name, body in program.computations.items() if name.startswith("all-reduce-scatter")]
@@ -48,7 +48,7 @@ def collectives(program: Program) -> list[Collective]:
         group = replica_group(instruction.attributes)
         size = sum(computation[name].bytes for name in instruction.operands if name in computation)
         if kind == "all-gather" and len(instruction.operands) == 1:
-            size = max(shape.bytes for shape in instruction.shapes)  # a start's result holds its operand as well
+            size = max(shape.bytes for shape in instruction.shapes)  # a start's result also holds its operand
         elif kind == "all-gather":
             size *= max(len(group), 1)
         elif kind == "all-reduce" and id(computation) in scatters:
@@ -58,21 +58,21 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def axes_between(group: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of a mesh of these sizes along which the devices of a group differ; none for a device by itself."""
+    """The mesh axes along which the devices of a group differ; none for a single device."""
     places = np.unravel_index(group or range(math.prod(mesh.values())), tuple(mesh.values()))
     return tuple(axis for axis, place in zip(mesh, places, strict=True) if np.ptp(place))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a step: how many, and their bytes on one device."""
+    """Number of collectives of one kind in a step, and their bytes on one device."""
 
     count: int
     bytes: int
 
 
 def traffic(found: list[Collective]) -> dict[str, Traffic]:
-    """The totals of each kind that occurs."""
+    """Kind -> totals, for each kind that occurs."""
     alike = {kind: [one for one in found if one.kind == kind] for kind in COLLECTIVES}
     return {
         kind: Traffic(sum(one.times for one in ones), sum(one.times * one.bytes for one in ones))
@@ -82,11 +82,12 @@ def traffic(found: list[Collective]) -> dict[str, Traffic]:
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
-    """The first group of devices that communicate with one another; of a permutation, its first pair.
+    """The first group of devices that communicate with one another, or the first pair of a permutation.
 
-    XLA lists groups, `{{0,1},{2,3}}`, or counts them out, `[2,4]<=[4,2]T(1,0)`, or names axes of a mesh,
-    `mesh['a'=4,'b'=2] {'b'}`, with its devices in another order, `mesh[...], device_ids=([2,4]T(1,0)) {'b'}`, or parts
-    of axes, `{'a':(2)2}`: the group spans 2 of a's positions, inside 2 larger parts.
+    XLA has several notations: a list of groups, `{{0,1},{2,3}}`; a reshaped and transposed range, `[2,4]<=[4,2]T(1,0)`;
+    axes of a mesh, `mesh['a'=4,'b'=2] {'b'}`, perhaps with its devices in another order,
+    `mesh[...], device_ids=([2,4]T(1,0)) {'b'}`; or parts of axes, `{'a':(2)2}`: the group spans 2 of a's positions,
+    inside 2 larger parts.
     """
     if listed := re.search(r"\b(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
         return tuple(int(i) for i in listed[1].split(",") if i)
@@ -101,7 +102,7 @@ def replica_group(attributes: str) -> tuple[int, ...]:
 
 
 def _mesh_group(devices: np.ndarray, sizes: Mapping[str, int], axes: str) -> tuple[int, ...]:
-    """The first group along some axes, or parts of axes, of a mesh of devices."""
+    """The first group along axes, or parts of axes, of a mesh of devices."""
     parts = {name: (int(outer or 1), int(size or sizes[name])) for name, outer, size in _AXIS.findall(axes)}
     shape: list[int] = []
     for name, size in sizes.items():
@@ -112,13 +113,13 @@ def _mesh_group(devices: np.ndarray, sizes: Mapping[str, int], axes: str) -> tup
 
 
 def _count_out(sizes: str, order: str | None) -> np.ndarray:
-    """`arange` of these sizes, its axes in another order, flat."""
+    """A flat `arange` of these sizes after its axes are transposed."""
     shape = [int(size) for size in sizes.split(",")]
     axes = [int(axis) for axis in order.split(",")] if order else None
     return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
 
 
 def count_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """How often the compiled program names each kind of collective that it has."""
+    """Kind -> number of its instructions in the compiled program, for each kind that occurs."""
     operations = count_operations(compiled)
     return {name: operations[name] for name in COLLECTIVES if operations[name]}

@@ -1,4 +1,4 @@
-"""What a compiled program computes and reads, loops included.
+"""Counts the FLOPs of a compiled program, including every iteration of its loops.
 
 `compiled.cost_analysis()` counts a loop's body once; here each instruction counts as often as it runs.
 """
@@ -11,10 +11,10 @@ from switchjax.planning.hlo import Computation, Instruction, Program, Shape
 
 
 def matmul_flops(program: Program) -> int:
-    """FLOPs of the matmuls of a step on one device; HLO has them as `dot` or, on TPUs, `convolution`.
+    """FLOPs of a step's matmuls on one device; HLO has them as `dot` or, on TPUs, `convolution`.
 
-    A multiplication and an addition count as two. Elementwise work is left out: reading its operands takes longer. A
-    kernel counts as its author's estimate (Pallas' `cost_estimate`), without one as nothing.
+    A multiplication and an addition count as two. Elementwise work does not count: reading its operands takes longer.
+    A kernel counts with its author's estimate (Pallas' `cost_estimate`), or as 0 without one.
     """
     counts = {"dot": _dot_flops, "convolution": _convolution_flops, "custom-call": _kernel_flops}
     return sum(
@@ -40,7 +40,7 @@ def _kernel_flops(call: Instruction, _: Computation) -> int:
 
 
 def _convolution_flops(convolution: Instruction, computation: Computation) -> int:
-    """Counts products of elements that exist: neither padding nor the zeros of dilation."""
+    """Counts products of real elements, not of padding or of the zeros of dilation."""
     found = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert found, f"{convolution.name} has no dim_labels"
     shapes = (*_operand_shapes(computation, convolution)[:2], convolution.shapes[0])
@@ -48,7 +48,7 @@ def _convolution_flops(convolution: Instruction, computation: Computation) -> in
         dict(zip(labels, shape.sizes, strict=True)) for labels, shape in zip(found.groups(), shapes, strict=True)
     )
     window = dict(re.findall(r"(\w+)=(\S+)", convolution.attribute("window")))
-    # The kernel's own input features are those of one feature group; the batch is divided by batch groups.
+    # `kernel["i"]` has the features of one feature group, and `outputs["b"]` the rows of one batch group.
     products = kernel["i"] * outputs["f"] * outputs["b"]
     for i, label in enumerate(sorted(name for name in kernel if name.isdigit())):
         setting = {name: values.split("x")[i] for name, values in window.items()}
@@ -57,7 +57,7 @@ def _convolution_flops(convolution: Instruction, computation: Computation) -> in
 
 
 def _valid_positions(size: int, kernel: int, outputs: int, window: dict[str, str]) -> int:
-    """Pairs of an output position and a kernel position that meet an element of the input, along one dimension."""
+    """Pairs of an output and a kernel position that fall on an input element, along one dimension."""
     low = int(window.get("pad", "0_0").split("_")[0])
     stride, base, dilation = (int(window.get(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
     places = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None, :] * dilation - low

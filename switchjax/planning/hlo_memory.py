@@ -1,25 +1,25 @@
-"""What a compiled program reads and writes in a device's memory, and what it keeps for the backward pass."""
+"""Counts the bytes that a compiled program reads, writes and keeps for the backward pass in a device's memory."""
 
 import re
 
 from switchjax.planning.hlo import Computation, Instruction, Program, Shape, called_computations
 
-# Names for what lies in memory already, or for control flow whose own instructions are counted.
+# These move no bytes: they name arrays that memory already holds, or their bodies are counted instead.
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"})
 _FREE |= {"while", "conditional", "call", "partition-id", "replica-id"}
 _SLICES = ("dynamic-slice", "slice", "gather")
-"""Read only as much of their first operand as they return."""
+"""Operations that read only as much of their first operand as they return."""
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""Write only as much as their operand of this position holds, in place."""
+"""Operation -> position of its operand with the update: it writes only that, in place."""
 _KERNEL = "tpu_custom_call"
-"""The custom call that computes; all others of the TPU compiler are marks."""
+"""The custom call that computes; the TPU compiler's other custom calls are annotations."""
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes that a step reads from and writes to one device's HBM, loops included.
+    """Bytes that a step reads from and writes to one device's HBM, including every iteration of loops.
 
     Each instruction outside of fusions reads its operands and writes its results, except arrays that the compiler
-    places on the chip (memory space `S(1)`). Where an array is only sliced or updated in place, the slice counts.
+    places on the chip (memory space `S(1)`). If an instruction slices or updates an array in place, the slice counts.
     """
     inner = {
         name
@@ -54,12 +54,8 @@ def _instruction_traffic(program: Program, computation: Computation, instruction
 
 
 def destination(start: Instruction) -> Shape:
-    """The array that an asynchronous start fills: a copy names it first, others after the operand."""
+    """The array that an asynchronous start fills: first in a copy's result, second in others, after the operand."""
     return start.shapes[0 if start.opcode == "copy-start" or len(start.shapes) == 1 else 1]
-
-
-def _fusion(program: Program, fusion: Instruction) -> Computation:
-    return program.computations[called_computations(fusion)[0]]
 
 
 def _root(computation: Computation) -> Instruction:
@@ -67,9 +63,9 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _makers(program: Program, body: Computation, value: Instruction) -> list[tuple[Computation, Instruction]]:
-    """The instruction that computes each array of a value, and where it stands: inside fusions, behind bitcasts."""
+    """Each array's computing instruction and its computation, found through fusions and bitcasts."""
     if value.opcode == "fusion":
-        body = _fusion(program, value)
+        body = program.computations[called_computations(value)[0]]
         return _makers(program, body, _root(body))
     if value.opcode == "tuple":
         return [_makers(program, body, body[name])[0] for name in value.operands]
@@ -89,7 +85,7 @@ def _written(body: Computation, maker: Instruction) -> int:
 
 
 def _read_of_operand(program: Program, instruction: Instruction, position: int) -> int:
-    """Bytes that an instruction reads of its operand at this position, at most."""
+    """The most bytes that an instruction reads of its operand at this position."""
     if instruction.opcode in _SLICES and position == 0:
         return instruction.bytes
     if instruction.opcode == "slice-start":
@@ -98,13 +94,13 @@ def _read_of_operand(program: Program, instruction: Instruction, position: int) 
         return 0
     if instruction.opcode != "fusion":
         return 2**63
-    body = _fusion(program, instruction)
+    body = program.computations[called_computations(instruction)[0]]
     parameter = next(i for i in body.values() if i.opcode == "parameter" and i.operands == (str(position),))
     return _read_of_value(program, body, parameter)
 
 
 def _read_of_value(program: Program, body: Computation, value: Instruction) -> int:
-    """Bytes that the users of a value inside a fusion read of it, at most."""
+    """The most bytes that instructions inside a fusion read of a value."""
     total = 0
     for user in body.values():
         for position, name in enumerate(user.operands):
@@ -115,9 +111,9 @@ def _read_of_value(program: Program, body: Computation, value: Instruction) -> i
 
 
 def saved_activations(program: Program) -> int:
-    """Bytes that the forward pass keeps for the backward pass: what its loops over layers stack up, layer by layer.
+    """Bytes that the forward pass keeps for the backward pass: the arrays that its loops over layers stack.
 
-    0 where no loop is left, as for a single layer or `model.scan_layers=False`.
+    The result is 0 without such a loop, as with a single layer or `model.scan_layers=False`.
     """
     saved = 0
     for _, loop, _ in program.instructions():

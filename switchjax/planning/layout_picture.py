@@ -1,4 +1,4 @@
-"""Draws what each device holds, from real shardings: figure 9 of the Switch Transformer's paper."""
+"""Draws what each device holds, from real shardings, like figure 9 of the Switch Transformer's paper."""
 
 from collections.abc import Iterator, Mapping
 from io import StringIO
@@ -17,9 +17,9 @@ Block = tuple[tuple[int, int], ...]
 """Start and stop in each dimension of an array."""
 
 _COLUMNS = 4
-"""Devices side by side in a panel, and experts side by side in a device."""
+"""Devices in a row of a panel, and experts in a row of a device."""
 _PITCH = 1.15
-"""From one device's square, of side 1, to the next."""
+"""Distance between the corners of neighbouring devices; their squares have side 1."""
 
 
 class ShardedArray(NamedTuple):
@@ -28,7 +28,7 @@ class ShardedArray(NamedTuple):
     title: str
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
-    """In the order of the mesh."""
+    """One for each device, in the order of the mesh."""
 
     @property
     def parts(self) -> list[Block]:
@@ -37,7 +37,7 @@ class ShardedArray(NamedTuple):
 
 
 def held_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[Block, ...]:
-    """What each device holds of an array, device by device in the order of the mesh."""
+    """The block of an array that each device holds, in the order of the mesh."""
     indices = sharding.devices_indices_map(shape)
     return tuple(
         tuple(part.indices(size)[:2] for part, size in zip(indices[device], shape, strict=True))
@@ -46,11 +46,7 @@ def held_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[Block,
 
 
 def layout_arrays(config: Config) -> list[ShardedArray]:
-    """W_in [D, F] of the first dense layer, [E, D, F] of the first experts, and tokens [B, L], on the config's mesh.
-
-    Raises:
-        UserError: if the config does not fit its mesh.
-    """
+    """The first dense layer's W_in [D, F], the first experts' [E, D, F], and tokens [B, L], on the config's mesh."""
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)
@@ -58,7 +54,7 @@ def layout_arrays(config: Config) -> list[ShardedArray]:
     arrays = []
     for title, ending in (("a dense layer's weights", "/ff/w_in"), ("experts' weights", "/experts/w_in")):
         name = next(name for name in shapes if name.endswith(ending))
-        # The first dimension is the layers that a loop stacks; no axis divides it.
+        # A loop stacks its layers along the first dimension, which no mesh axis divides.
         blocks = tuple(block[1:] for block in held_blocks(shardings[name], shapes[name].shape))
         arrays.append(ShardedArray(title, shapes[name].shape[1:], blocks))
     tokens = next(iter(FAMILIES[config.model.family].batch_shapes(config).values()))
@@ -67,13 +63,10 @@ def layout_arrays(config: Config) -> list[ShardedArray]:
 
 
 def draw_layouts(layouts: Mapping[str, Config]) -> str:
-    """An SVG with a row for each layout; its panels are the arrays, their squares the devices.
+    """An SVG with a row for each layout, a panel for each array and in it a square for each device.
 
-    Each square is the whole array, rows down and columns across, experts side by side; what the device holds is filled.
-    Equal colours are equal parts.
-
-    Raises:
-        UserError: if a config does not fit its mesh, or matplotlib is missing.
+    Each square shows the whole array, rows down and columns across, experts side by side. The part that the device
+    holds is filled; equal parts have equal colours. Raises a `UserError` if matplotlib is missing.
     """
     try:
         import matplotlib
@@ -86,23 +79,18 @@ def draw_layouts(layouts: Mapping[str, Config]) -> str:
     for panels, arrays, (name, config) in zip(axes, rows, layouts.items(), strict=True):
         for panel, array in zip(panels, arrays, strict=True):
             _draw_panel(panel, array)
-        label = "\n".join(_settings(config))
+        settings = {"data": config.mesh.data, "expert": config.mesh.expert, "model": config.mesh.model}
+        label = [f"mesh.{axis}={size}" for axis, size in settings.items() if size != 1]
+        label += [f"mesh.sharded={config.mesh.sharded}"] if config.mesh.sharded != "none" else []
         panels[0].text(-2.6, 0.15, name, fontsize=13, weight="bold", va="center")
-        panels[0].text(-2.6, 0.45, label, color="dimgrey", va="top")
+        panels[0].text(-2.6, 0.45, "\n".join(label), color="dimgrey", va="top")
     for panel, array in zip(axes[0], rows[0], strict=True):
         panel.set_title(f"{array.title}\n[{' x '.join(map(str, array.shape))}]", loc="left", fontsize=13)
     svg = StringIO()
-    # Text stays text; without salt and date, the same layouts are the same bytes.
+    # "none" keeps text as text; a fixed salt and no date make equal layouts equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layouts"}):
         figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
     return svg.getvalue()
-
-
-def _settings(config: Config) -> list[str]:
-    mesh = config.mesh
-    sizes = {"data": mesh.data, "expert": mesh.expert, "model": mesh.model}
-    sharded = [f"mesh.sharded={mesh.sharded}"] if mesh.sharded != "none" else []
-    return [f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1] + sharded
 
 
 def _caption(array: ShardedArray) -> str:
@@ -113,7 +101,7 @@ def _caption(array: ShardedArray) -> str:
 
 
 def _draw_panel(panel: Any, array: ShardedArray) -> None:
-    """The devices in rows of four, each a square of side 1."""
+    """Draws the devices in rows of four, each as a square of side 1."""
     from matplotlib import colormaps
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -134,7 +122,7 @@ def _draw_panel(panel: Any, array: ShardedArray) -> None:
 
 
 def _tiles(shape: tuple[int, ...], block: Block) -> Iterator[tuple[float, float, float, float, bool]]:
-    """Rectangles, each filled or not: every matrix of an array whole, then the block's part of it on top."""
+    """Rectangles `(x, y, width, height, filled)`: each whole matrix of an array, then on top the block's part of it."""
     *stacked, (top, bottom), (left, right) = block
     count = shape[0] if stacked else 1
     first, last = stacked[0] if stacked else (0, 1)

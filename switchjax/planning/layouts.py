@@ -17,21 +17,17 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
 class Route(NamedTuple):
-    """Which collectives belong together."""
+    """The key by which collectives are counted."""
 
     phase: str
-    """forward, backward (with what it recomputes) or update."""
+    """forward, backward (including recomputation) or update."""
     kind: str
     axes: tuple[str, ...]
     """Axes of the mesh along which bytes travel."""
 
 
 def layout_communication(config: Config) -> dict[Route, Traffic]:
-    """Compiles the train step of a config and counts its collectives; those smaller than a token are left out.
-
-    Raises:
-        UserError: if the config does not fit its mesh.
-    """
+    """Compiles a config's train step and counts its collectives, without those of fewer bytes than a float32 token."""
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
     program = parse_compiled(lower_train_step(config, plan_state(config, mesh), mesh).compile())
@@ -39,12 +35,9 @@ def layout_communication(config: Config) -> dict[Route, Traffic]:
 
 
 def communication(program: Program, mesh: Mapping[str, int], least: int = 0) -> dict[Route, Traffic]:
-    """Counts the collectives of a train step, route by route.
+    """Counts the collectives of a compiled step on a mesh of these sizes, route by route.
 
-    Args:
-        program: the compiled step.
-        mesh: sizes of the axes.
-        least: collectives of fewer bytes are left out: sums of losses, metrics and norms.
+    Collectives of fewer than `least` bytes do not count: they sum losses, metrics and norms.
     """
     routes: dict[Route, list[Collective]] = {}
     for found in collectives(program):
@@ -55,7 +48,7 @@ def communication(program: Program, mesh: Mapping[str, int], least: int = 0) -> 
 
 
 def _phase(source: str) -> str:
-    """The phase of an operation, from what differentiation made of its name in the JAX program."""
+    """The phase of an operation, from the marks that differentiation leaves in its name."""
     if "transpose(" in source:
         return BACKWARD
     return FORWARD if "jvp(" in source else UPDATE

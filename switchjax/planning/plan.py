@@ -1,4 +1,4 @@
-"""What a config's train step takes on a slice of TPUs, from the TPU compiler, with no TPU attached."""
+"""Plans a config's train step on a slice of TPUs with the TPU compiler; no TPU needs to be attached."""
 
 import re
 import time
@@ -22,20 +22,16 @@ from switchjax.training.state import StatePlan, plan_state
 from switchjax.training.step import lower_train_step
 
 _HELD = 8
-"""Kinds of arrays that a plan names."""
+"""Number of kinds of arrays that a plan names."""
 _SHRINKS = 0.8
-"""A step needs at least this share of its memory, over all chips together, on a larger slice."""
+"""On a larger slice, a step needs at least this share of its memory, summed over all chips."""
 
 
 class OutOfMemory(UserError):
-    """A step needs more memory than a device has; the message says how much and what for.
-
-    Args:
-        message: in one line.
-        needed: bytes on a device, 0 where that is not known.
-    """
+    """A step needs more memory than a device has."""
 
     def __init__(self, message: str, needed: float = 0):
+        """`message` is one line; `needed` is the bytes on a device, or 0 if they are unknown."""
         super().__init__(message)
         self.needed = needed
 
@@ -47,11 +43,11 @@ class DeviceMemory:
     parameters: int
     optimizer: int
     activations: int
-    """What the forward pass keeps for the backward pass, carried out of loops over layers; part of `temporaries`."""
+    """Arrays that the forward pass's loops over layers keep for the backward pass; part of `temporaries`."""
     temporaries: int
-    """Everything else while the step runs: gradients, activations, buffers of collectives."""
+    """All other arrays while the step runs: gradients, activations, buffers of collectives."""
     total: int
-    """Arguments, results that do not take their place, temporaries and the program itself."""
+    """Arguments, results that do not reuse their memory, temporaries and the program itself."""
     capacity: int
 
 
@@ -63,9 +59,9 @@ class StepPlan:
     mesh: dict[str, int]
     memory_per_device: DeviceMemory
     held_at_peak: tuple[Held, ...]
-    """The largest temporaries of the moment that takes most memory."""
+    """The largest temporaries at the peak of memory."""
     flops_per_device: int
-    """In the matrix products of one step, recomputation included."""
+    """FLOPs of one step's matrix products, including recomputation."""
     hbm_bytes_per_device: int
     collectives: dict[str, Traffic]
     compile_seconds: float
@@ -95,13 +91,10 @@ def plan_step(config: Config, slice_: Slice) -> StepPlan:
 
 
 def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> StepPlan:
-    """The plan for the chip's smallest slice whose memory holds the step.
+    """The plan for the chip's smallest slice whose memory holds the step; tries the slices from small to large.
 
-    Args:
-        config: what to train.
-        chip: its slices are tried from small to large; one that cannot hold the state, or holds less than the step
-            needed on a smaller slice, is skipped without compiling.
-        report: receives a line for each slice that is tried and each that does not fit.
+    It does not compile for a slice that cannot hold the state, or holds less than the step needed on a smaller slice.
+    `report` receives a line for each slice that is tried and each that does not fit.
 
     Raises:
         UserError: if no slice fits; says why the largest does not.
@@ -123,7 +116,7 @@ def smallest_fit(config: Config, chip: Chip, report: Callable[[str], None]) -> S
 
 
 def _check_state(plan: StatePlan, chip: Chip) -> None:
-    """Refuses what memory cannot hold before anything is compiled: the state and the largest parameter's gradient."""
+    """Raises `OutOfMemory`, before compiling, if a device cannot hold the state and the largest gradient."""
     parameters, optimizer = state_bytes(plan)
     gradient = max(leaf_bytes(plan.shapes.model, plan.shardings.model))
     if parameters + optimizer + gradient > chip.memory:
@@ -134,7 +127,7 @@ def _check_state(plan: StatePlan, chip: Chip) -> None:
 
 
 def needed_bytes(message: str) -> float:
-    """The memory that a program needs by the compiler's message; 0 where it does not say."""
+    """The bytes that a program needs by the compiler's message, or 0 if it does not say."""
     found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", message)
     if found is None:
         return 0.0
@@ -143,7 +136,7 @@ def needed_bytes(message: str) -> float:
 
 
 def explain_out_of_memory(message: str) -> str:
-    """The compiler's message in one line: how much it needed, and for what most of all."""
+    """The compiler's message in one line: the memory needed, and the three largest arrays."""
     first = next((line for line in message.splitlines() if "memory" in line), message.splitlines()[0])
     largest = re.findall(r"Size: ([\d.]+[KMGT]?)\b.*?\n\s*Operator: op_name=\"([^\"]*)\"", message, re.DOTALL)
     shown = "; ".join(f"{size} of {source}" for size, source in largest[:3])
@@ -159,7 +152,7 @@ def _measure(
     coordinates = [tuple(device.coords[: len(slice_.shape)]) for device in mesh.devices.flat]
     parameters, optimizer = state_bytes(plan)
     stats = compiled.memory_analysis()
-    assert stats is not None, "the TPU compiler tells what memory a program takes"
+    assert stats is not None, "the TPU compiler always reports a program's memory"
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory = DeviceMemory(
         parameters=parameters,

@@ -1,4 +1,4 @@
-"""A plan as a table to read, and as the JSON of `plan.py --json`."""
+"""Shows a plan as text, and as the JSON of `plan.py --json`."""
 
 import json
 from collections.abc import Mapping
@@ -14,13 +14,12 @@ from switchjax.planning.plan import StepPlan
 
 _SPARE = 0.2
 """The share of a device's memory that a run should leave free for evaluation, checkpoints and fragmentation."""
-
 _SHOWN = 5
-"""Kinds of temporaries that are listed."""
+"""Number of kinds of temporaries in the list."""
 
 
 def show_accounting(accounting: Accounting) -> str:
-    """What arithmetic says of a config before anything is compiled."""
+    """A config's parameters and FLOPs, by arithmetic alone."""
     parts = sorted(accounting.parameters.items(), key=lambda part: -part[1])
     computed = sum(accounting.computed_flops.values())
     return "\n".join(
@@ -37,14 +36,8 @@ def show_accounting(accounting: Accounting) -> str:
 
 
 def show_estimate(accounting: Accounting, mesh: Mapping[str, int]) -> str:
-    """What a device of a mesh holds and sends, by arithmetic; the compiler knows better."""
-    memory, sent = accounting.memory, accounting.communication
-    held = {
-        "parameters": memory.parameters,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-    }
+    """Estimates what a device of a mesh holds and sends; the compiler knows better."""
+    held, sent = asdict(accounting.memory), accounting.communication
     lines = [
         f"a device of {' x '.join(f'{axis} {size}' for axis, size in mesh.items())}, not compiled",
         f"  holds about           {show_bytes(sum(held.values()))}: "
@@ -57,7 +50,7 @@ def show_estimate(accounting: Accounting, mesh: Mapping[str, int]) -> str:
 
 
 def show_published(key: str, config: Config) -> list[str]:
-    """The figures that a paper prints of the model of this key (`switch:c`), and why some differ."""
+    """A line for each figure that a paper prints of the model `key` (`switch:c`), and a note on differences."""
     lines = [
         f"published {one.figure:13} {one.printed}, here {show_count(one.ours)}: {'agrees' if one.agrees else 'DIFFERS'}"
         for one in published_figures(key, config)
@@ -66,13 +59,9 @@ def show_published(key: str, config: Config) -> list[str]:
 
 
 def accounting_dict(accounting: Accounting) -> dict[str, Any]:
-    """What `plan.py --json` writes of it."""
+    """The accounting as `plan.py --json` writes it."""
     return {
-        "parameters": {
-            "total": accounting.total,
-            "active": accounting.active,
-            "by_part": dict(accounting.parameters),
-        },
+        "parameters": {"total": accounting.total, "active": accounting.active, "by_part": dict(accounting.parameters)},
         "flops": {
             "forward_per_sequence": accounting.forward_flops,
             "computed_per_sequence": sum(accounting.computed_flops.values()),
@@ -83,7 +72,7 @@ def accounting_dict(accounting: Accounting) -> dict[str, Any]:
 
 
 def show_count(count: float) -> str:
-    """Four digits and a unit: `1.571T`."""
+    """A count with four digits and a unit: `1.571T`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= size:
             return f"{count / size:.4g}{unit}"
@@ -115,16 +104,12 @@ def show_plan(plan: StepPlan) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """Milliseconds below a second."""
+    """Seconds, or milliseconds if it is less than one second."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes an object.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Writes an object; raises a `UserError` if the file cannot be written."""
     try:
         path.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The least time that a step can take: by computing, by reading memory and by moving bytes between chips.
+"""Computes the least time that a step can take: for computing, for reading memory, for moving bytes between chips.
 
-Each of the three is a bound of its own; a step that overlaps them perfectly takes as long as the largest.
+Each of the three is a bound; a step that overlaps them perfectly takes as long as the largest.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Coordinates = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds a step, each as if nothing else had to be done."""
+    """Seconds that each part of a step takes if it runs alone."""
 
     compute_seconds: float
     hbm_seconds: float
@@ -23,7 +23,7 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The name of the part that takes longest."""
         times = {"compute": self.compute_seconds, "HBM": self.hbm_seconds, "network": self.network_seconds}
         return max(times, key=lambda name: times[name])
 
@@ -34,10 +34,10 @@ def roofline(
     """The bounds of a program on a slice.
 
     Args:
-        flops: of matrix products on one device, at the chip's peak in bfloat16.
-        hbm_bytes: what one device reads and writes.
+        flops: FLOPs of matrix products on one device; they run at the chip's bfloat16 peak.
+        hbm_bytes: bytes that one device reads and writes.
         found: the program's collectives.
-        slice_: its chips.
+        slice_: the chips.
         coordinates: the chip of each device, in the order of the mesh.
     """
     chip = slice_.chip
@@ -48,25 +48,25 @@ def roofline(
 def network_seconds(collective: Collective, slice_: Slice, coordinates: Sequence[Coordinates]) -> float:
     """Seconds that the links between chips take for one collective, with b bytes on each of the chip's devices.
 
-    A group of n chips spans s_d chips along dimension d of the mesh. A line of chips has l_d links across its middle in
-    each direction, 2 where it closes into a ring and 1 where it does not, of w bytes/s each.
+    A group of n chips spans s_d chips along dimension d of the mesh. A line of chips has l_d links of w bytes/s across
+    its middle in each direction: 2 if it closes into a ring, otherwise 1.
 
-    - all-to-all: half of all bytes change sides across the middle of each line, a quarter of them either way. The
-      longest dimension bounds it: `max_d s_d b / (4 l_d w)`; chips of other groups between those of one group send as
-      much over the same links, which is why the span counts and not the group's own chips.
-    - all-gather and reduce-scatter: each chip's links bring it the n - 1 parts that it lacks, through all the
-      dimensions at once: `b (n - 1) / n / sum_d l_d w`.
+    - all-to-all: half of all bytes cross the middle of each line, a quarter in either direction. The longest dimension
+      bounds it: `max_d s_d b / (4 l_d w)`. The span counts, not the number of the group's chips: the chips of other
+      groups in between send as much over the same links.
+    - all-gather and reduce-scatter: each chip receives the n - 1 parts that it lacks over the links of all dimensions
+      at once: `b (n - 1) / n / sum_d l_d w`.
     - all-reduce: a reduce-scatter and an all-gather, twice that.
     - collective-permute: all bytes over one link, `b / w`.
 
-    Within a chip of two devices no time passes. Latency is left out: it matters for small collectives only.
+    Transfers inside a chip of two devices take no time. Latency is ignored: it matters for small collectives only.
     """
     chips = {coordinates[i] for i in collective.group} if collective.group else set(coordinates)
     if len(chips) < 2:
         return 0.0
     size, link = collective.bytes * slice_.chip.devices, slice_.chip.link_bandwidth
     spans = {d: span for d, line in enumerate(zip(*chips, strict=True)) if (span := max(line) - min(line) + 1) > 1}
-    # Part of a ring is a line: the way around leads through other groups.
+    # A part of a ring is only a line: the way around belongs to other groups.
     links = {d: slice_.links(d) if span == slice_.shape[d] else 1 for d, span in spans.items()}
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
         return max(span * size / (4 * links[d] * link) for d, span in spans.items())

@@ -1,4 +1,4 @@
-"""The devices of a slice that need not be there, and the mesh that suits a config on them."""
+"""Describes the devices of a slice that need not be attached, and chooses a config's mesh on them."""
 
 import importlib.util
 import math
@@ -15,19 +15,19 @@ from switchjax.parallel.mesh import check_fit, make_mesh
 from switchjax.training.state import StatePlan, plan_state
 
 _OPEN = MeshConfig()
-"""A mesh of these sizes is open: `choose_mesh` sets it."""
+"""The default sizes: `choose_mesh` replaces them."""
 _COMPILER_SETTINGS = {
-    # Compiling holds no TPU, so several processes may do it at once.
+    # Several processes may compile at once, as none of them holds a TPU.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # libtpu asks for these of a TPU machine; without answers it searches the network, and complains on stderr.
+    # libtpu asks a TPU machine for these; unanswered, it searches the network and complains on stderr.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5e-4",
 }
 _MOST_MODEL = 16
-"""The largest `model` axis of `choose_mesh`: matmuls shrink with it, their all-reduces of activations do not."""
+"""The largest `model` axis of `choose_mesh`: it makes matmuls smaller, but not their all-reduces."""
 _STATE_SHARE = 0.7
-"""The share of memory that parameters, gradients and optimiser may fill before `choose_mesh` slices matrices."""
+"""`choose_mesh` divides matrices if parameters, gradients and optimiser fill more than this share of memory."""
 
 
 def require_compiler() -> None:
@@ -37,19 +37,19 @@ def require_compiler() -> None:
 
 
 def describe_devices(slice_: Slice) -> list[jax.Device]:
-    """The devices of a slice that need not exist; programs can be compiled for them, not run.
+    """The devices of a slice; they need not exist: programs can be compiled for them, but not run.
 
     Raises:
-        UserError: if libtpu is not installed or knows no such slice.
+        UserError: if libtpu is not installed or does not know the slice.
     """
     require_compiler()
     for name, value in _COMPILER_SETTINGS.items():
         os.environ.setdefault(name, value)
-    # A host has 2 x 2 chips, a slice of one chip less. The two cores of a v4 chip work as one device where asked to.
+    # A host has 2 x 2 chips, or fewer in a smaller slice.
     host = tuple(min(size, most) for size, most in zip((*slice_.shape, 1)[:3], (2, 2, 1), strict=True))
     options: dict[str, Any] = {"chips_per_host_bounds": host}
     if slice_.chip.name == "v4":
-        options["chip_config_name"] = "megacore"
+        options["chip_config_name"] = "megacore"  # makes a chip's two cores one device
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -60,17 +60,17 @@ def describe_devices(slice_: Slice) -> list[jax.Device]:
 
 
 def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) -> MeshConfig:
-    """The config's own mesh if it sets one; otherwise the smallest `model` axis, from 1 to 16, with which
+    """The config's own mesh if it sets one; otherwise the mesh with the smallest `model` axis, from 1 to 16, such that
 
-    - `expert` is the greatest common divisor of the remaining devices and of every layer's number of experts: no
-      expert's parameters lie on more devices than they must; `data` is what then remains,
+    - `expert` is the greatest common divisor of the remaining devices and of every layer's number of experts, so that
+      as few devices as possible hold copies of an expert; `data` takes the devices that remain,
     - rows, heads and matrices divide over the mesh,
     - parameters, their gradients and the optimiser's state fill at most 0.7 of a device's memory.
 
-    Without any such mesh, the one with the largest `model` axis that divides everything.
+    If there is none, it is the mesh with the largest `model` axis that divides everything.
 
     Raises:
-        UserError: if no mesh divides the config's sizes; says what the first of them lacked.
+        UserError: if no mesh divides the config's sizes; says why the first one does not.
     """
     if (config.mesh.data, config.mesh.expert, config.mesh.model) != (_OPEN.data, _OPEN.expert, _OPEN.model):
         return config.mesh
@@ -92,7 +92,7 @@ def choose_mesh(config: Config, slice_: Slice, devices: Sequence[jax.Device]) ->
 
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Candidates with a growing `model` axis; experts lie over at least two devices where there are two."""
+    """Candidates by growing `model` axis; above model = 1, a model with experts needs an `expert` axis above 1."""
     experts = {layer.num_experts for stack in config.model.stacks for layer in config.layers(stack)} - {0}
     for model in range(1, min(devices, _MOST_MODEL) + 1):
         if devices % model == 0:
@@ -102,12 +102,12 @@ def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
 
 
 def state_bytes(plan: StatePlan) -> tuple[int, int]:
-    """Bytes of parameters and of the optimiser's state on one device."""
+    """Bytes on one device of the parameters and of the optimiser's state."""
     shapes, shardings = plan.shapes, plan.shardings
     return sum(leaf_bytes(shapes.model, shardings.model)), sum(leaf_bytes(shapes.opt_state, shardings.opt_state))
 
 
 def leaf_bytes(shapes: Any, shardings: Any) -> list[int]:
-    """Bytes of each array of a tree on one device."""
+    """Bytes on one device of each array of a tree."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return [math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves]

@@ -1,1 +1,1 @@
-"""What is measured by running: benchmarks and studies, whose rows one writer turns into Markdown and JSON."""
+"""Studies and benchmarks: they measure by running. One writer makes Markdown and JSON of their rows."""

@@ -1,9 +1,9 @@
-"""Times decoding and train steps here beside those of transformers' own models in PyTorch."""
+"""Times decoding and train steps here beside those of transformers' models in PyTorch."""
 
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from switchjax.config import (
-    Config,
-    DataConfig,
-    DecodingConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from switchjax.config import Config, DecodingConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
 from switchjax.data.vocabulary import PAD
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless
@@ -34,7 +25,7 @@ from switchjax.models.model import Batch
 from switchjax.parallel.mesh import make_mesh
 from switchjax.studies.decode_benchmark import ROWS, make_prompts
 from switchjax.studies.report import number, percent, text
-from switchjax.studies.step_benchmark import random_rows, train_program
+from switchjax.studies.step_benchmark import DENSE, random_rows, train_program
 from switchjax.studies.timing import Program, Ratio, interleaved_seconds
 
 EXPERTS = (0, 8, 32)
@@ -45,7 +36,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class TransformersDecodeRow:
-    """Median speeds of greedy decoding of one model, here and by transformers."""
+    """Median speeds of greedy decoding with one model, here and by transformers."""
 
     model: Annotated[str, text("model")]
     rows: Annotated[int, number("rows")]
@@ -69,60 +60,41 @@ class TransformersStepRow:
 
 
 def measure_decoding(folders: Sequence[Path], new_tokens: int, repeats: int) -> Iterator[TransformersDecodeRow]:
-    """Times greedy decoding of each model both ways, in turn. No token ends a text.
-
-    Args:
-        folders: with config.json and safetensors.
-        new_tokens: of each row.
-        repeats: rounds, whose medians count.
+    """Times greedy decoding of `new_tokens` tokens with the model of each Hugging Face folder, both ways in turn.
 
     Raises:
         UserError: if torch or transformers is not installed, or a folder holds no text model that can be read.
     """
     module, mesh = import_transformers(), make_mesh(MeshConfig(), jax.devices()[:1])
+    decoding = DecodingConfig(max_new_tokens=new_tokens)
     for folder in folders:
         model = load_huggingface(folder, dropless(config_of(folder)), mesh)
         assert isinstance(model, TextModel), "dropless refuses the others"
-        theirs = load_transformers(folder, module, {})
+        theirs, num_ids = load_transformers(folder, module, {}), model.config.vocab_size
         for rows in ROWS:
-            yield _measure(str(folder), model, theirs, rows, new_tokens, repeats)
+            batch = make_prompts(model.config.family == "encoder_decoder", rows, num_ids)
+            # No token has the id -1, so every row gets all its tokens.
+            here: Program = partial(generate, model, batch, decoding, num_ids, eos=-1)
+            there: Program = partial(generate_by_transformers, theirs, batch, new_tokens)
+            alike = float(np.mean(np.asarray(here()) == there()))
+            speeds = _speeds(rows * new_tokens, here, there, repeats)
+            yield TransformersDecodeRow(str(folder), rows, *speeds, alike, new_tokens)
 
 
-def _measure(
-    name: str, model: TextModel, theirs: Any, rows: int, new_tokens: int, repeats: int
-) -> TransformersDecodeRow:
-    num_ids = model.config.vocab_size
-    batch = make_prompts(model.config.family == "encoder_decoder", rows, num_ids)
-    decoding = DecodingConfig(max_new_tokens=new_tokens)
-    programs: dict[str, Program] = {
-        "here": lambda: generate(model, batch, decoding, num_ids, eos=-1),
-        "there": lambda: generate_by_transformers(theirs, batch, new_tokens),
-    }
-    seconds = interleaved_seconds(programs, repeats)
-    return TransformersDecodeRow(
-        model=name,
-        rows=rows,
-        tokens_per_second=rows * new_tokens / statistics.median(seconds["here"]),
-        transformers_tokens_per_second=rows * new_tokens / statistics.median(seconds["there"]),
-        speedup=Ratio.of(seconds["there"], seconds["here"]),
-        fraction_alike=float(np.mean(np.asarray(programs["here"]()) == programs["there"]())),
-        new_tokens=new_tokens,
-    )
+def _speeds(tokens: int, here: Program, there: Program, repeats: int) -> tuple[float, float, Ratio]:
+    """Median tokens per second here and there, and the ratio of the first to the second."""
+    seconds = interleaved_seconds({"here": here, "there": there}, repeats)
+    ours, theirs = (tokens / statistics.median(seconds[name]) for name in ("here", "there"))
+    return ours, theirs, Ratio.of(seconds["there"], seconds["here"])
 
 
 def generate_by_transformers(model: Any, batch: Batch, new_tokens: int) -> Int[np.ndarray, "B T"]:
-    """Returns what transformers' model writes after the same prompts, with its cache.
-
-    Args:
-        model: transformers'.
-        batch: as `make_prompts` makes it.
-        new_tokens: T; as here, none of them is PAD.
-    """
+    """The `T = new_tokens` tokens that transformers' model writes after the prompts of `make_prompts`."""
     import torch
 
     encoded = "encoder_tokens" in batch
     ids = torch.from_numpy(np.array(batch["encoder_tokens" if encoded else "decoder_inputs"])).long()
-    model.generation_config.eos_token_id = None  # nothing ends
+    model.generation_config.eos_token_id = None  # no text ends early
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,
@@ -131,29 +103,27 @@ def generate_by_transformers(model: Any, batch: Batch, new_tokens: int) -> Int[n
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            suppress_tokens=[PAD],
+            suppress_tokens=[PAD],  # as here
             pad_token_id=PAD,
         )
     return output.numpy()[:, 1 if encoded else ids.shape[1] :]
 
 
 def make_step_config(num_experts: int, dropout: float) -> Config:
-    """A small Switch Transformer, or a T5 of the same FLOPs a token."""
+    """A small Switch Transformer, or with 0 experts a T5 of the same FLOPs a token."""
+    model = replace(
+        DENSE.model,
+        num_encoder_layers=4,
+        num_decoder_layers=4,
+        pattern=("dense", "moe") if num_experts else ("dense",),
+        dropout=dropout,
+        scan_layers=False,  # as in PyTorch
+    )
     moe = MoEConfig(num_experts=num_experts, group_size=512, expert_dropout=dropout) if num_experts else MoEConfig()
     return Config(
-        model=ModelConfig(
-            vocab_size=2048,
-            d_model=256,
-            d_ff=1024,
-            num_heads=4,
-            num_encoder_layers=4,
-            num_decoder_layers=4,
-            pattern=("dense", "moe") if num_experts else ("dense",),
-            dropout=dropout,
-            scan_layers=False,  # as PyTorch has it
-        ),
+        model=model,
         moe=moe,
-        data=DataConfig(batch_size=16, encoder_length=128, decoder_length=32),
+        data=replace(DENSE.data, encoder_length=128, decoder_length=32),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=1),
         train=TrainConfig(steps=1_000_000, z_loss_weight=0.0),
     )
@@ -162,10 +132,7 @@ def make_step_config(num_experts: int, dropout: float) -> Config:
 def measure_training(repeats: int) -> Iterator[TransformersStepRow]:
     """Times train steps on the same random batch both ways, in turn.
 
-    An expert's slots are counted as is usual on each side: here by a capacity factor, there as a number for each row.
-
-    Args:
-        repeats: steps of each, whose medians count.
+    Each side sets the slots of an expert in its own way: here by a capacity factor, there by a number for each row.
 
     Raises:
         UserError: if torch or transformers is not installed.
@@ -173,21 +140,13 @@ def measure_training(repeats: int) -> Iterator[TransformersStepRow]:
     module = import_transformers()
     for dropout, experts in itertools.product((0.0, 0.1), EXPERTS):
         config = make_step_config(experts, dropout)
-        programs = {"here": train_program(config, jax.devices()[:1]), "there": their_program(config, module)}
         tokens = config.data.batch_size * sum(config.stack_lengths.values())
-        seconds = interleaved_seconds(programs, repeats)
-        yield TransformersStepRow(
-            experts=experts,
-            dropout=dropout,
-            tokens=tokens,
-            tokens_per_second=tokens / statistics.median(seconds["here"]),
-            transformers_tokens_per_second=tokens / statistics.median(seconds["there"]),
-            speedup=Ratio.of(seconds["there"], seconds["here"]),
-        )
+        here, there = train_program(config, jax.devices()[:1]), their_program(config, module)
+        yield TransformersStepRow(experts, dropout, tokens, *_speeds(tokens, here, there, repeats))
 
 
 def their_program(config: Config, module: Any) -> Program:
-    """Does what `train_program` does with transformers' model of the same config."""
+    """Like `train_program`, with transformers' model of the same config."""
     import torch
 
     torch.set_num_threads(THREADS)

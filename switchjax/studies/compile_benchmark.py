@@ -1,4 +1,4 @@
-"""Times what comes before a run's first step: compiling few layers and many, and starting with and without a cache."""
+"""Times what precedes a run's first step: compiling few layers and many, starting with and without a cache."""
 
 import dataclasses
 import statistics
@@ -26,17 +26,16 @@ from switchjax.training.step import lower_train_step
 
 SHALLOW, DEEP = 2, 12
 """Layers of each stack."""
+_FEW, _MANY = (f"{layers} + {layers} layers" for layers in (SHALLOW, DEEP))
 
 
 @dataclass(frozen=True)
 class CompileFigures:
-    """Medians of compiling a train step; a first step is timed once."""
+    """Median times of compiling a train step, and single times of a first step."""
 
-    shallow_seconds: Annotated[float, Figure(f"train step of {SHALLOW} + {SHALLOW} layers", "{:.1f} s".format)]
-    deep_seconds: Annotated[float, Figure(f"train step of {DEEP} + {DEEP} layers", "{:.1f} s".format)]
-    deep_over_shallow: Annotated[
-        Ratio, Figure(f"{DEEP} + {DEEP} layers over {SHALLOW} + {SHALLOW} layers", aim="at most 1.3")
-    ]
+    shallow_seconds: Annotated[float, Figure(f"train step of {_FEW}", "{:.1f} s".format)]
+    deep_seconds: Annotated[float, Figure(f"train step of {_MANY}", "{:.1f} s".format)]
+    deep_over_shallow: Annotated[Ratio, Figure(f"{_MANY} over {_FEW}", aim="at most 1.3")]
     uncached_start_seconds: Annotated[float, Figure("first step, no cache", "{:.1f} s".format, aim="30 s")]
     empty_cache_start_seconds: Annotated[float, Figure("first step, an empty cache", "{:.1f} s".format)]
     full_cache_start_seconds: Annotated[float, Figure("first step, a full cache", "{:.1f} s".format)]
@@ -50,7 +49,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[CompileFigures]:
     """Starts the quickstart's run, then compiles small Switch Transformers of `SHALLOW` and `DEEP` stacks in turn."""
     config, first = load("configs/switch.py:runlocal"), load("configs/quickstart.py:switch")
     emulate_devices(config.mesh)
-    starts = _time_starts(first)  # before all else, as a user's process has compiled nothing yet
+    starts = _time_starts(first)  # first of all: a user's process has compiled nothing yet
     programs = {
         "shallow": lambda: compile_step(with_layers(config, SHALLOW)),
         "deep": lambda: compile_step(with_layers(config, DEEP)),
@@ -63,7 +62,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[CompileFigures]:
 
 @contextmanager
 def compiled_programs_in(folder: Path | None) -> Iterator[None]:
-    """Within, JAX forgets what it compiled before, and keeps what it compiles in `folder`; for None, nowhere."""
+    """A context in which JAX forgets earlier programs and keeps new ones in `folder`, or nowhere if it is None."""
     before = jax.config.values["jax_compilation_cache_dir"]
 
     def keep_in(directory: str | None) -> None:
@@ -79,33 +78,28 @@ def compiled_programs_in(folder: Path | None) -> Iterator[None]:
 
 
 def with_layers(config: Config, layers: int) -> Config:
-    """`config` with `layers` layers in the encoder and as many in the decoder."""
+    """`config` with `layers` encoder layers and `layers` decoder layers."""
     model = dataclasses.replace(config.model, num_encoder_layers=layers, num_decoder_layers=layers)
     return dataclasses.replace(config, model=model)
 
 
 def compile_step(config: Config) -> None:
-    """Traces and compiles the train step on all devices, from nothing."""
+    """Traces and compiles the train step on all devices, without reusing anything."""
     jax.clear_caches()
     mesh = make_mesh(config.mesh)
     lower_train_step(config, plan_state(config, mesh), mesh).compile()
 
 
-def seconds_to_first_step(config: Config) -> float:
-    """Seconds from prepared data to the end of the first step of a new run."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, started_run(config, Path(folder)) as run:
-        run.advance()
-        run.settle()
-        return time.perf_counter() - started
-
-
-def _time_starts(first: Config) -> list[float]:
-    """Seconds to a first step with no cache, with an empty one and with a full one."""
-    prepare_data(first.data)
+def _time_starts(config: Config) -> list[float]:
+    """Seconds from prepared data to the end of a run's first step: without a cache, with an empty one, a full one."""
+    prepare_data(config.data)
     seconds = []
     with tempfile.TemporaryDirectory() as name:
         for cache in (None, Path(name), Path(name)):
-            with compiled_programs_in(cache):
-                seconds.append(seconds_to_first_step(first))
+            with compiled_programs_in(cache), tempfile.TemporaryDirectory() as workdir:
+                started = time.perf_counter()
+                with started_run(config, Path(workdir)) as run:
+                    run.advance()
+                    run.settle()
+                    seconds.append(time.perf_counter() - started)
     return seconds

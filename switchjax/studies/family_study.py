@@ -18,9 +18,9 @@ from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.evaluation import evaluate_workdir
 
 PAIRS = ("glam", "mixtral", "pr-moe", "base", "lstm-moe", "v-moe")
-"""Arguments of configs/families.py; the twin of each is named after it, with `-dense`."""
+"""Arguments of configs/families.py; `NAME-dense` is the twin of `NAME`."""
 CAPACITIES = (1.05, 0.75, 0.5, 0.25)
-"""Capacity factors at which V-MoE is evaluated."""
+"""Capacity factors of V-MoE's evaluations."""
 _decimals, _percent = "{:.3f}".format, partial(percent, digits=2)
 
 
@@ -35,7 +35,7 @@ class FamilyRow:
     loss: Annotated[float, number("held-out loss", _decimals)]
     twin_loss: Annotated[float, number("of the dense twin", _decimals)]
     gain: Annotated[float, number("gain", "{:+.3f}".format)]
-    """How far the loss is below the twin's."""
+    """The twin's loss minus this loss."""
     accuracy: Annotated[float, number("accuracy", percent)]
     twin_accuracy: Annotated[float, number("of the dense twin", percent)]
     fraction_tokens_dropped: Annotated[float, number("dropped in evaluation", percent)]
@@ -43,7 +43,7 @@ class FamilyRow:
 
 @dataclass(frozen=True)
 class CapacityRow:
-    """V-MoE with fewer and fewer slots, by which tokens get them."""
+    """V-MoE evaluated with fewer slots: the best tokens, or the first, get them."""
 
     eval_capacity_factor: Annotated[float, number("V-MoE's eval_capacity_factor")]
     batch_prioritized_accuracy: Annotated[float, number("accuracy, batch-prioritised", _percent)]
@@ -52,56 +52,39 @@ class CapacityRow:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", default="configs/families.py", help="file of the pairs")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/families"), help="two runs a family")
+    parser.add_argument("--config", default="configs/families.py", help="config file of the pairs")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/families"), help="folder of the runs")
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
-    """Trains both models of each pair, then evaluates V-MoE at each capacity.
-
-    Complete runs are only read, and one that was cut off resumes.
-
-    Raises:
-        UserError: as `train`.
-    """
+    """Trains both models of each pair, then evaluates V-MoE at each capacity; only reads complete runs."""
     for name in PAIRS:
         yield _train_pair(name, flags, load)
     config = load(f"{flags.config}:v-moe")
     for capacity in CAPACITIES:
-        prioritized, first_come = (
+        best, first = (
             _evaluate(config, flags.workdir / "v-moe", capacity, order) for order in ("batch_prioritized", "first_come")
         )
-        yield CapacityRow(
-            capacity, prioritized["accuracy"], first_come["accuracy"], prioritized["fraction_tokens_dropped"]
-        )
+        yield CapacityRow(capacity, best["accuracy"], first["accuracy"], best["fraction_tokens_dropped"])
 
 
 def _train_pair(name: str, flags: Namespace, load: LoadConfig) -> FamilyRow:
     sparse, dense = (load(f"{flags.config}:{run}") for run in (name, f"{name}-dense"))
     ours = train_to_end(sparse, flags.workdir / name)["evaluation"]
     twins = train_to_end(dense, flags.workdir / f"{name}-dense")["evaluation"]
-    count = account(sparse)
-    return FamilyRow(
-        family=name,
-        parameters=count.total,
-        active_parameters=count.active,
-        twin_parameters=account(dense).total,
-        loss=-ours["neg_log_perplexity"],
-        twin_loss=-twins["neg_log_perplexity"],
-        gain=ours["neg_log_perplexity"] - twins["neg_log_perplexity"],
-        accuracy=ours["accuracy"],
-        twin_accuracy=twins["accuracy"],
-        fraction_tokens_dropped=ours["fraction_tokens_dropped"],
-    )
+    sizes = account(sparse).total, account(sparse).active, account(dense).total
+    loss, twin_loss = -ours["neg_log_perplexity"], -twins["neg_log_perplexity"]
+    accuracies, dropped = (ours["accuracy"], twins["accuracy"]), ours["fraction_tokens_dropped"]
+    return FamilyRow(name, *sizes, loss, twin_loss, twin_loss - loss, *accuracies, dropped)
 
 
 def _evaluate(config: Config, workdir: Path, capacity: float, order: Any) -> dict[str, float]:
-    """Metrics on the whole validation split; kept in a file, as they take long."""
+    """Metrics on the whole validation split; a file keeps them, as they take long."""
     path = workdir / f"capacity-{capacity}-{order}.json"
     if not path.exists():
         moe = dataclasses.replace(config.moe, eval_capacity_factor=capacity, fill_order=order)
         evaluate = dataclasses.replace(config.evaluate, batches=0)
-        mesh = make_mesh(config.mesh)
-        _, results = evaluate_workdir(dataclasses.replace(config, moe=moe, evaluate=evaluate), workdir, mesh)
+        changed = dataclasses.replace(config, moe=moe, evaluate=evaluate)
+        _, results = evaluate_workdir(changed, workdir, make_mesh(config.mesh))
         path.write_text(json.dumps(results))
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The faults that a run is tried with: when a process is struck, by what, and what becomes of its workdir."""
+"""The faults of the study: when a process is struck, by what, and what then damages its workdir."""
 
 import dataclasses
 import itertools
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from switchjax.config import Config, UserError
 from switchjax.data.prepare import prepare_data
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves, with_leaves
-from switchjax.studies.disturbed_run import Process, newest_checkpoint, step_of
+from switchjax.studies.disturbed_run import Process, newest_checkpoint
 from switchjax.training.checkpoint import Checkpoints
 from switchjax.training.state import plan_state
 
@@ -34,14 +35,14 @@ Damage = Callable[[Path, int, random.Random], None]
 """Damages a workdir after the numbered try, before the next process starts."""
 
 
-def at_step(process: Process, step: int, chance: random.Random) -> None:
-    """Waits for a step."""
+def at_step(process: Process, step: int, chance: random.Random, most: float = 0.1) -> None:
+    """Waits for a step, then up to `most` seconds."""
     process.wait_for_step(step)
-    time.sleep(chance.uniform(0, 0.1))
+    time.sleep(chance.uniform(0, most))
 
 
 def in_save(process: Process, step: int, chance: random.Random) -> None:
-    """Waits until a checkpoint is being written."""
+    """Waits until the process writes a checkpoint."""
     process.wait_for_step(step)
     process.wait_for_save()
     time.sleep(chance.uniform(0, 0.03))
@@ -52,31 +53,20 @@ def at_start(process: Process, step: int, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 6))
 
 
-def in_evaluation(process: Process, step: int, chance: random.Random) -> None:
-    """Waits for a step that is followed by an evaluation."""
-    process.wait_for_step(step)
-    time.sleep(chance.uniform(0, 0.05))
+in_evaluation: Moment = partial(at_step, most=0.05)
+"""Waits for a step that precedes an evaluation."""
 
 
-def kill(process: Process) -> None:
-    """Kills with SIGKILL."""
-    process.signal(signal.SIGKILL)
-
-
-def terminate(process: Process) -> None:
-    """Asks to stop with SIGTERM."""
-    process.signal(signal.SIGTERM)
+kill: Blow = partial(Process.signal, number=signal.SIGKILL)
+terminate: Blow = partial(Process.signal, number=signal.SIGTERM)
+fill: Blow = partial(Process.limit_files, size=1)
+"""Leaves no room on the disk."""
 
 
 def fill_for_arrays(process: Process) -> None:
-    """Leaves room on the disk for logs, and none for the arrays of a checkpoint."""
+    """Leaves room on the disk for logs, but none for the arrays of a checkpoint."""
     logs = [process.workdir / "metrics.jsonl", *(process.workdir / "tensorboard").iterdir()]
     process.limit_files(max(log.stat().st_size for log in logs) + 2**14)  # more than the logs of 4 steps
-
-
-def fill(process: Process) -> None:
-    """Leaves no room on the disk."""
-    process.limit_files(1)
 
 
 def nothing(workdir: Path, attempt: int, chance: random.Random) -> None:
@@ -92,29 +82,29 @@ def truncate(workdir: Path, attempt: int, chance: random.Random) -> None:
 
 
 def halve(workdir: Path, attempt: int, chance: random.Random) -> None:
-    """Leaves a random half of the files, as an interrupted copy does."""
+    """Deletes a random half of the files, as an interrupted copy leaves it."""
     files = sorted(path for path in newest_checkpoint(workdir).rglob("*") if path.is_file())
     for path in chance.sample(files, len(files) // 2):
         path.unlink()
 
 
 def put_foreign(workdir: Path, attempt: int, chance: random.Random) -> None:
-    """Puts beside its checkpoints, in turn: one of another run, another program's folder, an empty one, a file."""
+    """Adds beside the checkpoints, in turn: one of another run, another program's folder, an empty one, a file."""
     newest = newest_checkpoint(workdir)
-    foreign = newest.with_name(str(step_of(newest) + chance.randrange(1, 1000)))
-    if attempt % 4 == 0:
+    foreign = newest.with_name(str(int(newest.name) + chance.randrange(1, 1000)))
+    kind = attempt % 4
+    if kind == 0:
         shutil.copytree(newest, foreign)
         path = foreign / "config" / "metadata"
         config = json.loads(path.read_text())
         config["train"]["seed"] += 1
         path.write_text(json.dumps(config))
-    elif attempt % 4 == 1:
-        foreign.mkdir()
-        (foreign / "model.bin").write_bytes(chance.randbytes(1000))
-    elif attempt % 4 == 2:
-        foreign.mkdir()
-    else:
+    elif kind == 3:
         foreign.write_text("not a folder")
+    else:
+        foreign.mkdir()
+        if kind == 1:
+            (foreign / "model.bin").write_bytes(chance.randbytes(1000))
 
 
 @dataclass(frozen=True)
@@ -148,11 +138,7 @@ FAULTS = (
 
 
 def poison(config: Config, trained: Path, target: Path) -> None:
-    """Copies a run and gives a rare token an infinite vector: the steps on batches that hold it are not finite.
-
-    Raises:
-        UserError: if no token is rare enough.
-    """
+    """Copies a run and gives a rare token an infinite vector: steps on batches with that token are not finite."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         with closing(Checkpoints(trained)) as checkpoints:
@@ -170,12 +156,12 @@ def poison(config: Config, trained: Path, target: Path) -> None:
 
 
 def _rare_token(config: Config) -> int:
-    """A token that 4 of the run's batches hold."""
+    """The first token that exactly 4 of the run's batches hold."""
     batches = itertools.islice(prepare_data(config.data).train_batches(), config.train.steps)
     found = Counter(
         int(token) for batch in batches for token in np.union1d(batch["encoder_tokens"], batch["decoder_inputs"])
     )
-    rare = next((token for token, count in sorted(found.items()) if count == 4), None)
-    if rare is None:
-        raise UserError("no token is in 4 of the run's batches, as the one that poisons it has to be")
-    return rare
+    for token, count in sorted(found.items()):
+        if count == 4:
+            return token
+    raise UserError("the study needs a token that exactly 4 of the run's batches hold, to poison them; there is none")

@@ -1,4 +1,4 @@
-"""What the command lines of studies share.
+"""Flags that several studies share.
 
 A study is a module with two functions: `add_flags(parser)` adds its flags, `measure(flags, load)` yields its rows.
 """
@@ -13,7 +13,7 @@ LoadConfig = Callable[..., Config]
 
 
 def positive(text: str) -> int:
-    """The `type` of a flag that counts something."""
+    """The `type` of a flag that takes a positive integer."""
     if int(text) < 1:
         raise ArgumentTypeError(f"must be positive, got {text}")
     return int(text)

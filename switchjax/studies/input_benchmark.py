@@ -1,4 +1,4 @@
-"""Times what a run spends beside its steps: reading text, and the loop with its logs and checkpoints."""
+"""Times what a run does besides its steps: reading text, logging, checkpoints and the loop itself."""
 
 import statistics
 import tempfile
@@ -30,32 +30,25 @@ from switchjax.training.state import TrainState, plan_state
 from switchjax.training.step import Metrics, lower_train_step
 
 BATCHES = 64
-"""Batches that are read in a round: many more than the pipeline prepares ahead."""
+"""Batches read in a round: many more than the pipeline prepares ahead."""
 STEPS = 4
-"""Steps of a round."""
+"""Steps in a round."""
 RUN = TrainConfig(steps=220, log_every=20, checkpoint_every=100)
-"""The run whose loop is timed: one lap of records to warm up, then two checkpoints in 200 steps."""
+"""The run whose loop is timed: one lap to warm up, then two checkpoints in 200 steps."""
+_LOOP = f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop"
+_percent = partial(percent, digits=2)
 
 
 @dataclass(frozen=True)
 class InputFigures:
-    """Medians of rounds; the loop's part is of one run."""
+    """Medians over rounds; `loop_fraction` comes from one run."""
 
     pipeline_tokens_per_second: Annotated[float, Figure("text pipeline, tokens/s", "{:,.0f}".format)]
     step_tokens_per_second: Annotated[float, Figure("train step, tokens/s", "{:,.0f}".format)]
     pipeline_over_step: Annotated[Ratio, Figure("pipeline over step", aim="at least 10")]
-    data_wait_fraction: Annotated[
-        float, Figure("waiting for data in training, of its time", partial(percent, digits=2), aim="below 1 %")
-    ]
+    data_wait_fraction: Annotated[float, Figure("waiting for data in training, of its time", _percent, aim="below 1 %")]
     ready_seconds: Annotated[float, Figure("data that is on disk already, ready after", "{:.2f} s".format)]
-    loop_fraction: Annotated[
-        float,
-        Figure(
-            f"logging every {RUN.log_every} steps, a checkpoint every {RUN.checkpoint_every}, the loop",
-            partial(percent, digits=2),
-            aim="below 2 %",
-        ),
-    ]
+    loop_fraction: Annotated[float, Figure(_LOOP, _percent, aim="below 2 %")]
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -63,10 +56,10 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[InputFigures]:
-    """Times reading and stepping of the quickstart in turn, both together as in training, then a run."""
+    """Times the quickstart's reading and its steps in turn, then both together as in training, then a run."""
     config, repeats = load("configs/quickstart.py:switch"), flags.repeats
     emulate_devices(config.mesh)
-    prepare_data(config.data)  # fetches and tokenises, unless that has been done
+    prepare_data(config.data)  # fetches and tokenises where necessary, untimed
     started = time.perf_counter()
     data = prepare_data(config.data)
     prepared = time.perf_counter() - started
@@ -85,19 +78,13 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[InputFigures]:
         waits = [consumer.train(STEPS) for _ in range(repeats)]
     yielded = [tokens / s for tokens, s in zip(read[-repeats:], seconds["read"], strict=True)]
     eaten = [STEPS * count_tokens(fixed) / s for s in seconds["step"]]
-    yield InputFigures(
-        pipeline_tokens_per_second=statistics.median(yielded),
-        step_tokens_per_second=statistics.median(eaten),
-        pipeline_over_step=Ratio.of(yielded, eaten),
-        data_wait_fraction=statistics.median(waits),
-        ready_seconds=prepared,
-        loop_fraction=loop_fraction(config),
-    )
+    speeds = statistics.median(yielded), statistics.median(eaten), Ratio.of(yielded, eaten)
+    yield InputFigures(*speeds, statistics.median(waits), prepared, loop_fraction(config))
 
 
 @dataclass
 class Consumer:
-    """A train step and the text pipeline that feeds it, to be timed alone and together."""
+    """A train step and the text pipeline that feeds it."""
 
     batches: grain.DatasetIterator[HostBatch]
     place: Callable[[HostBatch], Batch]
@@ -105,16 +92,16 @@ class Consumer:
     state: TrainState
 
     def read(self, count: int) -> list[int]:
-        """Reads batches, steps on none, and returns their numbers of tokens."""
+        """Reads batches without training on them; returns their numbers of tokens."""
         return [count_tokens(next(self.batches)) for _ in range(count)]
 
     def step(self, batch: HostBatch) -> int:
-        """Takes one train step; returns the tokens that it says it has seen."""
+        """Takes one train step; returns the number of tokens in its metrics."""
         self.state, metrics = one_at_a_time(self.compiled(self.state, self.place(batch)))
         return int(metrics["tokens"])
 
     def train(self, count: int) -> float:
-        """Takes `count` steps as a run does; returns the fraction of their time in which they waited for data."""
+        """Takes `count` steps as a run does; returns the fraction of the time spent waiting for data."""
         clock = Clock()
         for _ in range(count):
             with clock.measure("data_wait"):
@@ -125,12 +112,12 @@ class Consumer:
 
 
 def count_tokens(batch: HostBatch) -> int:
-    """Counts the tokens of a batch without padding, as the metrics of a run do."""
+    """Counts the tokens of a batch without padding, like the metrics of a run."""
     return sum(int(np.sum(rows > 0)) for name, rows in batch.items() if name.endswith("segments"))
 
 
 def loop_fraction(config: Config) -> float:
-    """The fraction of the time of the run `RUN` that logging, metrics, checkpoints and the loop itself take."""
+    """The fraction of the time of `RUN` that logging, metrics, checkpoints and the loop itself take."""
     config = replace(config, train=RUN, evaluate=EvaluateConfig(every=0, batches=1))
     with tempfile.TemporaryDirectory() as folder:
         train_to_end(config, Path(folder))
@@ -138,9 +125,9 @@ def loop_fraction(config: Config) -> float:
 
 
 def fraction_beside_steps(laps: Sequence[Mapping[str, float]]) -> float:
-    """The fraction of the time of `laps` that is neither steps nor waiting for data; each lap has as many steps.
+    """The fraction of the time of `laps` spent neither in steps nor waiting for data.
 
-    Steps take as long in every lap, so a lap takes as long as the inverse of their fraction of it.
+    All laps have equally many steps of equal length, so a lap's length is proportional to `1 / step_fraction`.
     """
     lengths = [1 / lap["step_fraction"] for lap in laps]
     beside = [1 - lap["step_fraction"] - lap["data_wait_fraction"] for lap in laps]

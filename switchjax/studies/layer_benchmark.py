@@ -26,25 +26,22 @@ from switchjax.moe.routers.base import BaseOptions
 from switchjax.moe.routers.sinkhorn import SinkhornOptions
 from switchjax.moe.routing import RoutingReport
 from switchjax.studies.flags import LoadConfig, add_repeats
-from switchjax.studies.report import Row, number, text
+from switchjax.studies.report import Row, listed, number, text
 from switchjax.studies.timing import Ratio, interleaved_seconds
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Experts, tokens of a group, selected experts."""
+    """The sizes of routing in a layer."""
 
     num_experts: int
     num_tokens: int
+    """Tokens of a group."""
     num_selected: int
-
-    def __str__(self) -> str:
-        return f"{self.num_experts}, {self.num_tokens}, {self.num_selected}"
 
 
 _SIZES = ((8, 2048, 1), (8, 2048, 2), (16, 2048, 2), (64, 4096, 1), (64, 4096, 2), (128, 4096, 1), (512, 4096, 1))
 CASES = tuple(LayerCase(*sizes) for sizes in _SIZES)
-"""From few to many experts."""
 ASSIGNED = LayerCase(64, 4096, 1)
 """The case of the balanced assignment."""
 CAPACITY_FACTOR = 1.25
@@ -61,19 +58,11 @@ class LayerSizes:
 
     @property
     def model(self) -> ModelConfig:
-        """As a config."""
         return ModelConfig(d_model=self.d_model, d_ff=4 * self.d_model, dtype=self.dtype, param_dtype=self.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.d_model}, {self.dtype}"
 
 
 def cases_of(experts: Sequence[int]) -> list[LayerCase]:
-    """The cases whose number of experts is listed.
-
-    Raises:
-        UserError: for a number that no case has.
-    """
+    """The cases with these numbers of experts; refuses a number that no case has."""
     known = sorted({case.num_experts for case in CASES})
     for count in experts:
         require(count in known, f"no case has {count} experts (known: {', '.join(map(str, known))})")
@@ -82,32 +71,31 @@ def cases_of(experts: Sequence[int]) -> list[LayerCase]:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The median times of a layer.
+    """Median times of a layer.
 
-    Its ratios are to the dense network's time for as many rows as the experts compute: 1 is what the products of these
-    rows alone cost.
+    A ratio of 1 means: the layer takes as long as the dense network takes for as many rows as the experts compute.
     """
 
-    sizes: Annotated[LayerSizes, text("d_model, dtype")]
-    case: Annotated[LayerCase, text("E, S, K")]
+    sizes: Annotated[LayerSizes, text("d_model, dtype", listed)]
+    case: Annotated[LayerCase, text("E, S, K", listed)]
     dispatch: Annotated[str, text("dispatch")]
     dense_forward_ms: Annotated[float, number("forward: dense, ms", "{:.1f}".format)]
     forward_ratio: Annotated[Ratio, number("the layer over that for its experts' rows")]
     dense_both_ms: Annotated[float, number("forward + backward: dense, ms", "{:.1f}".format)]
     both_ratio: Annotated[Ratio, number("the layer over that for its experts' rows")]
     routing_ms: Annotated[float, number("routing and moves, ms", "{:.1f}".format)]
-    """Forwards and backwards through the layer whose experts do nothing."""
+    """Forward and backward pass of the layer with experts that do nothing."""
     temporaries_ratio: Annotated[float, number("their temporaries over the experts' rows", "{:.1f}".format)]
-    """Bytes that routing and moves hold at most beside arguments and results, over the bytes of the experts' rows."""
+    """Peak bytes of routing and moves, without arguments and results, over the bytes of the experts' rows."""
     expert_rows: int
-    """Rows that the experts compute: all slots, or without slots each token's choices."""
+    """The result of `count_rows`."""
     tokens: int
     capacity_factor: float
 
 
 @dataclass(frozen=True)
 class AssignmentRow:
-    """The median time of a balanced assignment."""
+    """Median time of a balanced assignment."""
 
     algorithm: Annotated[str, text("balanced assignment")]
     tokens: Annotated[int, number("tokens", "{:,}".format)]
@@ -119,9 +107,9 @@ def add_flags(parser: ArgumentParser) -> None:
     add_repeats(parser, 7)
     widths, dtypes = [256, 512, 1024], ["float32", "bfloat16"]
     parser.add_argument("--d_model", type=int, nargs="+", default=widths, metavar="D", help="widths; d_ff is 4 D")
-    parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="float32, bfloat16: of all arrays")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="of 8, 16, 64, 128, 512")
-    parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of it")
+    parser.add_argument("--dtype", nargs="+", default=dtypes, metavar="T", help="of all arrays: float32, bfloat16")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], metavar="E", help="8, 16, 64, 128 or 512")
+    parser.add_argument("--dispatch", nargs="+", default=["gather"], choices=FORMS, help="forms of dispatch")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of all groups together")
 
 
@@ -137,10 +125,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
 
 
 class _Identity(nnx.Module):
-    """An expert that does nothing: what is left of the layer is routing, dispatch and combine."""
-
-    def __init__(self, key: PRNGKeyArray):
-        del key
+    """An expert that does nothing: routing, dispatch and combine are what is left of the layer."""
 
     def __call__(
         self, x: Float[Array, "N D"], key: PRNGKeyArray | None, matmul: Callable[..., Array] | None = None
@@ -148,29 +133,26 @@ class _Identity(nnx.Module):
         return x
 
 
+def _make_layer(case: LayerCase, model: ModelConfig, dispatch: str, routing_alone: bool = False) -> MoELayer:
+    make_expert = (lambda key: _Identity()) if routing_alone else partial(FeedForward, model, 0.0)
+    return MoELayer(make_expert, model.d_model, _moe_config(case, dispatch), jax.random.key(0))
+
+
 def time_layer(
     case: LayerCase, num_tokens: int, sizes: LayerSizes, dispatches: Sequence[str], repeats: int
 ) -> list[LayerRow]:
-    """Times the layer in each form of dispatch, its routing alone, and the dense network, all in turn.
+    """Times the layer in each form of dispatch, its routing alone, and the dense network, in interleaved rounds.
 
-    Args:
-        case: of the layer.
-        num_tokens: of all groups together, a multiple of a group's.
-        sizes: of the layer.
-        dispatches: of `FORMS`.
-        repeats: rounds, whose medians count.
+    `num_tokens` counts the tokens of all groups and is a multiple of `case.num_tokens`.
     """
-    model, key = sizes.model, jax.random.key(0)
-    make_expert = partial(FeedForward, model, 0.0)
-    layers: dict[str, nnx.Module] = {"dense": make_expert(key)}
+    model, key, groups = sizes.model, jax.random.key(0), num_tokens // case.num_tokens
+    layers: dict[str, nnx.Module] = {"dense": FeedForward(model, 0.0, key)}
     for dispatch in dispatches:
-        config = _moe_config(case, dispatch)
-        layers[dispatch] = MoELayer(make_expert, model.d_model, config, key)
-        layers[f"{dispatch} routing"] = MoELayer(_Identity, model.d_model, config, key)
-    groups = num_tokens // case.num_tokens
+        layers[dispatch] = _make_layer(case, model, dispatch)
+        layers[f"{dispatch} routing"] = _make_layer(case, model, dispatch, routing_alone=True)
     x = jax.random.normal(key, (groups, case.num_tokens, model.d_model), model.dtype)
     one_way = _compile(jax.jit(_apply), {name: layers[name] for name in ("dense", *dispatches)}, x)
-    two_ways = _compile(jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True)), layers, x)
+    two_ways = _compile(jax.jit(_gradient), layers, x)
     forward, both = (
         interleaved_seconds({name: partial(program, layers[name], x) for name, program in compiled.items()}, repeats)
         for compiled in (one_way, two_ways)
@@ -178,7 +160,6 @@ def time_layer(
 
     def make_row(dispatch: str) -> LayerRow:
         rows = count_rows(case, groups, dispatch)
-        rows_bytes = rows * model.d_model * x.dtype.itemsize
 
         def over_dense(times: Mapping[str, Sequence[float]]) -> Ratio:
             return Ratio.of(times[dispatch], [rows / num_tokens * seconds for seconds in times["dense"]])
@@ -192,7 +173,7 @@ def time_layer(
             dense_both_ms=1000 * statistics.median(both["dense"]),
             both_ratio=over_dense(both),
             routing_ms=1000 * statistics.median(both[f"{dispatch} routing"]),
-            temporaries_ratio=_temporaries(two_ways[f"{dispatch} routing"]) / rows_bytes,
+            temporaries_ratio=_temporaries_ratio(two_ways[f"{dispatch} routing"], rows, model),
             expert_rows=rows,
             tokens=num_tokens,
             capacity_factor=CAPACITY_FACTOR,
@@ -207,23 +188,21 @@ def plan_layer(
     """Compiles the layer, forwards and backwards, for a device that need not be attached.
 
     Returns:
-        Its FLOPs over those of the products of the experts' rows, and its temporaries, with experts that do nothing,
-        over the bytes of those rows.
+        The layer's FLOPs over those of its experts' products, and the temporaries of its routing alone over the bytes
+        of the experts' rows.
     """
-    model, groups, key = sizes.model, num_tokens // case.num_tokens, jax.random.key(0)
-    place = SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((groups, case.num_tokens, model.d_model), model.dtype, sharding=place)
-    compiled = []
-    for make_expert in (partial(FeedForward, model, 0.0), _Identity):
-        layer = MoELayer(make_expert, model.d_model, _moe_config(case, dispatch), key)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layer)
-        gradient = jax.jit(jax.grad(_loss, argnums=(0, 1), has_aux=True), out_shardings=place)
-        compiled.append(gradient.lower(shapes, x).compile())
-    whole, routing = compiled
+    model, groups, place = sizes.model, num_tokens // case.num_tokens, SingleDeviceSharding(device)
     rows = count_rows(case, groups, dispatch)
-    products = 3 * 2 * 2 * rows * model.d_model * model.d_ff
-    cost = whole.cost_analysis() or {}
-    return cost["flops"] / products, _temporaries(routing) / (rows * model.d_model * x.dtype.itemsize)
+
+    def compile_on_device(layer: MoELayer) -> jax.stages.Compiled:
+        x = jax.ShapeDtypeStruct((groups, case.num_tokens, model.d_model), model.dtype, sharding=place)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layer)
+        return jax.jit(_gradient, out_shardings=place).lower(shapes, x).compile()
+
+    whole, routing = (compile_on_device(_make_layer(case, model, dispatch, alone)) for alone in (False, True))
+    # Two matrices; one product forwards and two backwards with each; 2 FLOPs for each multiplication and addition.
+    products = 2 * 3 * 2 * rows * model.d_model * model.d_ff
+    return (whole.cost_analysis() or {})["flops"] / products, _temporaries_ratio(routing, rows, model)
 
 
 def _moe_config(case: LayerCase, dispatch: Any) -> MoEConfig:
@@ -248,20 +227,19 @@ def _compile(function: Any, layers: Mapping[str, nnx.Module], x: Array) -> dict[
 
 
 def count_rows(case: LayerCase, groups: int, dispatch: str) -> int:
-    """Counts the rows that the experts compute: all slots, or without slots each token's choices."""
+    """Rows that the experts compute: all slots, or each token's choices in a dropless layer."""
     config = _moe_config(case, dispatch)
     if config.dropless:
         return groups * case.num_tokens * case.num_selected
     return groups * case.num_experts * capacity_of(config, case.num_experts, case.num_tokens, training=False)
 
 
-def _temporaries(program: jax.stages.Compiled) -> int:
+def _temporaries_ratio(program: jax.stages.Compiled, rows: int, model: ModelConfig) -> float:
     memory = program.memory_analysis()
-    return 0 if memory is None else memory.temp_size_in_bytes
+    return memory.temp_size_in_bytes / (rows * model.d_model * jnp.dtype(model.dtype).itemsize) if memory else 0.0
 
 
 def _apply(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RoutingReport]:
-    """Returns the output, and the report of an MoE layer."""
     if isinstance(layer, MoELayer):
         return layer(x, jnp.ones(x.shape[:2], bool), None)
     return layer(x, None), RoutingReport({"load_balance_loss": jnp.zeros(())})
@@ -272,6 +250,9 @@ def _loss(layer: Any, x: Float[Array, "B L D"]) -> tuple[Float[Array, ""], Routi
     return jnp.sum(jnp.square(y.astype(jnp.float32))) + report.losses["load_balance_loss"], report
 
 
+_gradient = jax.grad(_loss, argnums=(0, 1), has_aux=True)
+
+
 def time_assignment(case: LayerCase, groups: int, repeats: int) -> list[AssignmentRow]:
     """Times the balanced assignment of `groups` groups of tokens with normal scores, by each algorithm in turn."""
     scores = jax.random.normal(jax.random.key(0), (groups, case.num_tokens, case.num_experts))
@@ -279,10 +260,8 @@ def time_assignment(case: LayerCase, groups: int, repeats: int) -> list[Assignme
     capacity, rounds = -(-case.num_tokens // case.num_experts), BaseOptions().auction_rounds
     auction = jax.jit(partial(balanced_assignment, capacity=capacity, max_rounds=rounds))
     plan = jax.jit(partial(sinkhorn, iterations=SinkhornOptions().sinkhorn_iterations))
-    seconds = interleaved_seconds(
-        {"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}, repeats
-    )
+    programs = {"auction": partial(auction, scores, mask), "sinkhorn": partial(plan, scores, mask)}
     return [
         AssignmentRow(name, groups * case.num_tokens, case.num_experts, 1000 * statistics.median(times))
-        for name, times in seconds.items()
+        for name, times in interleaved_seconds(programs, repeats).items()
     ]

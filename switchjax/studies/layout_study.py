@@ -1,4 +1,4 @@
-"""Tells what each layout over a mesh communicates in a train step, and draws what lies where."""
+"""Counts what each layout over a mesh communicates in a train step, and draws what each device holds."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
@@ -22,13 +22,12 @@ LAYOUTS = ("data", "model", "model-data", "expert-data", "expert-model-data", "f
 
 
 def _show_routes(routes: Mapping[str, Traffic]) -> str:
-    shown = (f"{found.count} {route}, {show_bytes(found.bytes)}" for route, found in routes.items())
-    return "<br>".join(shown) or "-"
+    return "<br>".join(f"{one.count} {route}, {show_bytes(one.bytes)}" for route, one in routes.items()) or "-"
 
 
 @dataclass(frozen=True)
 class LayoutRow:
-    """What a layout communicates in a train step, as `all-to-all over expert` -> collectives, phase by phase."""
+    """What a layout communicates in each phase of a train step: `all-to-all over expert` -> collectives."""
 
     layout: Annotated[str, text("layout")]
     mesh: Annotated[dict[str, int], text("data x expert x model", lambda mesh: " x ".join(map(str, mesh.values())))]
@@ -38,9 +37,8 @@ class LayoutRow:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", default="configs/layouts.py", help="file of the layouts")
-    drawn = "draw each device's weights and tokens there, as SVG"
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=drawn)
+    parser.add_argument("--config", default="configs/layouts.py", help="config file of the layouts")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what each device holds there, as SVG")
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[LayoutRow]:
@@ -59,13 +57,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[LayoutRow]:
 
 def make_row(name: str, config: Config, routes: Mapping[Route, Traffic]) -> LayoutRow:
     """Makes the row of a layout from what its train step communicates."""
-
-    def of_phase(phase: str) -> dict[str, Traffic]:
-        return {
-            f"{route.kind} over {' x '.join(route.axes)}": found
-            for route, found in routes.items()
-            if route.phase == phase
-        }
-
-    mesh = dict(make_mesh(config.mesh).shape)
-    return LayoutRow(name, mesh, of_phase(FORWARD), of_phase(BACKWARD), of_phase(UPDATE))
+    phases: dict[str, dict[str, Traffic]] = {FORWARD: {}, BACKWARD: {}, UPDATE: {}}
+    for route, found in routes.items():
+        phases[route.phase][f"{route.kind} over {' x '.join(route.axes)}"] = found
+    return LayoutRow(name, dict(make_mesh(config.mesh).shape), *phases.values())

@@ -29,20 +29,20 @@ from switchjax.planning.report import show_count, show_seconds
 from switchjax.planning.topology import describe_devices
 from switchjax.studies.flags import LoadConfig
 from switchjax.studies.layer_benchmark import FORMS, LayerCase, LayerSizes, cases_of, plan_layer
-from switchjax.studies.report import Row, number, percent, text
+from switchjax.studies.report import Row, listed, number, percent, text
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config to compile, by the arguments of `plan.py`."""
+    """A config to compile, in the arguments of `plan.py`."""
 
     config: str
     overrides: tuple[str, ...] = ()
     """`section.key=value`."""
     topology: str = "v5p"
-    """A slice, or a chip whose smallest slice that fits is found."""
+    """A slice, or a chip: then the study finds its smallest slice that fits."""
 
     @property
     def arguments(self) -> list[str]:
@@ -54,29 +54,28 @@ _LARGE = ("model.remat=full",)
 FITS = (
     Case("switch.py:base-128", ("model.remat=exchange",)),
     Case("switch.py:xxl-128", _LARGE),
-    # With 2048 experts of at least 2 slots each, a group of fewer tokens has more slots than tokens.
+    # Smaller groups would have more slots than tokens: 2048 experts have at least 2 slots each.
     Case("switch.py:c", (*_LARGE, "moe.group_size=4096")),
-    # The inputs of 32 layers for all 4M tokens of a batch at once would take 1 TiB.
+    # Without micro-batches, the inputs of 32 layers take 1 TiB for the 4M tokens of a batch.
     Case("mixtral.py:8x7b", (*_LARGE, "train.accumulation_steps=32")),
     Case("glam.py:64b-64e", (*_LARGE, "train.accumulation_steps=8")),
     Case("vmoe.py:h-14-every2", ("model.remat=exchange",)),
 )
-"""Published models. The overrides are for activations too large for memory and groups too large for a shard."""
+"""Published models. Overrides make activations fit into memory and groups fit into a shard."""
 
-# 788 tokens are 4 images, as many as a chip of 1024 has.
+# Each of 1024 chips has 4 images, which are 788 tokens.
 _V_MOE = Case("vmoe.py:l-16-every2", ("model.remat=exchange", "moe.group_size=788"), "v5p:2x2x4")
 RATIOS = (
     ("24 layers to 4", 1.3, replace(_V_MOE, overrides=(*_V_MOE.overrides, "model.num_encoder_layers=4")), _V_MOE),
     ("1024 chips to 16", 1.5, _V_MOE, replace(_V_MOE, topology="v5p:8x8x16")),
 )
-"""What is compared, the aim for the ratio of compile times, the smaller case and the larger."""
+"""Name of the comparison, aim for the ratio of compile times, the smaller case, the larger case."""
 _ROUNDS = 3
-"""Compilations of each step whose time is compared, in turn."""
+"""Compilations of each compared step."""
 _CHIP = "v5e:1x1"
-_LAYERS = cases_of([8, 64])
 _LAYER_SIZES = LayerSizes(512, "bfloat16")
 TOKENS = 16384
-"""Tokens of the layers that are compiled alone."""
+"""Tokens of a layer that is compiled alone."""
 
 
 def _show_memory(memory: dict[str, int]) -> str:
@@ -85,26 +84,26 @@ def _show_memory(memory: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What the TPU compiler makes of a train step."""
+    """A train step that the TPU compiler has compiled."""
 
     config: Annotated[str, text("config", lambda words: " ".join(f"`{word}`" for word in words.split()))]
-    """Its name and overrides."""
+    """The name and overrides of the case."""
     parameters: Annotated[int, number("parameters", show_count)]
     topology: Annotated[str, text("slice")]
     chips: Annotated[int, number("chips", "{:,}".format)]
     mesh: Annotated[dict[str, int], text("mesh d/e/m", lambda mesh: "/".join(map(str, mesh.values())))]
     memory_bytes: Annotated[dict[str, int], number("a chip's memory, GiB", _show_memory)]
-    """What the step takes (`total`) of a chip's `capacity`."""
+    """The step's `total` and a chip's `capacity`."""
     all_to_alls: Annotated[int, number("all-to-alls", "{:,}".format)]
     all_to_alls_per_layer: Annotated[float, number("a MoE layer", "{:.3g}".format)]
-    """In a micro-batch."""
+    """In one micro-batch."""
     bytes_over_slots: Annotated[float, number("their bytes over the slots'", "{:.2f}".format)]
     all_gathers: Annotated[int, number("all-gathers", "{:,}".format)]
     compute_seconds: Annotated[float, number("compute", show_seconds)]
     hbm_seconds: Annotated[float, number("HBM", show_seconds)]
     network_seconds: Annotated[float, number("network", show_seconds)]
     mfu: Annotated[float, number("MFU at most", partial(percent, digits=0))]
-    """The model FLOPs utilisation of a step that takes as long as the largest bound of its roofline."""
+    """Model FLOPs utilisation if the step takes no longer than the largest bound of its roofline."""
     compile_seconds: Annotated[float, number("compiled in", "{:.0f} s".format)]
 
 
@@ -123,9 +122,9 @@ class CompileRatioRow:
 
 @dataclass(frozen=True)
 class PlannedLayerRow:
-    """One MoE layer as the TPU compiler has it."""
+    """One MoE layer that the TPU compiler has compiled."""
 
-    case: Annotated[LayerCase, text(f"one MoE layer on {_CHIP}, forward + backward: E, S, K")]
+    case: Annotated[LayerCase, text(f"one MoE layer on {_CHIP}, forward + backward: E, S, K", listed)]
     dispatch: Annotated[str, text("dispatch")]
     flops_ratio: Annotated[float, number("FLOPs over the experts' products", "{:.2f}".format)]
     temporaries_ratio: Annotated[float, number("temporaries over the experts' rows", "{:.1f}".format)]
@@ -139,13 +138,10 @@ def add_flags(parser: ArgumentParser) -> None:
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
     """Compiles every case of `FITS` and `RATIOS`, and MoE layers alone.
 
-    Each row is saved in the workdir, and made again only if its case or the version of the compiler has changed.
-
-    Raises:
-        UserError: if no slice holds a step, the compiler is missing, or the workdir cannot be written.
+    The workdir keeps each plan's row until its case or the compiler's version changes.
     """
     jax.config.update("jax_platforms", "cpu")  # leaves the machine's accelerators alone
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    jax.config.update("jax_enable_compilation_cache", False)  # measures real compile times
     try:
         flags.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -159,17 +155,17 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
         seconds = [statistics.median(rows[case].compile_seconds for rows in rounds) for case in cases]
         yield CompileRatioRow(name, topologies[0], seconds[0], topologies[1], seconds[1], seconds[1] / seconds[0], aim)
     device = describe_devices(parse_slice(_CHIP))[0]
-    for sizes, dispatch in itertools.product(_LAYERS, FORMS):
+    for sizes, dispatch in itertools.product(cases_of([8, 64]), FORMS):
         yield PlannedLayerRow(sizes, dispatch, *plan_layer(sizes, TOKENS, _LAYER_SIZES, dispatch, device))
 
 
 def compiler_versions() -> list[str]:
-    """The versions that decide what is compiled."""
+    """The versions of the packages that compile."""
     return [f"{name} {version(name)}" for name in ("jax", "libtpu") if find_spec(name)]
 
 
 def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> PlanRow:
-    """Compiles a case, or reads the row that it has been given before; each `number` is compiled for itself."""
+    """Compiles a case, or reads its saved row; each `number` is a compilation of its own."""
     name = "-".join((case.config.replace(".py", ""), case.topology, *case.overrides))
     path = flags.workdir / f"{name.replace(':', '_').replace('=', '_')}{f'-{number}' if number else ''}.json"
     described = json.loads(json.dumps({**asdict(case), "versions": compiler_versions()}))
@@ -180,11 +176,10 @@ def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> 
     _log.info("compiling %s for %s", " ".join([case.config, *case.overrides]), case.topology)
     config = load(str(flags.configs / case.config), case.arguments)
     if ":" in case.topology:
-        plan = plan_step(config, parse_slice(case.topology))
+        row = make_row(case, config, plan_step(config, parse_slice(case.topology)))
     else:
-        plan = smallest_fit(config, find_chip(case.topology), _log.info)
-    row = make_row(case, config, plan)
-    # In one move: the next run would read a file whose writing was interrupted.
+        row = make_row(case, config, smallest_fit(config, find_chip(case.topology), _log.info))
+    # Written aside, then renamed: an interrupted write leaves no file that the next run reads.
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"case": described, "row": asdict(row)}, indent=2) + "\n")
     unfinished.replace(path)
@@ -194,7 +189,7 @@ def planned(case: Case, flags: Namespace, load: LoadConfig, number: int = 0) -> 
 def make_row(case: Case, config: Config, plan: StepPlan) -> PlanRow:
     """Makes the row of a compiled case."""
     slice_, memory, bounds = parse_slice(plan.topology), plan.memory_per_device, plan.roofline
-    exchanges = plan.collectives.get("all-to-all", Traffic(0, 0))
+    exchanges, gathers = (plan.collectives.get(kind, Traffic(0, 0)) for kind in ("all-to-all", "all-gather"))
     per_layer = exchanges.count / (config.train.accumulation_steps * sum(_routed_layers(config).values()))
     seconds = max(bounds.compute_seconds, bounds.hbm_seconds, bounds.network_seconds)
     return PlanRow(
@@ -207,28 +202,25 @@ def make_row(case: Case, config: Config, plan: StepPlan) -> PlanRow:
         all_to_alls=exchanges.count,
         all_to_alls_per_layer=per_layer,
         bytes_over_slots=exchanges.bytes / (per_layer * slot_bytes(config, plan.mesh)),
-        all_gathers=plan.collectives.get("all-gather", Traffic(0, 0)).count,
-        compute_seconds=bounds.compute_seconds,
-        hbm_seconds=bounds.hbm_seconds,
-        network_seconds=bounds.network_seconds,
+        all_gathers=gathers.count,
+        **asdict(bounds),
         mfu=model_flops(config) / (slice_.chips * slice_.chip.flops * seconds),
         compile_seconds=plan.compile_seconds,
     )
 
 
 def _routed_layers(config: Config) -> dict[str, int]:
-    """Numbers of MoE layers, by stack."""
+    """Stack -> number of its MoE layers."""
     return {stack: sum(layer.num_experts > 0 for layer in config.layers(stack)) for stack in config.model.stacks}
 
 
 def slot_bytes(config: Config, mesh: Mapping[str, int]) -> float:
-    """Bytes that have to cross once for all MoE layers of a step, from or to one device.
+    """Bytes that one device must send once, or receive once, for all MoE layers of a step.
 
     Each of its tokens has `K * capacity_factor` slots of d_model numbers; in dropless layers, one for every expert.
     """
     moe = config.moe
     slots = moe.num_experts if moe.dropless else moe.num_selected_experts * moe.train_capacity_factor
     tokens = sum(count * config.stack_lengths[stack] for stack, count in _routed_layers(config).items())
-    shards = mesh["data"] * mesh["expert"]
-    width = jnp.dtype(config.model.dtype).itemsize
-    return slots * tokens * config.data.batch_size / shards * config.model.d_model * width
+    rows = config.data.batch_size / (mesh["data"] * mesh["expert"])
+    return slots * tokens * rows * config.model.d_model * jnp.dtype(config.model.dtype).itemsize

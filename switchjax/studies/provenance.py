@@ -1,4 +1,4 @@
-"""Says where the figures of a study come from."""
+"""Describes where a study's figures come from: command, date, versions and machine."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 _OUTPUTS = ("write", "json", "picture")
-"""Flags that say where to write, and change no figure."""
+"""Flags that name an output and change no figure."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +22,28 @@ class Provenance:
     date: str
     versions: str
     machine: str
-    """Accelerators, usable cores, and the load of the last five minutes."""
+    """Accelerators, usable cores, and the mean load of the last five minutes."""
 
     def __str__(self) -> str:
         return f"`{self.command}`, {self.date}; {self.versions}; {self.machine}."
 
 
 def find_provenance(command: str) -> Provenance:
-    """The provenance of figures that `command` has measured by now."""
+    """The provenance of figures that `command` has just measured."""
     versions = (f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
-    cores = f"{_usable_cores()} cores of {_processor()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Provenance(
         command=command,
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join([f"Python {platform.python_version()}", *versions]),
-        machine=", ".join([*_accelerators(), cores, f"load {os.getloadavg()[1]:.1f}"]),
+        machine=", ".join([*_accelerators(), f"{cores} cores of {_processor()}", f"load {os.getloadavg()[1]:.1f}"]),
     )
 
 
 def command_line(program: str, flags: Namespace, parser: ArgumentParser) -> str:
-    """The command whose figures these are: `program` with every flag that may change them and is not at its default.
+    """The command line of `program` with those flags that may change its figures and are not at their defaults.
 
-    Args:
-        program: as it is called, before its flags.
-        flags: as parsed; `overrides` of a config, if there are any, are words as they were given.
-        parser: knows the defaults. Where it has one for `workdir`, that only says where the runs of a study lie.
+    A `workdir` with a default only says where a study keeps its runs, so it is left out.
     """
     skipped = {*_OUTPUTS, "overrides"} | ({"workdir"} if parser.get_default("workdir") else set())
     words = [program]
@@ -62,15 +59,9 @@ def _accelerators() -> list[str]:
     return [f"{len(devices)} {devices[0].device_kind}"] if devices else []
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _processor() -> str:
-    """The processor's own name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    """The processor's model name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

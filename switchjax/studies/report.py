@@ -1,7 +1,7 @@
 """Writes the rows of studies: Markdown tables for documents, JSON for programs.
 
 A row is a frozen dataclass. An annotation such as `Annotated[float, number("tokens/s", "{:,.0f}".format)]` says how
-Markdown shows a field; JSON has the values of all fields, also of those that are not shown.
+Markdown shows a field; JSON has the values of all fields, shown or not.
 """
 
 import dataclasses
@@ -12,56 +12,58 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from switchjax.config import UserError
 from switchjax.planning.report import write_json
-from switchjax.studies.markdown import LEFT, RIGHT, make_row, make_table, write_tables
 from switchjax.studies.provenance import find_provenance
 
 _log = logging.getLogger(__name__)
+_LEFT, _RIGHT = "---", "---:"
 Row = Any
 """An instance of a frozen dataclass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """How a field is shown.
-
-    Attributes:
-        label: above the column; `{name}` stands for that field of the table's first row.
-        show: makes a cell of a value.
-        missing: the cell of None. A column of nothing else is left out.
-        align: of the column.
-    """
+    """How Markdown shows a field."""
 
     label: str
+    """Above the column; `{name}` stands for that field of the table's first row."""
     show: Callable[[Any], str] = str
+    """Makes a cell from a value."""
     missing: str = ""
-    align: str = LEFT
+    """The cell of None. A column with no other values is left out."""
+    align: str = _LEFT
 
     def cell(self, value: Any) -> str:
-        """Shows a value."""
+        """The cell of a value."""
         return self.missing if value is None else self.show(value)
 
 
 text = Column
 """Shows a field in a left-aligned column."""
-number = partial(Column, align=RIGHT)
+number = partial(Column, align=_RIGHT)
 """Shows a field in a right-aligned column."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure(Column):
-    """Shows a field in a line of its own; a mapping takes a line a key, for which `{key}` in the label stands."""
+    """Shows a field in a line of its own; a mapping gets one line for each key, which replaces `{key}` in the label."""
 
     aim: str = ""
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a cell: `26.0 %`."""
+    """A fraction in percent: `26.0 %`."""
     return f"{100 * fraction:.{digits}f} %"
 
 
+def listed(record: Any) -> str:
+    """The fields of a dataclass, as `64, 4096, 1`."""
+    return ", ".join(str(value) for value in vars(record).values())
+
+
 def to_markdown(rows: Iterable[Row]) -> str:
-    """Makes one table of each class of rows, in the order of the rows."""
+    """Makes one table for each class of rows, in the order of the rows."""
     return "\n\n".join(_table(table) for table in _by_class(rows))
 
 
@@ -71,7 +73,7 @@ def to_json(rows: Iterable[Row]) -> list[list[dict[str, Any]]]:
 
 
 def figures_table(records: Mapping[str, Row]) -> str:
-    """Makes a table of records of one class side by side, under their names: each field is a line."""
+    """A table of records of one class: a column for each record, headed by its name, and a line for each field."""
     lines, aims = [], []
     for name, column in _columns(first := next(iter(records.values()))).items():
         values = [getattr(record, name) for record in records.values()]
@@ -82,25 +84,22 @@ def figures_table(records: Mapping[str, Row]) -> str:
     head = ["", *records]
     if any(aims):
         head, lines = [*head, "aim"], [[*line, aim] for line, aim in zip(lines, aims, strict=True)]
-    return make_table(head, [LEFT, *[RIGHT] * (len(head) - 1)], lines)
+    return _make_table(head, [_LEFT, *[_RIGHT] * (len(head) - 1)], lines)
 
 
 def publish(rows: Iterable[Row], command: str, write: Path | None = None, json: Path | None = None) -> None:
-    """Logs each row as soon as it is found, then prints the tables and where they come from.
+    """Logs each row as soon as a study yields it, then prints the tables and their provenance.
 
     Args:
-        rows: what a study finds.
-        command: what was called, which marks the tables' place in documents.
+        rows: the study's.
+        command: the command line, which also marks the tables' place in documents.
         write: a document to put the tables into.
         json: a file for the numbers.
-
-    Raises:
-        UserError: as the study, or if a file cannot be written.
     """
     found = []
     for row in rows:
         found.append(row)
-        _log.info("%s", make_row(_cells(row, _columns(row))))
+        _log.info("%s", _make_line(_cells(row, _columns(row))))
     provenance = find_provenance(command)
     shown = f"{to_markdown(found)}\n\n{provenance}"
     print(shown)
@@ -110,13 +109,49 @@ def publish(rows: Iterable[Row], command: str, write: Path | None = None, json: 
         write_tables(write, command, shown)
 
 
+def find_place(path: Path, command: str) -> tuple[str, str]:
+    """The text before and after the tables of `command` in a document, including the marks around them.
+
+    Raises:
+        UserError: if the document cannot be read, or does not have the marks.
+    """
+    start, end = f"<!-- {command} -->\n", "<!-- end -->"
+    try:
+        text = path.read_text() if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"--write: cannot read {path} ({error.strerror})") from None
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} has no lines '{start.strip()}' and '{end}' to put the table between")
+    return before + start, end + after
+
+
+def write_tables(path: Path, command: str, tables: str) -> None:
+    """Puts `tables` in the place of `command` in a document; raises as `find_place`, or if it cannot be written."""
+    before, after = find_place(path, command)
+    try:
+        path.write_text(f"{before}{tables}\n{after}")
+    except OSError as error:
+        raise UserError(f"--write: cannot write {path} ({error.strerror})") from None
+
+
 def _table(rows: Sequence[Row]) -> str:
     columns = _columns(rows[0])
     if any(isinstance(column, Figure) for column in columns.values()):
         return figures_table({"": rows[0]})
     columns = {name: column for name, column in columns.items() if any(getattr(row, name) is not None for row in rows)}
     labels = [column.label.format(**vars(rows[0])) for column in columns.values()]
-    return make_table(labels, [column.align for column in columns.values()], [_cells(row, columns) for row in rows])
+    return _make_table(labels, [column.align for column in columns.values()], [_cells(row, columns) for row in rows])
+
+
+def _make_table(head: Sequence[str], alignments: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    labels = "".join(f" {label} |" if label else " |" for label in head)
+    return "\n".join([f"|{labels}", f"|{'|'.join(alignments)}|", *map(_make_line, rows)])
+
+
+def _make_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _by_class(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -124,7 +159,7 @@ def _by_class(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    """The columns of a row's fields, by name."""
+    """Field -> how it is shown, for each field that is shown."""
     hints = get_type_hints(type(row), include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +15,10 @@ from switchjax.studies.train_to_end import train_to_end
 from switchjax.training.metrics import read_metrics
 
 _TOP_2 = {"num_selected_experts": 2, "fill_order": "token_by_token"}
-_IMPORTANCE = {"load_balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1}
-
+_GROUPS = {"options": {"num_expert_groups": 2}}
+_CAPACITY_2 = {"train_capacity_factor": 2.0, "eval_capacity_factor": 2.0}
+_NO_BALANCE = {"load_balance_loss": 0.0}
+_IMPORTANCE, _V_MOE = (_NO_BALANCE | {"importance_loss": weight, "load_loss": weight} for weight in (0.1, 0.005))
 STUDIED: dict[str, dict[str, Any]] = {
     "dense": {},
     "switch": {},
@@ -31,39 +33,28 @@ STUDIED: dict[str, dict[str, Any]] = {
     "top_k, K = 2, raw gates": {"router": "top_k", "options": {"normalize_gates": False}, **_TOP_2},
     "gshard": {"router": "gshard", **_TOP_2},
     "st_moe": {"router": "st_moe", "loss_weights": {"router_z_loss": 1e-3}, **_TOP_2},
-    "noisy_top_k, K = 2": {
-        "router": "noisy_top_k", "loss_weights": _IMPORTANCE, **_TOP_2,
-    },
-    "v_moe, K = 2": {
-        "router": "v_moe", "loss_weights": _IMPORTANCE | {"importance_loss": 0.005, "load_loss": 0.005}, **_TOP_2,
-    },
-    "hierarchical, 1 of 2, then 2 of 4": {
-        "router": "hierarchical", "options": {"num_expert_groups": 2}, "loss_weights": _IMPORTANCE, **_TOP_2,
-    },
-    "sigmoid, K = 2": {"router": "sigmoid", "loss_weights": {"load_balance_loss": 0.0}, **_TOP_2},
-    "expert_choice, c = 2": {
-        "router": "expert_choice", "train_capacity_factor": 2.0, "eval_capacity_factor": 2.0,
-        "allow_noncausal_routing": True,
-    },
+    "noisy_top_k, K = 2": {"router": "noisy_top_k", "loss_weights": _IMPORTANCE, **_TOP_2},
+    "v_moe, K = 2": {"router": "v_moe", "loss_weights": _V_MOE, **_TOP_2},
+    "hierarchical, 1 of 2, then 2 of 4": {"router": "hierarchical", **_GROUPS, "loss_weights": _IMPORTANCE, **_TOP_2},
+    "sigmoid, K = 2": {"router": "sigmoid", "loss_weights": _NO_BALANCE, **_TOP_2},
+    "expert_choice, c = 2": {"router": "expert_choice", **_CAPACITY_2, "allow_noncausal_routing": True},
     "hash, random": {"router": "hash"},
     "hash, balanced": {"router": "hash", "options": {"hash_table": "balanced"}},
-    "base": {"router": "base", "loss_weights": {"load_balance_loss": 0.0}},
-    "sinkhorn": {"router": "sinkhorn", "loss_weights": {"load_balance_loss": 0.0}},
+    "base": {"router": "base", "loss_weights": _NO_BALANCE},
+    "sinkhorn": {"router": "sinkhorn", "loss_weights": _NO_BALANCE},
     "reinforced": {"router": "reinforced"},
-}  # fmt: skip
-"""Name -> changes of the section `moe`; dense changes the pattern instead."""
-
-
+}
+"""Name -> changes of the section `moe`; `dense` changes the pattern instead."""
 _decimals = "{:.3f}".format
 
 
 @dataclass(frozen=True)
 class RouterRow:
-    """How a run went. Routed figures are None without experts."""
+    """The results of a run. Figures of routing are None without experts."""
 
     router: Annotated[str, text("router")]
     first_loss: Annotated[float, number("loss, first steps", _decimals)]
-    """Mean of the first tenth of the records, as `last_loss` of the last."""
+    """Mean of the first tenth of the records; `last_loss` is that of the last tenth."""
     last_loss: Annotated[float, number("loss, last steps", _decimals)]
     held_out_loss: Annotated[float, number("held-out loss", _decimals)]
     dropped_in_training: Annotated[float | None, number("dropped in training", percent, "-")]
@@ -74,16 +65,12 @@ class RouterRow:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", default="configs/quickstart.py:study", help="what each of them changes")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="one run a router")
+    parser.add_argument("--config", default="configs/quickstart.py:study", help="config that each router changes")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/routers"), help="folder of the runs")
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[RouterRow]:
-    """Trains one run a router; complete runs are only read, and one that was cut off resumes.
-
-    Raises:
-        UserError: as `train`, or if a loss did not fall.
-    """
+    """Trains one run for each router; only reads complete runs, resumes others."""
     base = load(flags.config)
     emulate_devices(base.mesh)
     for name, changes in STUDIED.items():
@@ -97,29 +84,25 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[RouterRow]:
 
 
 def make_row(name: str, workdir: Path, summary: Mapping[str, Any]) -> RouterRow:
-    """Makes the row of a complete run.
-
-    Raises:
-        UserError: if its loss did not fall.
-    """
+    """Makes the row of a complete run; raises a `UserError` if its loss did not fall."""
     records, evaluation = read_metrics(workdir, "train"), summary["evaluation"]
     tenth = max(1, len(records) // 10)
-    first, last = records[:tenth], records[-tenth:]
-    if not _mean(last, "loss") < _mean(first, "loss"):
+
+    def mean(metric: str, part: slice = slice(None)) -> float:
+        return sum(record[metric] for record in records[part]) / len(records[part])
+
+    first, last = slice(tenth), slice(-tenth, None)
+    if not mean("loss", last) < mean("loss", first):
         raise UserError(f"the loss of {name} did not fall: see {workdir / 'metrics.jsonl'}")
     routed = "expert_load" in records[0]
     return RouterRow(
         router=name,
-        first_loss=_mean(first, "loss"),
-        last_loss=_mean(last, "loss"),
+        first_loss=mean("loss", first),
+        last_loss=mean("loss", last),
         held_out_loss=-evaluation["neg_log_perplexity"],
-        dropped_in_training=_mean(records, "fraction_tokens_dropped") if routed else None,
+        dropped_in_training=mean("fraction_tokens_dropped") if routed else None,
         dropped_in_evaluation=evaluation["fraction_tokens_dropped"] if routed else None,
-        expert_load_top=_mean(last, "expert_load_top") if routed else None,
-        expert_load_bottom=_mean(last, "expert_load_bottom") if routed else None,
+        expert_load_top=mean("expert_load_top", last) if routed else None,
+        expert_load_bottom=mean("expert_load_bottom", last) if routed else None,
         tokens_per_second=summary["tokens_per_second"],
     )
-
-
-def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(record[name] for record in records) / len(records)

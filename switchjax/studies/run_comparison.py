@@ -1,4 +1,4 @@
-"""Sets a complete run beside its baseline."""
+"""Compares a complete run with its baseline."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,13 @@ _PREFIX = "neg_log_perplexity/"
 _NEVER = -1
 
 
+def _show_step(step: int) -> str:
+    return "not yet" if step == _NEVER else f"{step:,}"
+
+
 @dataclass(frozen=True)
 class RunFigures:
-    """What a complete run came to."""
+    """The results of a complete run."""
 
     parameters: Annotated[int, Figure("parameters, total", "{:,}".format)]
     active_parameters: Annotated[int, Figure("parameters, active for a token", "{:,}".format)]
@@ -24,27 +28,18 @@ class RunFigures:
     tokens_per_second: Annotated[float, Figure("tokens/s in training", "{:,.0f}".format)]
     loss: Annotated[float, Figure("held-out loss, nats a token", "{:.3f}".format)]
     corpus_losses: Annotated[dict[str, float], Figure("... {key}", "{:.3f}".format)]
-    step_of_passing: Annotated[
-        int | None,
-        Figure(
-            "step at which it passed {baseline}'s final loss",
-            lambda step: "not yet" if step == _NEVER else f"{step:,}",
-            missing="-",
-        ),
-    ]
-    fraction_tokens_dropped: Annotated[
-        float | None, Figure("fraction of tokens dropped in evaluation", percent, missing="-")
-    ]
+    step_of_passing: Annotated[int | None, Figure("step at which it passed {baseline}'s final loss", _show_step, "-")]
+    fraction_tokens_dropped: Annotated[float | None, Figure("fraction of tokens dropped in evaluation", percent, "-")]
     target_tokens: int
-    """Held-out tokens that the losses are means over."""
+    """Held-out tokens whose mean the losses are."""
     baseline: str
 
 
 def compare_runs(workdir: Path, baseline: Path) -> str:
-    """Returns a Markdown table of two runs: sizes, speed, held-out loss, and when the first passed the second.
+    """A Markdown table of two runs: sizes, speed, held-out loss, and when the first passed the second.
 
     Raises:
-        UserError: if one of them is not complete, or they were not evaluated on the same text.
+        UserError: if a run is not complete, or the runs were not evaluated on the same text.
     """
     base = _read(baseline, baseline.name)
     run = _read(workdir, baseline.name, base.loss)

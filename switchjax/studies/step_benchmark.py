@@ -39,17 +39,17 @@ DENSE = Config(
         num_decoder_layers=2,
         pattern=("dense", "dense"),
     ),
-    # Groups as large as the decoder's rows of all devices together allow, and as a device of 8 has.
+    # A group of 2048 tokens is the decoder's whole batch on one device.
     moe=MoEConfig(train_capacity_factor=1.25, group_size=2048),
     data=DataConfig(batch_size=16, encoder_length=512, decoder_length=128),
 )
-"""A T5 of the proportions of T5-Base, small enough for two cores. A Switch Transformer has an MoE layer in the place of
-every other feed-forward network, and as many FLOPs a token."""
+"""A T5 with the proportions of T5-Base, small enough for two cores. A Switch Transformer replaces every other
+feed-forward network with an MoE layer and has as many FLOPs a token."""
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A train step; its speed is set beside that of the case `beside`."""
+    """A train step, and the name of the case that its speed is compared with."""
 
     name: str
     config: Config
@@ -60,14 +60,14 @@ class StepCase:
 
 @dataclass(frozen=True)
 class StepRow:
-    """The median speed of a train step."""
+    """Median speed of a train step."""
 
     name: Annotated[str, text("train step")]
     parameters: Annotated[int, number("parameters", "{:,}".format)]
     milliseconds: Annotated[float, number("ms", "{:.0f}".format)]
     tokens_per_second: Annotated[float, number("tokens/s", "{:,.0f}".format)]
     mfu: Annotated[float | None, number("MFU", "{:.3f}".format)]
-    """Model FLOPs utilisation; None where the peak of the devices is not known."""
+    """Model FLOPs utilisation; None if the peak of the devices is unknown."""
     beside: Annotated[str | None, text("its tokens/s over those of")]
     ratio: Annotated[Ratio | None, number("")]
     aim: Annotated[float | None, number("aim")]
@@ -76,15 +76,14 @@ class StepRow:
 def add_flags(parser: ArgumentParser) -> None:
     add_repeats(parser, 7)
     models = parser.add_mutually_exclusive_group()
-    models.add_argument("--huggingface", action="store_true", help="small models, beside transformers' own in PyTorch")
-    models.add_argument(
-        "--config", metavar="CONFIG", help="models in the place of small ones; --config.SECTION.KEY=VALUE too"
-    )
+    models.add_argument("--huggingface", action="store_true", help="time small models beside transformers' in PyTorch")
+    instead = "time models of this config instead of small ones; --config.SECTION.KEY=VALUE changes it"
+    models.add_argument("--config", metavar="CONFIG", help=instead)
     parser.set_defaults(overrides=[])
 
 
 def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
-    """Times the cases of the config that the flags name, or small models beside transformers' own."""
+    """Times the cases of the flags' config, or small models beside transformers' own."""
     if flags.huggingface:
         from switchjax.studies.beside_transformers import measure_training
 
@@ -102,7 +101,7 @@ def measure(flags: Namespace, load: LoadConfig) -> Iterator[Row]:
 
 
 def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | None) -> StepRow:
-    """Makes the row of a case from the seconds of every case's steps, by name, and the FLOP/s of a device if known."""
+    """Makes the row of a case from all cases' seconds, by name, and from a device's peak FLOP/s if it is known."""
     config, median = case.config, statistics.median(seconds[case.name])
     return StepRow(
         name=case.name,
@@ -116,11 +115,8 @@ def make_row(case: StepCase, seconds: Mapping[str, list[float]], peak: float | N
     )
 
 
-def cases(dense: Config) -> tuple[StepCase, ...]:
-    """The dense model, two models with experts as its `moe` says, and one of these on one device and on `DEVICES`.
-
-    With fewer devices, the last two are left out.
-    """
+def cases(dense: Config) -> list[StepCase]:
+    """The dense model and its models with 32 and 128 experts; with enough devices, one more on 1 and on `DEVICES`."""
     dense = replace(dense, model=replace(dense.model, pattern=("dense", "dense")), mesh=MeshConfig())
     routed = replace(dense.moe, experts_per_layer=())
     selected = f", K = {routed.num_selected_experts}" if routed.num_selected_experts > 1 else ""
@@ -133,24 +129,21 @@ def cases(dense: Config) -> tuple[StepCase, ...]:
         model = replace(dense.model, pattern=("dense", "moe"))
         return replace(dense, model=model, moe=replace(routed, num_experts=num_experts, group_size=group_size))
 
-    alone = (
+    found = [
         StepCase("dense", dense),
         StepCase(name(32), sparse(32), "dense", few),
         StepCase(name(128), sparse(128), "dense", many),
-    )
-    if jax.device_count() < DEVICES:
-        return alone
-    small_groups = sparse(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
-    one = f"{name(32)}, groups for {DEVICES} devices"
-    return (
-        *alone,
-        StepCase(one, small_groups),
-        StepCase(f"the same on {DEVICES} devices", replace(small_groups, mesh=_MESH), one, 0.85, DEVICES),
-    )
+    ]
+    if jax.device_count() >= DEVICES:
+        one = f"{name(32)}, groups for {DEVICES} devices"
+        config = sparse(32, dense.data.batch_size // DEVICES * dense.data.decoder_length)
+        found.append(StepCase(one, config))
+        found.append(StepCase(f"the same on {DEVICES} devices", replace(config, mesh=_MESH), one, 0.85, DEVICES))
+    return found
 
 
 def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
-    """Returns a program that takes one more train step on full rows of random tokens."""
+    """A program that takes one more train step at each call, on full rows of random tokens."""
     mesh = make_mesh(config.mesh, devices)
     check_fit(config, mesh)
     plan = plan_state(config, mesh)
@@ -168,7 +161,7 @@ def train_program(config: Config, devices: Sequence[jax.Device]) -> Program:
 
 
 def random_rows(config: Config) -> dict[str, np.ndarray]:
-    """Makes a global batch of random tokens without padding; each row is one segment."""
+    """A global batch of random tokens without padding; each row is one segment."""
     shapes = FAMILIES[config.model.family].batch_shapes(config)
     rng = np.random.default_rng(config.data.seed)
     return {

@@ -1,4 +1,4 @@
-"""Times programs that run in turn, so that all meet the same changes of a machine's speed."""
+"""Times programs in turn, so that a change of the machine's speed affects all of them."""
 
 import statistics
 import time
@@ -12,9 +12,9 @@ Program = Callable[[], Any]
 
 
 def interleaved_seconds(programs: Mapping[str, Program], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds that each program took in each of `repeats` rounds, with its results waited for.
+    """Seconds that each program takes in each of `repeats` rounds, until its results are ready.
 
-    With `warm_up`, one round that is not measured comes first.
+    With `warm_up`, an unmeasured round comes first.
     """
     times: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(-1 if warm_up else 0, repeats):
@@ -28,7 +28,7 @@ def interleaved_seconds(programs: Mapping[str, Program], repeats: int, warm_up: 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of a ratio that was measured in several rounds; formats as `1.04 (1.03 to 1.06)`."""
+    """Median and quartiles of a ratio measured in several rounds; shown as `1.04 (1.03 to 1.06)`."""
 
     median: float
     low: float
@@ -36,7 +36,7 @@ class Ratio:
 
     @classmethod
     def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
-        """The ratio of two programs' measurements, taken round by round."""
+        """The ratio of two programs' measurements, round by round."""
         ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return cls(median, low, high)

@@ -1,4 +1,4 @@
-"""Trains a run to its end, whatever was done of it before: the one place where studies train."""
+"""Trains a run to its end, from wherever it stands: studies train only through this function."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from switchjax.training.run import train
 
 
 def train_to_end(config: Config, workdir: Path) -> dict[str, Any]:
-    """Trains what is missing of a run and returns its `summary.json`; a complete run is only read.
+    """Trains the missing steps of a run and returns its `summary.json`; only reads a complete run.
 
     Raises:
-        UserError: as `train`, or if the run was told to stop.
+        UserError: as `train`, or if a signal stops the run.
     """
     summary = train(config, workdir)
     if summary.get("interrupted"):

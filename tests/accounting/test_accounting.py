@@ -49,7 +49,7 @@ def test_a_sparse_model_has_the_flops_of_its_dense_one() -> None:
 def test_models_without_a_printed_figure_cost_what_their_architecture_says(
     key: str, total: int, active: int, flops: int
 ) -> None:
-    """The numbers follow from a list of all weights that was written by hand, kind of layer by kind of layer."""
+    """The numbers follow from a list of all weights, written by hand for each kind of layer."""
     accounting = account(config_of(*key.split(":")))
     assert (accounting.total, accounting.active, accounting.forward_flops) == (total, active, flops)
 
@@ -73,7 +73,7 @@ def test_models_without_a_printed_figure_cost_what_their_architecture_says(
     ],
 )
 def test_computed_flops_are_xlas(name: str, size: str, layers: int) -> None:
-    """Of so many layers a stack, or of all; each layer costs the same."""
+    """FLOPs of a model with so many layers in each stack, or with all; each layer costs the same."""
     config = config_of(name, size)
     depth = {f"num_{stack}_layers": layers for stack in config.model.stacks} if layers else {}
     # XLA counts a loop once, and a cast of each weight, which is dear beside a batch of 8.

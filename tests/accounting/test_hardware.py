@@ -17,7 +17,7 @@ def test_slices_grow_up_to_what_a_job_may_have(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_a_chip_computes_hundreds_of_flops_for_a_byte_and_holds_seconds_of_traffic_at_most(name: str) -> None:
-    """Slips of a thousand in the table would show."""
+    """Would catch a figure that is wrong by a factor of a thousand."""
     chip = find_chip(name)
     assert 100 < chip.flops / chip.memory_bandwidth < 1000
     assert 0.01 < chip.memory * chip.devices / chip.memory_bandwidth < 0.1
@@ -25,7 +25,7 @@ def test_a_chip_computes_hundreds_of_flops_for_a_byte_and_holds_seconds_of_traff
 
 
 def test_bisection_bandwidths_are_the_published_ones() -> None:
-    """A pod's halves are joined by the links of every line along its longest dimension."""
+    """The links of all lines along the longest dimension join a pod's two halves."""
     for topology, published in (("v4:16x16x16", 24e12), ("v5e:16x16", 1.6e12), ("v6e:16x16", 3.2e12)):
         pod = parse_slice(topology)
         lines = pod.chips // pod.shape[-1]

@@ -1,4 +1,4 @@
-"""The matrix products of a program are found, in loops and branches too, with the weight that each multiplies by."""
+"""All matrix products of a program are found, also in loops and branches, with their weights."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A model's weights as its modules make them: their parts, and what a sequence does with each."""
+"""The traced weights of models: their parts, and what a sequence computes with each."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from tests.tiny import changed
 
 
 def find(config: Config, ending: str) -> TracedWeight:
-    """The first weight in the decoder whose name ends so."""
+    """The decoder's first weight whose name ends with `ending`."""
     return next(w for w in trace_model(config).weights if w.stack == "decoder" and w.name.endswith(ending))
 
 
@@ -32,7 +32,7 @@ def test_a_router_from_outside_the_package_is_accounted_for_with_all_its_weights
         made = switch.weights(*arguments)
         of = partial(replace, made["logits"])
         hidden, scale = of(value=jnp.ones((width, width))), of(value=jnp.ones(width), axes=("embed",))
-        return {**made, "hidden": hidden, "scale": scale, "count": of(value=jnp.ones(3), axes=(None,), update="frozen")}
+        return {**made, "hidden": hidden, "scale": scale, "count": of(value=jnp.ones(3), axes=(None,), trained=False)}
 
     def route(weights: Any, tokens: Any, *others: Any) -> Any:
         x = jnp.einsum("gsd,de->gse", tokens.x, weights["hidden"] * weights["scale"][None])

@@ -1,4 +1,4 @@
-"""A run's FLOPs are the papers', and its devices' peak is told only where it is known."""
+"""A run's FLOPs are those of the papers, and its devices' peak is None if it is unknown."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ def test_an_unknown_device_has_no_peak(kind: str) -> None:
 
 @dataclass(frozen=True)
 class Chip:
-    """What is asked of a device that is not there."""
+    """Stands in for a device that does not exist."""
 
     device_kind: str
     id: int

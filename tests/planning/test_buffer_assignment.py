@@ -1,4 +1,4 @@
-"""What the TPU compiler holds at the peak of a program's memory."""
+"""The arrays at the peak of a program's memory, with the real TPU compiler."""
 
 from importlib.util import find_spec
 
@@ -25,7 +25,7 @@ def test_what_a_loop_saves_is_held_when_the_backward_pass_begins() -> None:
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in ((3, 4096, 4096), (4096 - 100, 4096))
     ]
-    with compiled_programs_in(None):  # what is compiled for a device that is not there cannot be read again
+    with compiled_programs_in(None):  # a cached program for an absent device cannot be loaded
         compiled, hlo_proto = compile_with_assignment(jax.jit(jax.grad(loss), out_shardings=place).lower(*shapes))
     held = held_at_peak(hlo_proto, parse_compiled(compiled))
     saved = [one for one in held if one.shape.endswith("[3,3996,4096]")]

@@ -1,4 +1,4 @@
-"""Reading HLO: hand-written programs, and those that the compiler makes for the emulated mesh."""
+"""The HLO parser on hand-written programs, and on the compiler's programs for the emulated mesh."""
 
 from importlib.util import find_spec
 from pathlib import Path

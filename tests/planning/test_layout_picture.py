@@ -1,4 +1,4 @@
-"""The picture of layouts: what devices hold in each, and that the drawing shows it."""
+"""The picture of layouts: the parts that devices hold, and the drawing of them."""
 
 import sys
 import xml.etree.ElementTree as ElementTree

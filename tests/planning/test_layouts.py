@@ -1,4 +1,4 @@
-"""What a program written by hand communicates. What real ones do: tests/training/test_layouts.py."""
+"""Communication of a hand-written program. tests/training/test_layouts.py has real ones."""
 
 from switchjax.planning import hlo
 from switchjax.planning.hlo_collectives import Traffic

@@ -1,4 +1,4 @@
-"""Plans: the mesh of a slice, what is said of a step that does not fit, and the script with the real TPU compiler."""
+"""Plans: the mesh of a slice, the errors of steps that do not fit, and the script with the real TPU compiler."""
 
 import dataclasses
 import json

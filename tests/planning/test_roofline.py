@@ -1,4 +1,4 @@
-"""The bounds of a step, against arithmetic by hand."""
+"""The bounds of a step against arithmetic by hand."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from switchjax.planning.roofline import network_seconds, roofline
 
 
 def chips(slice_: Slice) -> list[tuple[int, ...]]:
-    """One device a chip, the last dimension first to change."""
+    """Coordinates of chips with one device each; the last dimension changes first."""
     return list(itertools.product(*(range(size) for size in slice_.shape)))
 
 

@@ -1,4 +1,4 @@
-"""Decoding and train steps beside transformers' where it is installed, and what is said where it is not."""
+"""Decoding and train steps beside transformers', and the error if transformers is not installed."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is timed is compiled from nothing, or loaded where that is said."""
+"""Timed programs are compiled from nothing, or loaded from the cache that is named."""
 
 from pathlib import Path
 

@@ -1,14 +1,18 @@
-"""Both ways of decoding write the same, and there is a row for each number of texts."""
+"""Both ways of decoding write the same text, and each batch size has a row."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchjax.accounting.matmuls import matmuls
 from switchjax.config import Config, DecodingConfig
 from switchjax.inference.decoding import generate
 from switchjax.inference.pretrained import dropless
 from switchjax.studies import decode_benchmark
-from switchjax.studies.decode_benchmark import DecodeRow, decode_uncached, make_prompts
+from switchjax.studies.decode_benchmark import DecodeRow, decode_uncached, make_prompts, matmuls_alone
 from switchjax.studies.timing import Ratio
+from tests.accounting.test_matmuls import program
 from tests.models import examples
 from tests.models.families import FAMILIES, make_model
 from tests.studies.written import check_written, measure
@@ -34,3 +38,13 @@ def test_rows_become_the_documents_table() -> None:
     row = DecodeRow("tiny", 8, 1234.5, 12.3, Ratio(100.0, 99.0, 101.0), Ratio(1.5, 1.4, 1.6), 256)
     ((line,),) = check_written([row], "docs/decoding.md")
     assert line == "| tiny | 8 | 1234 | 12 | 100.00 (99.00 to 101.00) | 1.50 (1.40 to 1.60) |"
+
+
+def test_all_products_are_computed_again_each_time() -> None:
+    found = matmuls(program, {"layers": jnp.ones((5, 4, 4)), "head": jnp.ones((4, 7))}, jnp.ones((3, 4)))
+    alone = matmuls_alone(found, repeats=6)
+    assert float(alone()) == 1.0
+    text = jax.jit(alone).lower().compile().as_text()
+    assert text.count(" dot(") == 2
+    assert '"known_trip_count":{"n":"6"}' in text
+    assert '"known_trip_count":{"n":"5"}' in text

@@ -18,7 +18,7 @@ def test_a_pair_has_a_row_and_complete_runs_are_not_repeated(
 ) -> None:
     monkeypatch.setattr(family_study, "PAIRS", ("v-moe",))
     monkeypatch.setattr(family_study, "CAPACITIES", (1.0, 0.25))
-    # The tests' 8 devices are all of the mesh.
+    # The mesh has all 8 devices of the tests.
     configs = {":v-moe": changed(tiny, moe={"allow_noncausal_routing": True, "min_expert_capacity": 1})}
     configs[":v-moe-dense"] = changed(configs[":v-moe"], model={"pattern": ("dense",)})
     rows = measure(family_study, [f"--workdir={tmp_path}"], configs)

@@ -1,4 +1,4 @@
-"""The study of faults: the moments and damages that it makes, and one fault for real."""
+"""The study of faults: its moments and rows, and one real fault."""
 
 import os
 import random
@@ -57,7 +57,7 @@ def test_an_error_is_one_line() -> None:
 
 
 def cut_arrays(workdir: Path, attempt: int, chance: random.Random) -> None:
-    """Truncates a file that is surely read."""
+    """Truncates a file that every restore reads."""
     os.truncate(newest_checkpoint(workdir) / "state" / "manifest.ocdbt", 20)
 
 
@@ -65,8 +65,8 @@ def cut_arrays(workdir: Path, attempt: int, chance: random.Random) -> None:
 def test_a_fault_is_tried_and_judged_by_the_process_after_it(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than running what is compiled
-    TextData.prepare(tiny.data)  # the small corpora can be fetched in this process only
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than running
+    TextData.prepare(tiny.data)  # only this process can fetch the small corpora
     config = changed(
         tiny, train={"steps": 40, "checkpoint_every": 3}, evaluate={"every": 0}, mesh={"emulated_devices": 8}
     )
@@ -82,7 +82,7 @@ def test_a_fault_is_tried_and_judged_by_the_process_after_it(
     assert last_step(run) == 40
     assert len(records(run)) == 41
     assert list((run / "damaged_checkpoints").iterdir())
-    # What is done is not repeated, and what differs is seen.
+    # A second call repeats nothing, and a changed record is noticed.
     metrics = tmp_path / "undisturbed" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step": 40', '"step": 41'))
     assert study.try_fault(fault) == [outcome]

@@ -1,4 +1,4 @@
-"""The damages of a workdir touch what they say and nothing else."""
+"""Each damage of a workdir touches what its docstring says and nothing else."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Tokens are counted alike on both sides of the ratio, and every figure is measured."""
+"""Both sides of the ratio count tokens in the same way, and the study measures every figure."""
 
 import jax
 import pytest

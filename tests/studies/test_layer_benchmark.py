@@ -1,4 +1,4 @@
-"""The benchmark times what it says, on a case small enough for a test."""
+"""The layer benchmark on a small case."""
 
 from importlib.util import find_spec
 
@@ -47,7 +47,7 @@ def test_every_program_is_timed_in_both_directions(dtype: str) -> None:
 def test_gathers_add_no_flops_on_tpus_and_einsums_do() -> None:
     device = describe_devices(parse_slice("v5e:1x1"))[0]
     case = LayerCase(8, 1024, 2)
-    with compiled_programs_in(None):  # what is compiled for a device that is not there cannot be read again
+    with compiled_programs_in(None):  # a cached program for an absent device cannot be loaded
         flops = {form: plan_layer(case, 2048, LayerSizes(64, "bfloat16"), form, device)[0] for form in FORMS}
     assert 1 <= flops["gather"] < 1.15
     assert 1 <= flops["ragged"] < 1.15

@@ -1,4 +1,4 @@
-"""Rows say what plans do, each is compiled once, and the real TPU compiler makes one."""
+"""Rows agree with their plans, each is compiled once, and the real TPU compiler makes one."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Tables say where they come from."""
+"""The provenance below a table."""
 
 from argparse import ArgumentParser
 from datetime import date

@@ -1,4 +1,4 @@
-"""The writer: columns, figures and JSON of rows, and publishing them in a document."""
+"""The writer: columns, figures and JSON of rows, and their places in documents."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,18 @@ from typing import Annotated
 
 import pytest
 
-from switchjax.studies.report import Figure, figures_table, number, percent, publish, text, to_json, to_markdown
+from switchjax.config import UserError
+from switchjax.studies.report import (
+    Figure,
+    figures_table,
+    number,
+    percent,
+    publish,
+    text,
+    to_json,
+    to_markdown,
+    write_tables,
+)
 from switchjax.studies.timing import Ratio
 
 
@@ -28,6 +39,7 @@ class Total:
     steps: int
 
 
+MARKED = "before\n<!-- make table -->\nold\n<!-- end -->\nafter\n<!-- other -->\nkept\n<!-- end -->\n"
 FAST, SLOW = Speed("a", 12345.6, None, None, 8), Speed("b", 9.0, Ratio(1.5, 1.0, 2.25), None, 8)
 TOTAL = Total(1.234, {"tales": 2.0, "yarns": 3.0}, 7)
 
@@ -95,3 +107,28 @@ def test_rows_are_logged_as_they_come_then_published(
     written = json.loads(numbers.read_text())
     assert written["command"] == "make it"
     assert written["tables"] == to_json([FAST, SLOW])
+
+
+def test_the_table_replaces_the_one_of_the_same_command_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "doc.md"
+    path.write_text(MARKED)
+    write_tables(path, "make table", "| new |")
+    assert path.read_text() == MARKED.replace("old", "| new |")
+    write_tables(path, "other", "| too |")
+    assert path.read_text() == MARKED.replace("old", "| new |").replace("kept", "| too |")
+
+
+@pytest.mark.parametrize("old", [None, "no marks", "<!-- make table -->\nno end"])
+def test_a_document_without_the_marks_is_left_as_it_is(tmp_path: Path, old: str | None) -> None:
+    path = tmp_path / "doc.md"
+    if old is not None:
+        path.write_text(old)
+    with pytest.raises(UserError, match=r"doc\.md has no lines '<!-- make table -->' and '<!-- end -->'"):
+        write_tables(path, "make table", "| new |")
+    assert path.exists() == (old is not None)
+    assert old is None or path.read_text() == old
+
+
+def test_a_document_that_cannot_be_read_is_refused_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--write: cannot read"):
+        write_tables(tmp_path, "make table", "| new |")

@@ -1,4 +1,4 @@
-"""The table of two runs, from what they left in their workdirs."""
+"""The table of two runs from their workdirs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 2}
 
 
 def write_run(workdir: Path, pattern: tuple[str, ...], curve: dict[int, float], tokens: int = 100) -> Path:
-    """A workdir as a run with these held-out losses leaves it."""
+    """Writes the workdir of a complete run with these held-out losses."""
     workdir.mkdir()
     config = Config(
         model=ModelConfig(**MODEL, **LAYERS, pattern=pattern),

@@ -1,4 +1,4 @@
-"""What is compared computes the same, and each ratio is of the two steps that it names."""
+"""Compared steps compute the same, and each ratio belongs to the two steps that its row names."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Checks that the writer makes a document's tables, and JSON, of the rows of a study; runs studies on other configs."""
+"""Helpers that check the tables and JSON of a study's rows, and run studies on other configs."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def check_written(rows: Iterable[Any], document: str) -> list[list[str]]:
-    """Returns the lines of each table below its head; all heads are those of tables in `document`."""
+    """Returns the lines of each table below its head, and checks that `document` has a table with this head."""
     rows = list(rows)
     text, below = (ROOT / document).read_text(), []
     for table in to_markdown(rows).split("\n\n"):
@@ -30,7 +30,7 @@ def check_written(rows: Iterable[Any], document: str) -> list[list[str]]:
 
 
 def measure(study: ModuleType, arguments: list[str], configs: dict[str, Config]) -> list[Any]:
-    """The rows of a study that is called with these flags and loads `configs`, by the ends of their names."""
+    """The rows of a study called with these flags; it loads the config whose key ends the name it asks for."""
     parser = ArgumentParser()
     study.add_flags(parser)
 
