@@ -182,9 +182,11 @@ def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
 
 def test_a_surplus_parameter_is_named(workdir: Path, tiny: Config) -> None:
     unbiased = plan_state(changed(tiny, model={"positions": "rotary"}), make_mesh(tiny.mesh))
-    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has decoder/bias/bias besides"):
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: the model has no decoder/bias/bias"):
         Checkpoints(workdir).load_model(unbiased)
-    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has model/decoder/bias/bias besides"):
+    with pytest.raises(
+        UserError, match="checkpoint 3 does not fit the config: the model has no model/decoder/bias/bias"
+    ):
         Checkpoints(workdir, keep=2).restore_latest(unbiased, "text")
 
 
@@ -222,13 +224,13 @@ def half_copied(folder: Path) -> None:
 
 
 STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (Path.mkdir, "cannot be read and is passed over: it does not hold state, data, config"),
-    "another program's": (another_programs, "cannot be read and is passed over: it does not hold state, data, config"),
-    "a file": (Path.touch, "cannot be read and is passed over: it does not hold state, data, config"),
-    "half copied": (half_copied, "cannot be read and is passed over: it does not hold state, data, config"),
-    "no description": (without_a_description, "cannot be read and is passed over"),
+    "empty": (Path.mkdir, "cannot be read and is skipped: it does not hold state, data, config"),
+    "another program's": (another_programs, "cannot be read and is skipped: it does not hold state, data, config"),
+    "a file": (Path.touch, "cannot be read and is skipped: it does not hold state, data, config"),
+    "half copied": (half_copied, "cannot be read and is skipped: it does not hold state, data, config"),
+    "no description": (without_a_description, "cannot be read and is skipped"),
     "renamed": (lambda folder: shutil.copytree(folder.with_name("3"), folder), "is not of this run .* is of step 3"),
-    "another run's": (of_another_run, r"is not of this run and is passed over: .* \(train\.seed: 17 -> 0\)"),
+    "another run's": (of_another_run, r"belongs to another run and is skipped: .* \(train\.seed: 17 -> 0\)"),
 }
 
 

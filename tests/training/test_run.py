@@ -309,7 +309,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_resumes_when_there_is_spac
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     # That of step 6 may still have been on its way.
     assert re.fullmatch(
-        r"error: cannot write a checkpoint to .*: File too large; those of steps \[3(, 6)?\] are intact", line
+        r"error: cannot write a checkpoint to .*: File too large; the checkpoints \[3(, 6)?\] are intact", line
     )
     reached = max(losses(tmp_path / "run"))
     assert reached < 16
