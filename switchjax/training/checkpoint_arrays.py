@@ -36,7 +36,7 @@ class _HostCopy:
         for shard in array.addressable_shards:
             bounds = self._bounds(shard.index)
             if bounds not in self._shards:  # several devices may hold the same part
-                # Copies to pinned memory are fast, and NumPy views it; np.asarray(shard.data) would cache a second copy.
+                # Copying to pinned memory is fast and NumPy views it; np.asarray(shard.data) would keep a second copy.
                 self._shards[bounds] = np.asarray(jax.device_put(shard.data, _on_host(shard.data.sharding)))
 
     def _bounds(self, index: Index) -> tuple[tuple[int, int], ...]:

@@ -42,7 +42,7 @@ def test_what_a_power_cut_has_left_is_dropped(tmp_path: Path) -> None:
 def test_anothers_records_are_one_line_and_stay(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{line}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl holds what is no record of a run: "):
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds a line that is not a record of a run: "):
         MetricsWriter(tmp_path, resume_step=0)
     assert path.read_text() == f"{line}\n"
 

@@ -280,4 +280,4 @@ def test_a_workdir_that_is_not_shared_is_refused_by_all(long: Config, start: Sta
     assert [code for code, _ in ended(processes, tmp_path)] == [2, 2]
     for index in range(2):
         (line,) = said(tmp_path, index)
-        assert "must lie on a disk that all processes share: process 1 does not see there what process 0 writes" in line
+        assert "must lie on a disk that all processes share: process 1 does not see what process 0 writes there" in line

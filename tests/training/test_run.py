@@ -138,7 +138,7 @@ def test_a_run_keeps_to_the_corpora_that_it_was_begun_with(
     longer = changed(config, train={"steps": 2})
     assert train(longer, workdir)["corpora"] == ["tales"]
     assert list(losses(workdir)) == [1, 2]
-    assert f"{workdir} was begun without lost, and goes on so" in caplog.messages
+    assert f"{workdir} started without lost and continues without" in caplog.messages
     assert train(longer, tmp_path / "other")["corpora"] == ["lost", "tales"]
 
     with pytest.raises(UserError, match=r"data\.rates: \(0\.1,\) -> \(0\.2,\)"):
