@@ -88,7 +88,7 @@ def check_fit(config: Config, mesh: Mesh) -> None:
     if rows % shards:
         raise UserError(
             f"{rows} rows (data.batch_size / train.accumulation_steps) do not divide over the {shards} shards of "
-            f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
+            f"data x expert: {_nearest_multiples(rows, shards)}"
         )
     check_parameters(config, mesh)
     if not config.model.routes_groups:
@@ -111,25 +111,20 @@ def check_fit(config: Config, mesh: Mesh) -> None:
 def check_parameters(config: Config, mesh: Mesh) -> None:
     """Raises a `UserError` for parameters that the mesh does not divide, naming sizes that would fit."""
     model, moe = config.model, config.moe
-    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
-    sizes = {"model.d_ff": model.d_ff} if model.family == "recurrent" else heads | {"model.d_ff": model.d_ff}
-    for key, size in sizes.items():
-        if size % mesh.shape[MODEL]:
-            raise UserError(
-                f"{key}={size} does not divide over mesh.model={mesh.shape[MODEL]}: "
-                f"sizes that fit are {_divisors(size, mesh.size)}"
-            )
+    if model.family != "recurrent":
+        _check_axis("model.num_heads", model.num_heads, MODEL, mesh)
+        _check_axis("model.num_kv_heads", model.kv_heads, MODEL, mesh)
+    _check_axis("model.d_ff", model.d_ff, MODEL, mesh)
     if model.family != "vision" and model.vocab_size % mesh.shape[MODEL]:
         raise UserError(
             f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
-            f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
+            f"{_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
         )
     shards = mesh.shape[DATA] * mesh.shape[EXPERT]
     if config.mesh.sharded != "none" and model.d_model % shards:
         raise UserError(
             f"model.d_model={model.d_model} does not divide over the {shards} shards of data x expert, which "
-            f"mesh.sharded={config.mesh.sharded} needs: the nearest multiples are "
-            f"{_nearest_multiples(model.d_model, shards)}"
+            f"mesh.sharded={config.mesh.sharded} needs: {_nearest_multiples(model.d_model, shards)}"
         )
     if not model.has_experts:
         return
@@ -139,17 +134,17 @@ def check_parameters(config: Config, mesh: Mesh) -> None:
             "set mesh.expert=1 (mesh.data and mesh.model may divide the devices), or moe.dispatch=gather"
         )
     for experts in {layer.num_experts for stack in model.stacks for layer in config.layers(stack)}:
-        if experts % mesh.shape[EXPERT]:
-            raise UserError(
-                f"moe.num_experts={experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
-                f"sizes that fit are {_divisors(experts, mesh.size)}"
-            )
+        _check_axis("moe.num_experts", experts, EXPERT, mesh)
 
 
-def _divisors(size: int, most: int) -> str:
-    return ", ".join(str(n) for n in range(1, most + 1) if size % n == 0 and most % n == 0)
+def _check_axis(key: str, size: int, axis: str, mesh: Mesh) -> None:
+    if size % mesh.shape[axis]:
+        fitting = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
+        raise UserError(
+            f"{key}={size} does not divide over mesh.{axis}={mesh.shape[axis]}: sizes that fit are {fitting}"
+        )
 
 
 def _nearest_multiples(size: int, factor: int) -> str:
     below = size // factor * factor
-    return " and ".join(str(n) for n in (below, below + factor) if n > 0)
+    return "the nearest multiples are " + " and ".join(str(n) for n in (below, below + factor) if n > 0)

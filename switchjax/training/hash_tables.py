@@ -64,18 +64,16 @@ def with_hash_tables(model: Model, config: Config, data: Data, taken: Collection
         vectors = process_allgather(leaves["embedding/vectors"], tiled=True)
         make_table = partial(clustered_table, vectors, seed=config.train.seed)
     table_for = cache(make_table)
-    filled = {name: _fill(leaves[name], table_for(path.num_experts), fresh[name]) for name, path in paths.items()}
-    return with_leaves(model, leaves | filled)
+    for name, path in paths.items():
+        leaf = leaves[name]  # [N, V]: N layers
+        fill = jax.jit(partial(_fill, fresh[name]), out_shardings=leaf.sharding)
+        leaves[name] = fill(leaf, table_for(path.num_experts))
+    return with_leaves(model, leaves)
 
 
-def _fill(
-    leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"], fresh: Bool[np.ndarray, "N"]
-) -> Float[Array, "N V"]:
-    """`leaf` with the table in those of its N layers that are `fresh`, in the same layout."""
-    fill = jax.jit(
-        lambda leaf, table: jnp.where(fresh[:, None], table.astype(leaf.dtype)[None], leaf), out_shardings=leaf.sharding
-    )
-    return fill(leaf, table)
+def _fill(fresh: Bool[np.ndarray, "N"], leaf: Float[Array, "N V"], table: Int[Array, "V"]) -> Float[Array, "N V"]:
+    """`leaf` with the table in those of its N layers that are `fresh`."""
+    return jnp.where(fresh[:, None], table.astype(leaf.dtype)[None], leaf)
 
 
 def count_tokens(

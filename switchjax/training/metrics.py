@@ -42,7 +42,12 @@ class MetricsWriter:
         if self._silent:
             return
         with _writing(self._path):
-            _keep_until(self._path, resume_step)
+            if self._path.exists():
+                lines = self._path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if _step_of(line, self._path) <= resume_step]
+                temporary = self._path.with_suffix(".tmp")
+                temporary.write_bytes(b"".join(kept))
+                os.replace(temporary, self._path)
             self._file = self._path.open("ab", buffering=0)
         self._events = _Events(workdir / "tensorboard", resume_step)
 
@@ -137,16 +142,6 @@ def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
     with (workdir / METRICS).open() as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in records if record.get("kind") == kind]
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Removes the records of later steps from a file."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line, path) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
 
 
 def _step_of(line: bytes, path: Path) -> float:

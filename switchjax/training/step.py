@@ -109,22 +109,21 @@ def _accumulate(
     gradient_of, count = jax.grad(contribution, has_aux=True), config.train.accumulation_steps
     if count == 1:
         return gradient_of(model, batch, key)
-    micro_batches = {name: _deal(rows, count, config.rows_per_group) for name, rows in batch.items()}
+
+    def deal(rows: Shaped[Array, "B ..."]) -> Shaped[Array, "count rows ..."]:
+        # Blocks of rows that share routing groups go to the micro-batches in turn. So each shard divides the rows that
+        # it has, and no row moves to another device.
+        dealt = rows.reshape(-1, count, config.rows_per_group, *rows.shape[1:]).swapaxes(0, 1)
+        return constrain(dealt.reshape(count, -1, *rows.shape[1:]), None, "batch")
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient_of(model, *inputs)), None
 
+    micro_batches = jax.tree.map(deal, batch)
     first = {name: rows[0] for name, rows in micro_batches.items()}
     zeros = jax.tree.map(jnp.zeros_like, gradient_of(model, first, key))  # XLA keeps only the shapes
     total, _ = jax.lax.scan(add, zeros, (micro_batches, jax.random.split(key, count)))
     return total
-
-
-def _deal(rows: Shaped[Array, "B ..."], count: int, together: int) -> Shaped[Array, "count rows ..."]:
-    """Deals blocks of `together` rows, which share routing groups, to `count` micro-batches in turn."""
-    # Dealing in turn lets each shard divide its own rows: no row moves to another device.
-    dealt = rows.reshape(-1, count, together, *rows.shape[1:]).swapaxes(0, 1)
-    return constrain(dealt.reshape(count, -1, *rows.shape[1:]), None, "batch")
 
 
 def routing_metrics(reports: Reports) -> Metrics:
