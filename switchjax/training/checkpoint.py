@@ -84,15 +84,13 @@ class Checkpoints:
         if step in self.steps():
             return
         arrays = unstacked(config, named_leaves(state))
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config.to_saved()),
+        )
         with self._writing():
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays),
-                    data=ocp.args.JsonSave(data),
-                    config=ocp.args.JsonSave(config.to_saved()),
-                ),
-            )
+            saved = self._manager.save(step, args=items)
         self._in_progress = True
         if not saved:
             raise UserError(f"step {step} cannot be saved beside the checkpoints {self.steps()} in {self._directory}")
@@ -135,13 +133,7 @@ class Checkpoints:
         if newest is None:
             return None
         step, restored = newest
-
-        def set_aside() -> None:
-            for other in self._numbered() if process_index() == 0 else ():
-                if other > step or not self._is_whole(other):
-                    self._set_aside(other)
-
-        first_then_others(set_aside)
+        first_then_others(lambda: self._set_aside_after(step))
         self._manager.reload()
         return restored
 
@@ -168,7 +160,15 @@ class Checkpoints:
             UserError: if there is no such checkpoint, it cannot be read, it shares no parameter with `model`, or a
                 parameter has another shape there.
         """
-        return self._load(lambda step: self._restore_matching(step, plan, model), step)[1]
+
+        def read(step: int) -> tuple[Model, set[str]]:
+            wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
+            saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
+            sources = matching_sources(plan.config, wanted, stored, saved, found)
+            leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
+            return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
+
+        return self._load(read, step)[1]
 
     def load_model_and_fingerprint(self, plan: StatePlan, step: int = -1) -> tuple[int, tuple[Any, str]]:
         """Like `load_model`, with the fingerprint of the model's training data."""
@@ -230,16 +230,18 @@ class Checkpoints:
         except OSError:  # no permission to read it
             return False
 
-    def _set_aside(self, step: int) -> None:
-        """Moves the entry of a step out of the folder."""
-        target = self._directory.with_name("damaged_checkpoints") / f"{step}-{time.time_ns()}"
-        try:
-            target.parent.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(target)
-        except OSError as error:
-            raise UserError(
-                f"{self._directory / str(step)} is in the way and cannot be moved to {target}: {error.strerror}"
-            ) from None
+    def _set_aside_after(self, step: int) -> None:
+        """Moves the checkpoints of later steps and all incomplete ones out of the folder, in process 0."""
+        for other in self._numbered() if process_index() == 0 else ():
+            if other <= step and self._is_whole(other):
+                continue
+            path = self._directory / str(other)
+            target = self._directory.with_name("damaged_checkpoints") / f"{other}-{time.time_ns()}"
+            try:
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+            except OSError as error:
+                raise UserError(f"{path} is in the way and cannot be moved to {target}: {error.strerror}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -279,13 +281,6 @@ class Checkpoints:
         wanted = with_shardings(shapes, shardings)
         sources = exact_sources(plan.config, wanted, stored, f"checkpoint {step}")
         return with_leaves(shapes, read_stacked(wanted, sources, partial(self._restore_arrays, step), {}))
-
-    def _restore_matching(self, step: int, plan: StatePlan, model: Model) -> tuple[Model, set[str]]:
-        wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
-        saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
-        sources = matching_sources(plan.config, wanted, stored, saved, found)
-        leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
-        return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
 
     def _restore_arrays(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)

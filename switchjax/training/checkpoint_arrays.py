@@ -42,19 +42,16 @@ class _HostCopy:
     def _bounds(self, index: Index) -> tuple[tuple[int, int], ...]:
         return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
 
-    def __getitem__(self, index: Index) -> Shaped[np.ndarray, "..."]:
-        """A part of the array that lies within the part of one device."""
-        wanted = self._bounds(index)
+    def part(self, layer: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
+        """A part of a layer along the first axis, or of the whole array, that lies within the part of one device."""
+        wanted = self._bounds(index if layer is None else (slice(layer, layer + 1), *index))
         for bounds, shard in self._shards.items():
             pairs = list(zip(wanted, bounds, strict=True))
             if all(low <= start and stop <= high for (start, stop), (low, high) in pairs):
-                part = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
-                return np.asarray(shard[part])  # an index into a 0-dimensional array gives a scalar
+                within = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
+                found = np.asarray(shard[within])  # an index into a 0-dimensional array gives a scalar
+                return found if layer is None else found.squeeze(0)
         raise KeyError(index)
-
-    def layer(self, position: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
-        """A part of the layer at a position along the first axis, or of the whole array if that is None."""
-        return self[index] if position is None else self[(slice(position, position + 1), *index)].squeeze(0)
 
 
 def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -66,7 +63,7 @@ def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.
         sharding = _sharding_to_write(leaf, shape)
         for position, name in enumerate(path.by_layer):
             layer = position if path.layers else None
-            arrays[name] = make_array(shape, sharding, partial(copy.layer, layer))
+            arrays[name] = make_array(shape, sharding, partial(copy.part, layer))
     return arrays
 
 
@@ -128,12 +125,8 @@ def read_stacked(
     """
     arrays = {name: present[name] for name in wanted if not any(sources[name])}
     for names in _portions({name: leaf for name, leaf in wanted.items() if name not in arrays}):
-        stored: dict[str, jax.ShapeDtypeStruct] = {}
-        for name in names:
-            for source in sources[name]:
-                if source is not None:
-                    stored[source.name] = _to_read(wanted[name], source)
-        parts = read(stored)
+        found = [(name, source) for name in names for source in sources[name] if source is not None]
+        parts = read({source.name: _to_read(wanted[name], source) for name, source in found})
         for name in names:
             arrays[name] = _stack(wanted[name], sources[name], parts, present.get(name))
     return arrays
@@ -176,14 +169,11 @@ def _stack(
         return parts[first.name]
     copies = {source.name: _HostCopy(parts[source.name]) for source in sources if source is not None}
     here = None if present is None else _HostCopy(present)
-
-    def layer(position: int, source: StoredArray | None, index: Index) -> np.ndarray:
+    layers: list[Callable[[Index], np.ndarray]] = []
+    for position, source in enumerate(sources):
         if source is not None:
-            return copies[source.name].layer(source.layer, index)
-        assert here is not None, "a layer without a source must be present"
-        return here.layer(position, index)
-
-    def part(index: Index) -> np.ndarray:
-        return np.stack([layer(position, source, index[1:]) for position, source in enumerate(sources)])
-
-    return make_array(leaf.shape, leaf.sharding, part)
+            layers.append(partial(copies[source.name].part, source.layer))
+        else:
+            assert here is not None, "a layer without a source must be present"
+            layers.append(partial(here.part, position))
+    return make_array(leaf.shape, leaf.sharding, lambda index: np.stack([layer(index[1:]) for layer in layers]))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from switchjax.config import Config, UserError
+from switchjax.config.checks import require
 from switchjax.config.formats import FORMAT, format_of
 from switchjax.models.parameter_paths import names_by_layer, parameter_paths
 
@@ -83,18 +84,15 @@ def exact_sources(config: Config, leaves: Mapping[str, Any], stored: StoredArray
         UserError: naming the first array that is missing, has another shape or is unknown to the model.
     """
     sources: Sources = {}
+    misfit = f"{found} does not fit the config"
     for name, layers, shape in _layers(config, leaves):
         for layer in layers:
-            if layer not in stored:
-                raise UserError(f"{found} does not fit the config: it has no {layer}")
-            if stored[layer].shape != shape:
-                raise UserError(
-                    f"{found} does not fit the config: {layer} is {stored[layer].shape} there and {shape} here"
-                )
+            require(layer in stored, f"{misfit}: it has no {layer}")
+            there = stored[layer].shape
+            require(there == shape, f"{misfit}: {layer} is {there} there and {shape} here")
         sources[name] = [stored[layer] for layer in layers]
-    surplus = min(stored.keys() - names_by_layer(config, leaves), default=None)
-    if surplus is not None:
-        raise UserError(f"{found} does not fit the config: the model has no {surplus}")
+    for surplus in sorted(stored.keys() - names_by_layer(config, leaves)):
+        raise UserError(f"{misfit}: the model has no {surplus}")
     return sources
 
 

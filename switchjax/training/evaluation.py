@@ -71,8 +71,7 @@ class Evaluator:
 def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, dict[str, float]]:
     """The step and the metrics of a workdir's checkpoint (-1: the latest), with the vocabulary of its run.
 
-    Raises:
-        UserError: if there is no such checkpoint, or it cannot be read.
+    Raises a `UserError` if there is no such checkpoint or it cannot be read.
     """
     check_fit(config, mesh)
     vocabulary = "" if config.model.family == "vision" else str(vocabulary_path(workdir))
@@ -87,8 +86,7 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:
     """The step and the model of a workdir's checkpoint (-1: the latest), laid over `mesh`.
 
-    Raises:
-        UserError: if there is no such checkpoint, or it does not fit the config.
+    Raises a `UserError` if there is no such checkpoint or it does not fit the config.
     """
     with closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.load_model(plan_state(config, mesh), step)

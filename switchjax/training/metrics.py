@@ -1,6 +1,5 @@
 """Writes metrics to `metrics.jsonl` and TensorBoard events, and shows a progress bar."""
 
-import contextlib
 import io
 import json
 import math
@@ -10,6 +9,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class MetricsWriter:
         self._silent = process_index() > 0
         if self._silent:
             return
-        with _writing(self._path):
+        with writing(self._path):
             if self._path.exists():
                 lines = self._path.read_bytes().splitlines(keepends=True)
                 kept = [line for line in lines if _step_of(line, self._path) <= resume_step]
@@ -60,7 +60,7 @@ class MetricsWriter:
             return
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         record = {"kind": kind, "step": step} | {name: value.tolist() for name, value in values.items()}
-        with _writing(self._path):
+        with writing(self._path):
             _append(self._file, (json.dumps(record) + "\n").encode())
         scalars = {}
         for name, value in values.items():
@@ -91,7 +91,7 @@ class _Events:
 
     def __init__(self, folder: Path, resume_step: int):
         self._folder = folder
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(exist_ok=True)
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
             self._file = (folder / name).open("ab", buffering=0)
@@ -105,7 +105,7 @@ class _Events:
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
-        with _writing(self._folder):
+        with writing(self._folder):
             # A TFRecord: the length and the data, each followed by its checksum.
             data = event.SerializeToString()
             length = struct.pack("<Q", len(data))
@@ -116,13 +116,13 @@ class _Events:
         self._file.close()
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     """Raises an `OSError` as a `UserError` that names `path`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; what was written before is intact") from None
+        raise UserError(f"cannot write to {path}: {error.strerror}; what was written before is intact") from None
 
 
 def _append(file: io.FileIO, record: bytes) -> None:

@@ -53,12 +53,6 @@ class Trace:
         if self._first is None:
             return
         jax.profiler.stop_trace()
-        _log.info(
-            "trace of steps %d to %d in %s/plugins/profile/step_%d: pip install xprof; xprof --logdir=%s",
-            self._first,
-            self._step,
-            self._folder,
-            self._first,
-            self._folder,
-        )
+        folder, hint = f"plugins/profile/step_{self._first}", f"pip install xprof; xprof --logdir={self._folder}"
+        _log.info("trace of steps %d to %d in %s/%s: %s", self._first, self._step, self._folder, folder, hint)
         self._first = None

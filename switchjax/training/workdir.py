@@ -15,7 +15,7 @@ from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.models.families import with_all_options
 from switchjax.parallel.processes import all_values, first_then_others, process_count, process_index
-from switchjax.training.metrics import METRICS
+from switchjax.training.metrics import METRICS, writing
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ _OF_A_HOST = ("data.directory", "data.vocabulary")
 
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
-_LOCK = "run.lock"
 
 _ELSEWHERE = "choose another --workdir"
 
@@ -82,10 +81,8 @@ def _open(workdir: Path, config: Config) -> Config:
         metrics = workdir / METRICS
         if resumes or (metrics.exists() and metrics.stat().st_size > 0):
             config = _as_begun(workdir, saved, config)
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     return config
 
 
@@ -100,12 +97,8 @@ def _as_begun(workdir: Path, saved: Config, config: Config) -> Config:
     for key, change in differences(saved, config).items():
         _log.info("resuming with another %s: %s", key, change)
         if key == "train.steps" and config.optimizer.ends_at_zero:
-            _log.warning(
-                "optimizer.schedule=%s goes down to 0 at the last step: from here on, learning rates are those of a "
-                "run of %d steps",
-                config.optimizer.schedule,
-                config.train.steps,
-            )
+            schedule = f"optimizer.schedule={config.optimizer.schedule} goes down to 0 at the last step"
+            _log.warning("%s: learning rates are now those of a run of %d steps", schedule, config.train.steps)
     return config
 
 
@@ -123,15 +116,10 @@ def check_same_run(saved: Config, config: Config, found: str, advice: str) -> No
 
 @contextmanager
 def exclusive_run(workdir: Path) -> Iterator[None]:
-    """Locks a workdir against other runs on this machine; the kernel releases the lock of a killed process.
-
-    Raises:
-        UserError: if another process holds the lock.
-    """
-    try:
-        lock = (workdir / _LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    """Locks a workdir against other runs on this machine; raises a `UserError` if another process holds the lock."""
+    # The kernel releases the lock of a killed process.
+    with writing(workdir):
+        lock = (workdir / "run.lock").open("a+")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,18 +132,16 @@ def exclusive_run(workdir: Path) -> Iterator[None]:
 
 def _check_shared(workdir: Path) -> None:
     """Refuses a folder that the processes do not share, in which a checkpoint would be in pieces."""
-    name = all_values(f".shared.{uuid.uuid4().hex}")[0]
-    problem = ""
+    path = workdir / all_values(f".shared.{uuid.uuid4().hex}")[0]
+
+    def create() -> None:
+        with writing(workdir):
+            path.touch()
+
+    first_then_others(lambda: process_index() or create())
+    seen = all_values(str(path.exists()))
     if process_index() == 0:
-        try:
-            (workdir / name).touch()
-        except OSError as error:
-            problem = f"cannot write to {workdir}: {error.strerror}"
-    if problem := all_values(problem)[0]:
-        raise UserError(problem)
-    seen = all_values(str((workdir / name).exists()))
-    if process_index() == 0:
-        (workdir / name).unlink()
+        path.unlink()
     if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
         raise UserError(
             f"{workdir} must lie on a disk that all processes share: "

@@ -229,7 +229,10 @@ STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file": (Path.touch, "cannot be read and is skipped: it does not hold state, data, config"),
     "half copied": (half_copied, "cannot be read and is skipped: it does not hold state, data, config"),
     "no description": (without_a_description, "cannot be read and is skipped"),
-    "renamed": (lambda folder: shutil.copytree(folder.with_name("3"), folder), "belongs to another run .* is of step 3"),
+    "renamed": (
+        lambda folder: shutil.copytree(folder.with_name("3"), folder),
+        "belongs to another run .* is of step 3",
+    ),
     "another run's": (of_another_run, r"belongs to another run and is skipped: .* \(train\.seed: 17 -> 0\)"),
 }
 

@@ -28,7 +28,7 @@ def test_the_run_stops_and_names_the_first_parameter() -> None:
 def test_steps_are_skipped_until_too_many_come_in_a_row() -> None:
     config = TrainConfig(non_finite="skip", max_skipped_steps=2)
     skipped = SkippedSteps()
-    assert "as 1 of this run" in str(skipped.count(1, False, VALUES, NORMS, config))
+    assert "skipped: 1 in this run" in str(skipped.count(1, False, VALUES, NORMS, config))
     assert skipped.count(2, True, VALUES, NORMS, config) is None
     for step in (3, 4):
         assert skipped.count(step, False, VALUES, NORMS, config)

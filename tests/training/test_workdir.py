@@ -107,7 +107,7 @@ def test_a_folder_that_the_first_of_several_processes_cannot_write_is_one_line(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(workdir, "process_count", lambda: 2)
-    monkeypatch.setattr(workdir, "exchange", lambda value: [value, value])
+    monkeypatch.setattr(workdir, "all_values", lambda value: [value, value])
     monkeypatch.setattr(Path, "touch", refuse)  # root may write everywhere
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: Permission denied"):
         open_workdir(tmp_path, Config())
