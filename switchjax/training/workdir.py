@@ -80,7 +80,7 @@ def _open(workdir: Path, config: Config) -> Config:
         # A run that failed before its first record, for example out of memory, may start again with another config.
         metrics = workdir / METRICS
         if resumes or (metrics.exists() and metrics.stat().st_size > 0):
-            config = _as_begun(workdir, saved, config)
+            config = _as_begun(workdir, saved, with_all_options(config))
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     return config

@@ -1,4 +1,4 @@
-"""A mesh or a config that does not fit is refused in words, with sizes that would fit."""
+"""Refusals of a mesh or a config that does not fit, with sizes that would fit."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is written can be read again, and a resumed run leaves no record twice."""
+"""Written metrics can be read again, and a resumed run writes no record twice."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_events_that_a_full_disk_does_not_take_are_an_error_and_leave_those_befo
 
 
 def read_events(folder: Path) -> list[Event]:
-    """As TensorBoard reads them: what it finds is whole, to the end of the file."""
+    """The events that TensorBoard reads; checks that they are whole to the end of the file."""
     (path,) = folder.iterdir()
     rest, events = path.read_bytes(), []
     while rest:

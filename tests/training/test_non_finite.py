@@ -43,7 +43,7 @@ def test_other_answers_to_it_are_refused() -> None:
 
 
 def test_a_skipped_step_leaves_all_of_the_state_but_its_step() -> None:
-    """Parameters, both moments of the optimiser and the router's bias, to the bit; the next finite step moves them."""
+    """Parameters, both moments and the router's bias stay equal to the bit; the next finite step moves them."""
     config = changed(
         FAMILIES["glam"],
         model={"num_decoder_layers": 1, "pattern": ("moe",)},
