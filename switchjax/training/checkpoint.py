@@ -72,13 +72,7 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
         """Starts writing a checkpoint unless its step has one; the state may be donated as soon as this returns.
 
-        Args:
-            state: state of the run; its step names the checkpoint.
-            data: state of the data iterator, as JSON values.
-            config: config of the run.
-
-        Raises:
-            UserError: if this checkpoint or the one before cannot be written.
+        Raises a `UserError` if this checkpoint or the one before cannot be written.
         """
         step = int(state.step)
         if step in self.steps():
@@ -102,12 +96,8 @@ class Checkpoints:
     def restore_latest(self, plan: StatePlan, fingerprint: str) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest readable checkpoint's state and data iterator; None if the workdir has no checkpoint.
 
-        Checkpoints that are damaged or belong to another run are skipped with a warning and moved to
-        `damaged_checkpoints`, so that their steps can be saved again.
-
-        Args:
-            plan: plan of the run's state.
-            fingerprint: fingerprint of the run's data.
+        Checkpoints that are damaged, belong to another run or have another data `fingerprint` are skipped with a
+        warning and moved to `damaged_checkpoints`, so that their steps can be saved again.
 
         Raises:
             UserError: if no checkpoint can be read, or all belong to another model or other data.
@@ -148,13 +138,7 @@ class Checkpoints:
     def load_matching(self, plan: StatePlan, model: Model, step: int = -1) -> tuple[Model, set[str]]:
         """`model` with the parameters that a checkpoint, perhaps of another model, has under the same names by layer.
 
-        Args:
-            plan: plan of the run's state.
-            model: fresh model of the run.
-            step: step of the checkpoint; -1 stands for the newest readable one.
-
-        Returns:
-            The model, and the names by layer of the parameters taken from the checkpoint.
+        Also returns the names of these parameters. A `step` of -1 stands for the newest readable checkpoint.
 
         Raises:
             UserError: if there is no such checkpoint, it cannot be read, it shares no parameter with `model`, or a

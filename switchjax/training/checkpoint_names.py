@@ -51,12 +51,8 @@ MIGRATIONS: dict[int, Callable[[Config, StoredArrays], StoredArrays]] = {0: _fro
 def current_names(arrays: Mapping[str, Any], saved: Mapping[str, Any]) -> StoredArrays:
     """The arrays of a checkpoint under their names in the current format.
 
-    Args:
-        arrays: anything with their shapes, under the names in the checkpoint.
-        saved: the checkpoint's config, as saved.
-
-    Raises:
-        UserError: if `Config.from_saved` does.
+    `arrays` have their shapes and names as in the checkpoint, whose saved config is `saved`. Raises what
+    `Config.from_saved` raises.
     """
     stored = {name: StoredArray(name, tuple(array.shape)) for name, array in arrays.items()}
     for number in range(format_of(saved), FORMAT):
@@ -99,14 +95,9 @@ def exact_sources(config: Config, leaves: Mapping[str, Any], stored: StoredArray
 def matching_sources(
     config: Config, leaves: Mapping[str, Any], stored: StoredArrays, saved: Config, found: str
 ) -> Sources:
-    """The sources of the parameters that another model's checkpoint has under the same names; logs which these are.
+    """The sources of those `leaves` that another model's checkpoint, with the config `saved`, has under the same names.
 
-    Args:
-        config: config of the run.
-        leaves: parameters in memory, or their shapes.
-        stored: parameters of the checkpoint.
-        saved: config of the checkpoint.
-        found: name of the checkpoint in messages.
+    Logs which parameters it takes from the checkpoint, which it leaves there, and which stay new.
 
     Raises:
         UserError: naming the first parameter that has another shape, or if no name is the same.

@@ -28,10 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Measures a model on `config.evaluate.split` of the run's corpora; warns of corpora without that split.
+    """Measures a model on `config.evaluate.split` of the run's corpora; warns about corpora without that split.
 
-    Raises:
-        UserError: if no corpus has anything in that split.
+    The constructor raises a `UserError` if no corpus has that split.
     """
 
     def __init__(self, config: Config, data: Data, mesh: Mesh) -> None:

@@ -28,14 +28,8 @@ def with_hash_tables(model: Model, config: Config, data: Data, taken: Collection
     """A new run's model in which every hash layer has the table that `moe.options.hash_table` asks for.
 
     A balanced table follows from the counts of the ids that routers see in training, a clustered one from the vectors
-    of the embedding, which come from `init_from`. Layers of a run with the same kind of table keep their table, with
-    which their experts were trained.
-
-    Args:
-        model: fresh model.
-        config: config of the run.
-        data: data of the run.
-        taken: names by layer of the parameters that come from `init_from`.
+    of the embedding, which come from `init_from`. Layers in `taken`, the names by layer of parameters from `init_from`,
+    keep a table of the same kind, with which their experts were trained.
 
     Raises:
         UserError: if `hash_table` is clustered and `init_from` names no run.

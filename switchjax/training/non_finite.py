@@ -8,6 +8,9 @@ import numpy as np
 
 from switchjax.config import TrainConfig, UserError
 
+_SHOWN = ("loss", "total_loss", "learning_rate", "parameter_norm")
+"""Metrics that a message shows."""
+
 
 class NonFiniteError(UserError):
     """The loss or a gradient is infinite or NaN; the message says where."""
@@ -38,7 +41,10 @@ class SkippedSteps:
         if finite:
             self.in_a_row = 0
             return None
-        found = f"step {step}: not finite: {_describe(values, norms)}"
+        bad = [name for name, norm in norms.items() if not np.isfinite(norm)]
+        shown = ", ".join(f"{name} {values[name]:.4g}" for name in _SHOWN)
+        where = f"first of {len(bad)} parameters whose gradient is not finite: {bad[0] if bad else 'none'}"
+        found = f"step {step}: not finite: {shown}; {where}"
         if config.non_finite == "stop":
             raise NonFiniteError(f"{found}; checkpoints of earlier steps are intact")
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
@@ -48,10 +54,3 @@ class SkippedSteps:
                 "checkpoints of earlier steps are intact"
             )
         return f"{found}; skipped: {self.total} in this run so far"
-
-
-def _describe(values: Mapping[str, Any], norms: Mapping[str, Any]) -> str:
-    bad = [name for name, norm in norms.items() if not np.isfinite(norm)]
-    names = ("loss", "total_loss", "learning_rate", "parameter_norm")
-    shown = ", ".join(f"{name} {values[name]:.4g}" for name in names)
-    return f"{shown}; first of {len(bad)} parameters whose gradient is not finite: {bad[0] if bad else 'none'}"

@@ -14,15 +14,18 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Handles SIGTERM in a single process.
+    """The response to SIGTERM.
 
-    While there is nothing to save, SIGTERM ends the process at once with `exit_code`: a start can be repeated, and a
-    compilation may take longer than the remaining time. Within `deferred`, SIGTERM only sets `requested`; the loop then
-    finishes its step, saves and stops.
+    While there is nothing to save, SIGTERM ends a single process at once with `exit_code`: a start can be repeated, and
+    a compilation may take longer than the remaining time. Within `deferred`, SIGTERM only sets `requested`; the loop
+    then finishes its step, saves and stops.
+
+    With `shared`, several processes must stop after the same step. JAX installs its own handler when they join, which
+    never ends a process, and its service chooses the step.
     """
 
-    def __init__(self, exit_code: int = 0) -> None:
-        self._exit_code = exit_code
+    def __init__(self, exit_code: int = 0, shared: bool = False) -> None:
+        self._exit_code, self._shared = exit_code, shared
         self.requested = False
         self._deferred = False
         self._lock = threading.Lock()
@@ -39,7 +42,10 @@ class Preemption:
 
     def reached(self, step: int) -> bool:
         """True if the run must stop after `step` steps; the loop asks before each step."""
-        del step
+        if self._shared:
+            from jax.experimental import multihost_utils  # not above, because --help runs without JAX
+
+            self.requested = multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
     def check(self) -> None:
@@ -55,19 +61,6 @@ class Preemption:
                 exit_at_once(self._exit_code)
 
 
-class SharedPreemption(Preemption):
-    """Handles SIGTERM in several processes: JAX's service chooses one step after which all of them stop.
-
-    JAX installs its own handler when the processes join; that handler never ends a process.
-    """
-
-    def reached(self, step: int) -> bool:
-        from jax.experimental import multihost_utils  # not above, because --help runs without JAX
-
-        self.requested = multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
-
-
 def exit_at_once(code: int) -> NoReturn:
     """Ends a process that has nothing to save."""
     with suppress(OSError):  # stdout may be on a full disk
@@ -78,10 +71,10 @@ def exit_at_once(code: int) -> NoReturn:
 @contextmanager
 def preemption(exit_code: int = 0) -> Iterator[Preemption]:
     """Installs the handler for SIGTERM, in the main thread; `exit_code` is that of `Preemption`."""
-    from switchjax.parallel.processes import process_count  # not above, because --help runs without JAX
+    from switchjax.parallel.processes import process_count  # not above, for the same reason
 
     if process_count() > 1:
-        yield SharedPreemption()
+        yield Preemption(shared=True)
         return
     state = Preemption(exit_code)
     reader, writer = socket.socketpair()
