@@ -135,10 +135,11 @@ def _check_shared(workdir: Path) -> None:
     path = workdir / all_values(f".shared.{uuid.uuid4().hex}")[0]
 
     def create() -> None:
-        with writing(workdir):
-            path.touch()
+        if process_index() == 0:
+            with writing(workdir):
+                path.touch()
 
-    first_then_others(lambda: process_index() or create())
+    first_then_others(create)
     seen = all_values(str(path.exists()))
     if process_index() == 0:
         path.unlink()
