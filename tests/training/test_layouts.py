@@ -136,9 +136,9 @@ def test_adafactor_takes_the_same_steps_sharded(sharded: str) -> None:
 
 
 LAYERS = 2
-"""Of the Switch Transformer: attention and MoE each."""
+"""Layers of the Switch Transformer, attention and MoE counted separately."""
 MATRICES = 7
-"""Of a layer: queries, keys, values, attention's output, router, the experts' two."""
+"""Matrices of a layer: queries, keys, values, attention's output, router, two of the experts."""
 # In both halves of a layer, the outputs of slices of heads or d_ff add up, and so do the gradients of their inputs.
 # So do the embeddings of the slices of the vocabulary, and the softmax over it (largest, sum, target).
 SLICED = {

@@ -25,10 +25,10 @@ from tests.tiny import changed, losses
 pytestmark = pytest.mark.slow
 
 CLOSE = 1e-5
-"""Relative: float32 sums over devices are taken in another order, and six updates carry the difference on."""
+"""Relative tolerance: float32 sums over devices have another order, and six updates carry the difference along."""
 
 BOUND = 600
-"""Seconds for what takes some 20 on a quiet machine; without what is tested, the processes would wait for ever."""
+"""Seconds for a wait that takes about 20 on a quiet machine; if a test fails, the processes would wait for ever."""
 
 Start = Callable[..., list[subprocess.Popen[bytes]]]
 

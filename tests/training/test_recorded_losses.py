@@ -165,7 +165,7 @@ def recorded() -> dict[str, Any]:
 
 
 EVERYDAY = ("st_moe", "mixtral", "sigmoid", "hash", "peer", "lstm", "v_moe", "switch_attention")
-"""One of each family and kind of layer; the others differ in the router."""
+"""One config of each family and kind of layer; the others differ in the router."""
 
 
 @pytest.mark.parametrize(
