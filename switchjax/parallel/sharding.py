@@ -41,10 +41,10 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
 
 
 def sharded_spec(*axes: str | None) -> PartitionSpec:
-    """The mesh axes of a parameter that the devices that divide the batch divide too (ZeRO, FSDP).
+    """The mesh axes of a parameter that is sharded over the devices that divide the batch (ZeRO, FSDP).
 
-    They divide `embed`, a dimension of every matrix, over those of the axes data and expert that no other dimension
-    uses, so that each expert stays on its devices. Vectors are not divided: the saved memory is not worth the time of
+    `embed`, a dimension of every matrix, is divided over those of the axes data and expert that no other dimension
+    uses, so each expert stays on its devices. Vectors are not divided: the saved memory is not worth the time of
     gathering them.
     """
     spec = partition_spec(*axes)

@@ -68,7 +68,8 @@ def open_workdir(workdir: Path, config: Config) -> Config:
 
 
 def _open(workdir: Path, config: Config) -> Config:
-    resumes = _has_checkpoints(workdir)
+    checkpoints = workdir / "checkpoints"
+    resumes = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     if not resumes and (workdir / _SUMMARY).exists():
         raise UserError(f"{workdir} holds a complete run without its checkpoints; {_ELSEWHERE}")
     # A run that was killed before its first checkpoint starts again, but never replaces the files of anything else.
@@ -182,11 +183,6 @@ def vocabulary_path(workdir: Path) -> Path:
 def load_vocabulary(workdir: Path, config: Config) -> Vocabulary:
     """The vocabulary of a run; raises a `UserError` if the workdir has none."""
     return Vocabulary.load(vocabulary_path(workdir), config.data.num_sentinels)
-
-
-def _has_checkpoints(workdir: Path) -> bool:
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def check_mounted(workdir: Path) -> None:
