@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on held-out text: negative log perplexity (nats per token) on each corpus and on all.
+"""Evaluates a checkpoint on held-out data: negative log perplexity (nats per token) for each corpus and overall.
 
 python scripts/evaluate.py --workdir=runs/quickstart/switch [--split=test] [--batches=0] [--step=500]
 """
@@ -16,11 +16,13 @@ from switchjax.config import Config, load_workdir_config
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
-    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
+    parser.add_argument("--step", type=int, default=-1, help="step of the checkpoint; -1 (default): the latest")
     parser.add_argument("--split", help="train, validation or test; default: the run's own")
     parser.add_argument("--batches", type=int, help="batches per corpus, 0 for all; default: the run's own")
     axes = ("DATA", "EXPERT", "MODEL")
-    parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: the run's own")
+    parser.add_argument(
+        "--mesh", nargs=3, type=int, metavar=axes, help="sizes of the mesh axes; default: the run's own"
+    )
     command.add_process_flags(parser)
     flags = parser.parse_args(arguments)
     config = load_workdir_config(flags.workdir)

@@ -17,20 +17,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
     prompt = "a text to continue, or a passage with <extra_id_0>, <extra_id_1>, ...; repeat for more prompts"
     parser.add_argument("--prompt", action="append", required=True, help=prompt)
-    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 (default): the latest")
+    parser.add_argument("--step", type=int, default=-1, help="step of the checkpoint; -1 (default): the latest")
     default = DecodingConfig()
     parser.add_argument("--method", default=default.method, help="greedy (default), sample or beam")
-    tokens = "largest number of new tokens per prompt; default: 64, or data.decoder_length for an encoder-decoder"
+    tokens = "most new tokens per prompt; default: 64, or data.decoder_length for an encoder-decoder"
     parser.add_argument("--max_new_tokens", type=int, help=tokens)
     parser.add_argument("--temperature", type=float, default=default.temperature, help="sample: divides the logits")
     parser.add_argument(
-        "--top_k", type=int, default=default.top_k, help="sample: only among the k most probable tokens; 0: all"
+        "--top_k", type=int, default=default.top_k, help="sample: choose only from the k most probable tokens; 0: all"
     )
     parser.add_argument(
         "--top_p",
         type=float,
         default=default.top_p,
-        help="sample: only among the most probable tokens with this total probability",
+        help="sample: choose only from the most probable tokens with this total probability",
     )
     parser.add_argument("--num_beams", type=int, default=default.num_beams, help="beam: number of beams")
     parser.add_argument(
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="sample: random seed")
     axes = ("DATA", "EXPERT", "MODEL")
-    parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the axes; default: one device")
+    parser.add_argument("--mesh", nargs=3, type=int, metavar=axes, help="sizes of the mesh axes; default: one device")
     flags = parser.parse_args(arguments)
     check_seed("--seed", flags.seed)
     config = load_workdir_config(flags.workdir)

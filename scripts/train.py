@@ -1,10 +1,10 @@
-"""Pre-trains a model; resumes by itself from the last checkpoint of the workdir. SIGTERM saves first.
+"""Trains a model; resumes from the last checkpoint of the workdir. On SIGTERM, saves a checkpoint and stops.
 
 python scripts/train.py --config=configs/switch.py:base-8 --workdir=runs/base_8 [--config.train.steps=500 ...]
 
---config.train.trace_steps=5 writes a profiler's trace of steps 10 to 14. What XLA compiles is kept in the user's cache
-folder: JAX_COMPILATION_CACHE_DIR=DIR keeps it elsewhere, JAX_ENABLE_COMPILATION_CACHE=false does not keep it.
-In several processes, on one host or many: see docs/processes.md.
+--config.train.trace_steps=5 writes a profiler's trace of steps 10 to 14. Compiled programs are kept in the user's cache
+folder: JAX_COMPILATION_CACHE_DIR=DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
+For several processes, on one host or many, see docs/processes.md.
 """
 
 import signal
@@ -20,12 +20,12 @@ from switchjax.training.preemption import exit_at_once
 
 def main(arguments: Sequence[str]) -> None:
     parser = command.make_parser(__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="where config, checkpoints and metrics go")
-    code = "of a run that SIGTERM stops before it is complete (0): for schedulers to which 0 means complete"
+    parser.add_argument("--workdir", type=Path, required=True, help="folder for config, checkpoints and metrics")
+    code = "exit code of a run that SIGTERM stops early; default: 0, which some schedulers take for complete"
     parser.add_argument("--interrupted_exit_code", type=int, default=0, metavar="CODE", help=code)
     command.add_process_flags(parser)
     flags, config = command.parse_with_config(parser, arguments)
-    # While modules are imported, and when all is saved.
+    # Handles SIGTERM during imports and after the last save; `train` installs its own handler between them.
     signal.signal(signal.SIGTERM, lambda number, frame: exit_at_once(flags.interrupted_exit_code))
 
     process_settings.keep_freed_memory()
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _train(config: Config, flags: Namespace) -> bool:
-    """Whether SIGTERM has stopped the run before its end."""
+    """Trains; returns True if SIGTERM has stopped the run before its end."""
     from switchjax.parallel.mesh import emulate_devices
     from switchjax.parallel.processes import process_index
     from switchjax.training.run import train

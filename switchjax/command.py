@@ -1,4 +1,4 @@
-"""What the scripts share: the config of the command line, log lines, and errors in one line."""
+"""Shared parts of the scripts: the config of the command line, log lines, and errors in one line."""
 
 import ast
 import errno
@@ -39,33 +39,33 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 class _Parser(ArgumentParser):
-    """argparse's own `error` prints the usage as well, over several lines."""
+    """A parser that raises errors as `UserError`; argparse would also print the usage, over several lines."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def make_parser(description: str | None) -> ArgumentParser:
-    """A parser whose `--help` shows a script's docstring as it is written; bad arguments raise `UserError`."""
+    """A parser whose `--help` shows a script's docstring unchanged; bad arguments raise `UserError`."""
     return _Parser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_process_flags(parser: ArgumentParser) -> None:
-    """The flags by which several processes find each other where JAX does not find them: see `parallel.joining`."""
-    help = "of process 0, where several share the work; TPU pods, SLURM, Open MPI and Kubernetes jobs are found"
+    """Adds the flags by which processes find each other if JAX does not detect them; see `parallel.joining`."""
+    help = "address of process 0 of several; JAX detects TPU pods, SLURM, Open MPI and Kubernetes jobs without it"
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=help)
     count = "number of processes; 1 forces a single process even inside a cluster"
     parser.add_argument("--process_count", type=int, metavar="N", help=count)
-    parser.add_argument("--process_index", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--process_index", type=int, metavar="I", help="number of this process, from 0")
 
 
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Config]:
-    """The parser's own flags, and the config of `--config=FILE[:arg]` with its `--config.section.key=value`.
+    """The parser's own flags, and the config of `--config=FILE[:arg]` with overrides `--config.section.key=value`.
 
     Raises:
         UserError: for a file that cannot be read or run, an unknown key or a value that does not fit.
     """
-    source = "a file of configs/ and its argument, or the config.json of a run, which repeats it in another workdir"
+    source = "a file of configs/ with its argument, or the config.json of a run to repeat in another workdir"
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help=source)
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a value of the config")
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -75,12 +75,12 @@ def parse_with_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
 
 
 def _summarize_configs(folder: Path) -> str:
-    """Each config file with the first line of its docstring and its sizes; no file is run for that."""
+    """The config files with the first line of their docstrings and their sizes, read without running them."""
     lines = ["configs and their sizes:"]
     for path in sorted(folder.glob("*.py")):
         try:
             description = ast.get_docstring(ast.parse(path.read_text())) or "(no description)"
-        except (OSError, SyntaxError, ValueError) as error:  # one that is being written, perhaps, and not asked for
+        except (OSError, SyntaxError, ValueError) as error:  # perhaps another file that is just being written
             description = f"(cannot be read: {type(error).__name__})"
         paragraphs = description.split("\n\n")
         sizes = [" ".join(text.split()) for text in paragraphs if text.startswith("Sizes:")]
@@ -90,10 +90,10 @@ def _summarize_configs(folder: Path) -> str:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of `FILE.py[:arg]` or of a run's `config.json`, with values replaced by `--config.section.key=value`.
+    """The config of `FILE.py[:arg]` or of a run's `config.json`, with overrides `--config.section.key=value`.
 
     Raises:
-        UserError: as `parse_with_config`.
+        UserError: if `parse_with_config` does.
     """
     if name.endswith(".json"):
         return override(_load_json(Path(name)), overrides)
@@ -103,12 +103,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     values = flags.FlagValues()
     ordinary, opened = _divide(overrides)
     arguments = ["", f"--config={name}", *ordinary]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not the process's own
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)  # not sys.argv
     try:
         _parse(values, arguments)
     except UserError:
         raise
-    except Exception as error:  # A config file is code, and anything may go wrong in it.
+    except Exception as error:  # a config file is code and may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     return _with_open_keys(config.value, opened)
 
@@ -123,7 +123,7 @@ def _load_json(path: Path) -> Config:
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with values replaced by `--config.section.key=value`.
+    """`config` with overrides `--config.section.key=value`.
 
     Raises:
         UserError: for an unknown key or a value that does not fit.
@@ -137,7 +137,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _divide(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Overrides that ml_collections applies, and those of a router's own keys, which no config file needs to have."""
+    """The overrides that ml_collections applies, and those of a router's own keys, which config files may omit."""
     ordinary: list[str] = []
     opened: dict[str, str] = {}
     for argument in overrides:
@@ -152,13 +152,13 @@ def _divide(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _with_open_keys(config: ConfigDict, opened: Mapping[str, str]) -> Config:
-    """The config with values at `moe.options.NAME` and `moe.loss_weights.NAME`, read as Python reads them if it can."""
+    """The config with values at `moe.options.NAME` and `moe.loss_weights.NAME`, parsed as Python if possible."""
     values = config.to_dict()
     for key, text in opened.items():
         section, group, name = key.split(".", 2)
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a word
+        except (SyntaxError, ValueError):  # a plain word
             value = text
         values.setdefault(section, {}).setdefault(group, {})[name] = value
     return Config.from_dict(values)
@@ -174,7 +174,7 @@ def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """The message on one line; of a traceback inside it, as ml_collections gives of a config file, the last line."""
+    """The message on one line; only the last line if ml_collections has put a config file's traceback into it."""
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
     return (
         lines[-1].rpartition("UserError: ")[2]

@@ -1,6 +1,6 @@
-"""What the scripts set for their own process. Each function changes one thing that a library does and says why.
+"""Settings of a script's own process. Each function changes one behaviour of a library and says why.
 
-| function | called by | switched off by |
+| function | called by | disabled by |
 |---|---|---|
 | `log_to_stderr` | every script | |
 | `hide_repeated_checkpoint_errors` | every script | `SWITCHJAX_SHOW_ALL_ERRORS=1` |
@@ -23,33 +23,33 @@ _TPUS, _GPUS = ("accel[0-9]*", "vfio/[0-9]*"), ("nvidia[0-9]*", "kfd")  # under 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 _LEFT_OUT = {
-    # orbax logs an error that its background threads hand on, and hands it on.
+    # orbax logs errors of its background threads and then raises them too.
     "absl": r"\[process=\w+\].*(_SignalingThread\.run\(\) raised an exception"
     r"|Failed to run \d+ Handler Commit operations"
     r"|Save Finalize thread \(\w+\) failed)"
-    # A checkpoint that is only read is opened so, which needs no warning.
+    # A checkpoint that is only read is opened read-only on purpose.
     r"|Given directory is read only=",
-    # asyncio logs what becomes of orbax's other reads or writes when one of them has failed.
+    # asyncio logs the errors of orbax's other reads and writes after one has failed.
     "asyncio": r"(Task|Future|_GatheringFuture) exception was never retrieved.*(orbax|tensorstore)",
 }
-"""Logger -> the messages of orbax that are left out."""
+"""Logger -> pattern of the messages about orbax to hide."""
 
 
 def log_to_stderr() -> None:
-    """Prints the log lines of this package, and the warnings and errors of all others, as they are."""
+    """Prints the log lines of this package and the warnings and errors of all others, without a prefix."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("switchjax").setLevel(logging.INFO)
 
 
 def hide_repeated_checkpoint_errors() -> None:
-    """Leaves out what orbax prints about a failed read or write besides the error that it raises.
+    """Hides what orbax prints about a failed read or write besides the error that it raises.
 
-    A damaged checkpoint or a full disk is one line of ours. orbax adds up to hundreds of tracebacks of the same error:
-    it logs what it raises, and ends its event loop while other reads and writes go on, which then fail in turn. Those
-    in tensorstore's threads can reach Python only through `sys.unraisablehook`, so that is where they are left out. All
-    other messages of orbax, absl and asyncio appear.
+    We report a damaged checkpoint or a full disk in one line. orbax adds up to hundreds of tracebacks of that error:
+    it logs what it raises, and ends its event loop during other reads and writes, which then fail in turn. Failures in
+    tensorstore's threads reach Python only through `sys.unraisablehook`, so this function replaces that hook. All other
+    messages of orbax, absl and asyncio appear.
 
-    `SWITCHJAX_SHOW_ALL_ERRORS=1` leaves everything as it is.
+    `SWITCHJAX_SHOW_ALL_ERRORS=1` shows all of them.
     """
     if os.environ.get("SWITCHJAX_SHOW_ALL_ERRORS") == "1":
         return
@@ -65,7 +65,7 @@ def hide_repeated_checkpoint_errors() -> None:
 
 
 class _AllBut(logging.Filter):
-    """Passes every message but those that match a pattern."""
+    """A filter that hides messages that match a pattern."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__()
@@ -76,9 +76,10 @@ class _AllBut(logging.Filter):
 
 
 def stand_in_for_tpu_metadata() -> None:
-    """Tells libtpu, where it is installed for planning and no TPU is here, what it would ask a TPU's host for.
+    """Gives libtpu, on a machine without TPUs, the values that it would request from the metadata server of a TPU.
 
-    It would wait for Google's metadata server and complain that there is none. Variables that are set stay.
+    libtpu may be installed only for planning; it would wait for the server and then complain. Variables that are set
+    already stay.
     """
     if not _devices(*_TPUS):
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
@@ -86,41 +87,43 @@ def stand_in_for_tpu_metadata() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Has JAX keep what it compiles in the user's cache folder, for the next process that asks for the same.
+    """Makes JAX keep compiled programs in the user's cache folder, for the next process that needs the same ones.
 
-    JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR where, JAX_ENABLE_COMPILATION_CACHE=false not at all.
+    JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = user_cache() / "compiled"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, because JAX runs what it finds there
     except OSError:
         return
-    if os.access(folder, os.W_OK):  # JAX would warn of every program that it cannot write
+    if os.access(folder, os.W_OK):  # otherwise JAX would warn about every program
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # A start compiles a hundred small programs, most of them in less than JAX's limit of a second.
+        # A start compiles a hundred small programs, most of them in less than JAX's minimum of a second.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def keep_freed_memory() -> None:
-    """Has glibc's malloc keep the memory that is freed, instead of handing it back to the kernel; CPUs only.
+    """Makes glibc's malloc keep freed memory instead of returning it to the kernel; only on CPUs.
 
-    On the CPU, XLA allocates a program's temporaries as one piece at each call. If that goes back each time, the kernel
-    clears its pages again at every step: a fifth of a train step, a third with many experts (docs/performance.md). The
-    process then never shrinks below its peak. Where there is a TPU or GPU, or another C library, nothing is done.
+    On the CPU, XLA allocates a program's temporaries as one piece at each call. If malloc returned the piece each time,
+    the kernel would clear its pages at every step: a fifth of a train step, a third with many experts
+    (docs/performance.md). The price is that the process never shrinks below its peak. With a TPU, a GPU or another C
+    library, this function does nothing.
 
-    `SWITCHJAX_MALLOPT=0` leaves malloc as it is, with glibc's own variables (`MALLOC_ARENA_MAX` and others), which this
-    overrides.
+    `SWITCHJAX_MALLOPT=0` leaves malloc unchanged, with glibc's own variables (`MALLOC_ARENA_MAX` and others), which
+    this function overrides.
     """
     if os.environ.get("SWITCHJAX_MALLOPT") == "0" or _devices(*_TPUS, *_GPUS):
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
         return
-    set_option(_M_TRIM_THRESHOLD, -1)  # the heap's end never goes back
-    set_option(_M_MMAP_MAX, 0)  # nothing is a mapping of its own, which goes back when it is freed
-    set_option(_M_ARENA_MAX, 1)  # the arenas of further threads are too small for such pieces
+    set_option(_M_TRIM_THRESHOLD, -1)  # never return the end of the heap
+    set_option(_M_MMAP_MAX, 0)  # no separate mappings, which return to the kernel when freed
+    set_option(_M_ARENA_MAX, 1)  # one arena, because those of further threads are too small for such pieces
 
 
 def _devices(*patterns: str) -> list[str]:

@@ -201,6 +201,7 @@ def test_a_json_file_that_is_no_config_is_one_line(tmp_path: Path, text: str | N
     assert str(raised.value).startswith(message.format(path=path))
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 @pytest.mark.parametrize("form", ["file", "json"])
 def test_options_and_loss_weights_are_set_by_name_whatever_the_config_names(tmp_path: Path, form: str) -> None:
     source = "configs/quickstart.py"

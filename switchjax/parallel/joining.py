@@ -1,4 +1,4 @@
-"""How the processes of a program find each other, on one host or many."""
+"""Joins the processes of a program, on one host or many."""
 
 import logging
 import os
@@ -21,20 +21,20 @@ _log = logging.getLogger(__name__)
 def joined_processes(
     coordinator: str | None, count: int | None, index: int | None, heartbeat_timeout: int
 ) -> Iterator[None]:
-    """Within it, JAX's devices are those of all processes. Enter it before JAX is first used.
+    """Joins the processes for its block, in which JAX's devices are those of all; enter it before JAX is first used.
 
-    JAX finds a TPU pod, SLURM, Open MPI and an indexed job of Kubernetes by itself; elsewhere all three of
-    `coordinator`, `count` and `index` say who is there. Where there is nothing to join, nothing is started. An error
-    within ends this process without waiting for the others, which then end as well (`closing_together`).
+    JAX detects a TPU pod, SLURM, Open MPI and an indexed Kubernetes job; elsewhere, give all of `coordinator`, `count`
+    and `index`. A single process starts no service. An error in the block ends this process without waiting for the
+    others, which then end as well (`closing_together`).
 
     Args:
         coordinator: HOST:PORT of process 0.
         count: number of processes; 1 forces a single process even inside a cluster.
-        index: of this process, from 0.
-        heartbeat_timeout: seconds after which a process that does not answer is taken for dead.
+        index: number of this process, from 0.
+        heartbeat_timeout: seconds without an answer after which a process counts as dead.
 
     Raises:
-        UserError: if the three do not fit each other, or the others cannot be joined.
+        UserError: if the arguments contradict each other, or the other processes cannot be joined.
     """
     given = _checked(coordinator, count, index)
     if count == 1 or not (given or _cluster_size() > 1):
@@ -46,7 +46,7 @@ def joined_processes(
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
     if process_index():
-        logging.getLogger("switchjax").setLevel(logging.WARNING)  # process 0 speaks for all
+        logging.getLogger("switchjax").setLevel(logging.WARNING)  # process 0 logs for all
     joined = ExitStack()
     joined.callback(jax.distributed.shutdown)
     with closing_together(joined):
@@ -54,7 +54,7 @@ def joined_processes(
 
 
 def _checked(coordinator: str | None, count: int | None, index: int | None) -> dict[str, Any]:
-    """Arguments for `jax.distributed.initialize`; none where it is left to JAX to find them."""
+    """Arguments for `jax.distributed.initialize`; empty if JAX must detect them."""
     if coordinator is None and index is None and count in (None, 1):
         return {}
     if coordinator is None or count is None or index is None:
@@ -72,26 +72,26 @@ def _checked(coordinator: str | None, count: int | None, index: int | None) -> d
 
 
 def _cluster_size() -> int:
-    """The number of processes of the cluster that JAX would find; 1 without one.
+    """The number of processes of the cluster that JAX would detect; 1 without a cluster.
 
-    All kinds but one are found by variables of the environment. The metadata server of a TPU VM is asked only where JAX
-    has found TPU chips, and not under `JAX_PLATFORMS=cpu`.
+    Environment variables reveal all kinds of clusters but one. JAX asks the metadata server of a TPU VM only if it has
+    found TPU chips, and not under `JAX_PLATFORMS=cpu`.
     """
-    for cluster in filter(_worth_asking, cluster_kinds()):
+    for cluster in filter(_may_be_here, cluster_kinds()):
         try:
             if cluster.is_env_present():
                 return int(cluster.get_process_count())
-        except OSError as error:  # no metadata server: chips outside of Google's cloud
+        except OSError as error:  # no metadata server: the chips are outside Google's cloud
             _log.warning("no cluster of TPUs: %s", error)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"cannot find out what cluster this is ({str(error).splitlines()[0]}): --process_count=1 asks for none"
+                f"cannot detect the cluster ({str(error).splitlines()[0]}): --process_count=1 forces a single process"
             ) from None
     return 1
 
 
-def _worth_asking(cluster: type[ClusterEnv]) -> bool:
-    """False for a kind of cluster that JAX would look for in vain, and loudly."""
-    if is_kubernetes(cluster):  # any pod looks like a cluster to JAX, but only an indexed job can be one
+def _may_be_here(cluster: type[ClusterEnv]) -> bool:
+    """False for a kind of cluster for which JAX would search in vain, with warnings."""
+    if is_kubernetes(cluster):  # to JAX, any pod looks like a cluster, but only an indexed job can be one
         return "JOB_COMPLETION_INDEX" in os.environ
     return "tpu" not in cluster.name or (jax.config.values["jax_platforms"] or "tpu").startswith("tpu")

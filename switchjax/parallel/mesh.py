@@ -19,10 +19,10 @@ Tree = TypeVar("Tree")
 
 
 def emulate_devices(config: MeshConfig) -> None:
-    """Makes the CPUs of all processes look like `config.emulated_devices` devices, before JAX is first used.
+    """Makes the CPUs of all processes look like `config.emulated_devices` devices; call it before JAX is first used.
 
     Raises:
-        UserError: if the processes cannot have equally many, or JAX has already started with fewer devices than that.
+        UserError: if the devices do not divide over the processes, or JAX has already started with fewer devices.
     """
     if not config.emulated_devices:
         return
@@ -34,20 +34,16 @@ def emulate_devices(config: MeshConfig) -> None:
         )
     try:
         jax.config.update("jax_num_cpu_devices", each)
-    except RuntimeError:  # JAX has started: fine as long as it has the devices
+    except RuntimeError:  # JAX has started, which is fine if it has enough devices
         if jax.device_count() < config.emulated_devices:
-            raise UserError(
-                f"mesh.emulated_devices={config.emulated_devices}, but JAX has already started "
-                f"with {jax.device_count()} devices"
-            ) from None
+            found = f"JAX has already started with {jax.device_count()} devices"
+            raise UserError(f"mesh.emulated_devices={config.emulated_devices}, but {found}") from None
 
 
 def one_at_a_time(results: Tree) -> Tree:
-    """`results`, once they are computed if devices are emulated, at once otherwise.
-
-    Emulated devices share threads: two programs in flight can each hold the threads that the other's collectives wait
-    for, a deadlock. Real devices run their programs in order, and waiting would only leave them idle.
-    """
+    """`results`; on emulated devices, waits until they are computed."""
+    # Emulated devices share threads, so two programs at a time can deadlock: each holds the threads for which the
+    # collectives of the other wait. Real devices run programs in order, and waiting would leave them idle.
     return jax.block_until_ready(results) if jax.default_backend() == "cpu" else results
 
 
@@ -72,31 +68,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{data * others} devices, but there are {count}: {hint}"
         )
     shape = (data, config.expert, config.model)
-    # Not jax.make_mesh: here a mesh axis may be part of a dimension of the torus, on every kind of TPU.
+    # Not jax.make_mesh, which does not let a mesh axis be a part of a torus dimension on every kind of TPU.
     flat = np.asarray(devices).reshape(-1).tolist()
     grid = mesh_utils.create_device_mesh(shape, flat, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def count_shards() -> int:
-    """Number of parts into which the mesh in context divides the rows of a batch; 1 without a mesh."""
+    """The number of parts into which the mesh in context divides the rows of a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[DATA] * mesh.shape[EXPERT]
 
 
 def check_fit(config: Config, mesh: Mesh) -> None:
-    """Refuses, before anything is compiled, a config whose sizes the mesh does not divide.
-
-    Raises:
-        UserError: naming the size, the axis and sizes that would fit.
-    """
+    """Raises a `UserError` for sizes of a config that the mesh does not divide, naming sizes that would fit."""
     moe, data = config.moe, config.data
     rows = data.batch_size // config.train.accumulation_steps
     shards = mesh.shape[DATA] * mesh.shape[EXPERT]
     if rows % shards:
         raise UserError(
             f"{rows} rows (data.batch_size / train.accumulation_steps) do not divide over the {shards} shards of "
-            f"data x expert: the nearest multiples are {_nearest_multiples(rows, shards)}"
+            f"data x expert: {_nearest_multiples(rows, shards)}"
         )
     check_parameters(config, mesh)
     if not config.model.routes_groups:
@@ -117,31 +109,22 @@ def check_fit(config: Config, mesh: Mesh) -> None:
 
 
 def check_parameters(config: Config, mesh: Mesh) -> None:
-    """Refuses a config whose parameters the mesh does not divide, whatever the batch.
-
-    Raises:
-        UserError: naming the size, the axis and sizes that would fit.
-    """
+    """Raises a `UserError` for parameters that the mesh does not divide, naming sizes that would fit."""
     model, moe = config.model, config.moe
-    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
-    sizes = {"model.d_ff": model.d_ff} if model.family == "recurrent" else heads | {"model.d_ff": model.d_ff}
-    for key, size in sizes.items():
-        if size % mesh.shape[MODEL]:
-            raise UserError(
-                f"{key}={size} does not divide over mesh.model={mesh.shape[MODEL]}: "
-                f"sizes that fit are {_divisors(size, mesh.size)}"
-            )
+    if model.family != "recurrent":
+        _check_axis("model.num_heads", model.num_heads, MODEL, mesh)
+        _check_axis("model.num_kv_heads", model.kv_heads, MODEL, mesh)
+    _check_axis("model.d_ff", model.d_ff, MODEL, mesh)
     if model.family != "vision" and model.vocab_size % mesh.shape[MODEL]:
         raise UserError(
             f"model.vocab_size={model.vocab_size} does not divide over mesh.model={mesh.shape[MODEL]}: "
-            f"the nearest multiples are {_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
+            f"{_nearest_multiples(model.vocab_size, mesh.shape[MODEL])}"
         )
     shards = mesh.shape[DATA] * mesh.shape[EXPERT]
     if config.mesh.sharded != "none" and model.d_model % shards:
         raise UserError(
-            f"model.d_model={model.d_model} does not divide over the {shards} shards of data x expert, as "
-            f"mesh.sharded={config.mesh.sharded} has it: the nearest multiples are "
-            f"{_nearest_multiples(model.d_model, shards)}"
+            f"model.d_model={model.d_model} does not divide over the {shards} shards of data x expert, which "
+            f"mesh.sharded={config.mesh.sharded} needs: {_nearest_multiples(model.d_model, shards)}"
         )
     if not model.has_experts:
         return
@@ -151,17 +134,17 @@ def check_parameters(config: Config, mesh: Mesh) -> None:
             "set mesh.expert=1 (mesh.data and mesh.model may divide the devices), or moe.dispatch=gather"
         )
     for experts in {layer.num_experts for stack in model.stacks for layer in config.layers(stack)}:
-        if experts % mesh.shape[EXPERT]:
-            raise UserError(
-                f"moe.num_experts={experts} does not divide over mesh.expert={mesh.shape[EXPERT]}: "
-                f"sizes that fit are {_divisors(experts, mesh.size)}"
-            )
+        _check_axis("moe.num_experts", experts, EXPERT, mesh)
 
 
-def _divisors(size: int, most: int) -> str:
-    return ", ".join(str(n) for n in range(1, most + 1) if size % n == 0 and most % n == 0)
+def _check_axis(key: str, size: int, axis: str, mesh: Mesh) -> None:
+    if size % mesh.shape[axis]:
+        fitting = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
+        raise UserError(
+            f"{key}={size} does not divide over mesh.{axis}={mesh.shape[axis]}: sizes that fit are {fitting}"
+        )
 
 
 def _nearest_multiples(size: int, factor: int) -> str:
     below = size // factor * factor
-    return " and ".join(str(n) for n in (below, below + factor) if n > 0)
+    return "the nearest multiples are " + " and ".join(str(n) for n in (below, below + factor) if n > 0)

@@ -1,7 +1,7 @@
-"""What the processes of one program tell each other beside their arrays.
+"""Messages between the processes of one program, beside their arrays.
 
-Each process runs the same program over its own devices, and JAX makes one set of devices of them all
-(`joining.joined_processes`). JAX's coordination service, which lives in process 0, carries their messages.
+Each process runs the same program over its own devices, which JAX joins into one set (`joining.joined_processes`).
+JAX's coordination service, which runs in process 0, carries the messages.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from switchjax.config import UserError
 from switchjax.parallel.private_jax import coordination
 
 _WITHOUT_LIMIT_MS = 2**31 - 1
-"""Process 0 may prepare data for days: what ends the wait is its silence (`train.heartbeat_timeout`)."""
+"""No limit, because process 0 may prepare data for days; if it dies, `train.heartbeat_timeout` ends the wait."""
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ _calls = itertools.count()
 
 
 def process_index() -> int:
-    """The number of this process, 0 in a single one. Unlike `jax.process_index`, starts no device."""
+    """The number of this process, from 0. Unlike `jax.process_index`, starts no device."""
     return coordination.process_id
 
 
@@ -30,9 +30,9 @@ def process_count() -> int:
 
 
 def all_values(value: str) -> list[str]:
-    """The `value` of every process, in their order; returns once all have called this.
+    """The `value` of every process, in their order, once all have called this.
 
-    All must call it, and in the same order as their other calls.
+    All processes must make their calls of this function in the same order.
     """
     client = coordination.client
     if client is None:
@@ -45,9 +45,9 @@ def all_values(value: str) -> list[str]:
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """`function()`, called in process 0 first and, once it has returned there, in the others.
+    """`function()`, called in process 0 first and then in the others.
 
-    So what it makes on a shared disk is made once, and each host with a disk of its own makes its own.
+    So processes that share a disk create its files once, and a host with its own disk creates its own.
 
     Raises:
         UserError: in all processes, if `function` raises one in process 0.

@@ -1,10 +1,10 @@
-"""Logical axis names -> mesh axes: one table, and what follows from it for parameters and optimiser state.
+"""The table from logical axes to mesh axes, and the layouts of parameters and optimiser state that follow from it.
 
 A parameter carries the names of its axes as metadata (`nnx.Param(value, axes=("embed", "mlp"))`). A module that
 `lax.scan` or `vmap` has sliced keeps the names of the whole, so names are matched to dimensions from the right.
 
-The table says how a parameter lies while it is used. With `mesh.sharded`, parameters or optimiser state are kept in
-smaller parts (`sharded_spec`), and `unshard` brings the parts together before each use.
+The table gives the layout in which a parameter is used. With `mesh.sharded`, parameters or optimiser state are kept in
+smaller parts (`sharded_spec`), and `unshard` gathers the parts before each use.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from jax.tree_util import DictKey, GetAttrKey
 from switchjax.parallel.mesh import DATA, EXPERT, MODEL
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": (DATA, EXPERT),  # rows, and with them tokens and groups, lie over both
+    "batch": (DATA, EXPERT),
     "group": (DATA, EXPERT),
     "length": None,
     "embed": None,
@@ -36,16 +36,16 @@ Tree = TypeVar("Tree")
 
 
 def partition_spec(*axes: str | None) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes (None: not divided)."""
+    """The mesh axes of an array with these logical axes (None: not divided)."""
     return PartitionSpec(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
 
 
 def sharded_spec(*axes: str | None) -> PartitionSpec:
-    """Mesh axes of a parameter with these logical axes where devices that divide the batch divide it too (ZeRO, FSDP).
+    """The mesh axes of a parameter that is sharded over the devices that divide the batch (ZeRO, FSDP).
 
-    They divide the dimension `embed`, which has the same size in every matrix. It lies over those of the axes data and
-    expert that no other dimension uses, so that each expert stays with its column. Vectors stay as they are:
-    gathering one takes more time than the memory is worth.
+    `embed`, a dimension of every matrix, is divided over those of the axes data and expert that no other dimension
+    uses, so each expert stays on its devices. Vectors are not divided: the saved memory is not worth the time of
+    gathering them.
     """
     spec = partition_spec(*axes)
     if sum(axis != "layer" for axis in axes) < 2:
@@ -55,7 +55,7 @@ def sharded_spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays `x` over the mesh in context as its logical axes say; without a mesh, `x` itself."""
+    """`x`, laid over the mesh in context as its logical axes say; without a mesh, `x` itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(*axes))
@@ -67,13 +67,13 @@ def is_variable(node: object) -> bool:
 
 
 def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """Logical axes of the dimensions that slicing has left."""
+    """The logical axes of the dimensions that remain after slicing."""
     axes = variable.get_metadata("axes")
     return axes[len(axes) - len(variable.shape) :]
 
 
 def mark_sharded(model: Tree, sharded: str) -> Tree:
-    """`model` with `MeshConfig.sharded` in the metadata of its parameters, where the functions below find it."""
+    """`model` with `MeshConfig.sharded` in the metadata of its parameters, for the functions below."""
     for variable in jax.tree.leaves(model, is_leaf=is_variable) if sharded != "none" else ():
         variable.set_metadata(sharded=sharded)
     return model
@@ -84,12 +84,12 @@ def _sharded(variable: nnx.Variable) -> str:
 
 
 def parameter_specs(model: Tree) -> Tree:
-    """The tree of `model` with each parameter replaced by the `PartitionSpec` under which it is used."""
+    """The tree of `model` with the `PartitionSpec` in which each parameter is used."""
     return jax.tree.map(lambda variable: partition_spec(*_axes(variable)), model, is_leaf=is_variable)
 
 
 def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
-    """The tree of `model` with each parameter replaced by the sharding on `mesh` under which it is kept."""
+    """The tree of `model` with the sharding on `mesh` in which each parameter is kept."""
 
     def sharding(variable: nnx.Variable) -> NamedSharding:
         spec = sharded_spec if _sharded(variable) == "parameters" else partition_spec
@@ -99,10 +99,10 @@ def parameter_shardings(model: Tree, mesh: Mesh) -> Tree:
 
 
 def unshard(model: Tree) -> Tree:
-    """`model` as it is used: an all-gather brings its sharded parameters together.
+    """`model` with its sharded parameters gathered, as a layer uses them; without a mesh in context, `model` itself.
 
-    The gradient goes the other way, by a reduce-scatter. Stacks of layers stay as they are: their loop gathers one
-    layer at a time, by this function too. Without a mesh in context, `model` itself.
+    The forward pass is an all-gather, the gradient a reduce-scatter. Stacks of layers stay sharded: their loop calls
+    this function for one layer at a time.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return model
@@ -117,22 +117,20 @@ def unshard(model: Tree) -> Tree:
 
 
 def _from_to(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
-    """`x` laid out one way, then another; its gradient the other way round.
-
-    Both constraints are needed. With the second alone, XLA gathers every layer before the loop, or computes a gradient
-    by columns, for which every device needs all tokens.
-    """
+    """`x`, moved from one layout to another; its gradient moves back."""
+    # Both constraints are needed: with the second alone, XLA gathers every layer before the loop, or computes a
+    # gradient by columns, for which every device needs all tokens.
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
 
 
 def make_array(
     shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array laid out as `sharding` says; `part` gives each part of it once, however many devices hold that."""
+    """An array laid out as `sharding` says; calls `part` once for each part, even if several devices hold it."""
     parts: dict[str, np.ndarray] = {}
 
     def cached(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None, "it is for arrays without a shape"
+        assert index is not None, "JAX gives None only for arrays without a shape"
         key = str(index)
         if key not in parts:
             parts[key] = part(index)
@@ -142,8 +140,8 @@ def make_array(
 
 
 def named_leaves(tree: object) -> dict[str, Any]:
-    """Leaves under names such as `decoder/norm/scale`, which optimisers, checkpoints and messages use."""
-    # A parameter is a node around one leaf, and adds nothing to the name.
+    """The leaves by name, such as `decoder/norm/scale`; optimisers, checkpoints and messages use these names."""
+    # A parameter is a node with one leaf, which adds nothing to the name.
     return {name: jax.tree.leaves(node)[0] for name, node in _named_nodes(tree).items()}
 
 
@@ -153,11 +151,11 @@ def _named_nodes(tree: object) -> dict[str, Any]:
 
 
 def leaves_for_update(model: nnx.Module) -> dict[str, jax.Array]:
-    """`named_leaves` of a model or its gradient, each laid over the mesh in context as its optimiser state is."""
+    """The `named_leaves` of a model or its gradient, each laid out as its optimiser state."""
 
     def place(variable: nnx.Variable) -> jax.Array:
         if _sharded(variable) != "optimizer" or jax.sharding.get_abstract_mesh().empty:
-            return variable[...]  # it lies so already
+            return variable[...]  # it has that layout already
         return _from_to(variable[...], partition_spec(*_axes(variable)), _update_spec(variable))
 
     return {name: place(variable) for name, variable in _named_nodes(model).items()}
@@ -168,21 +166,15 @@ def _update_spec(variable: nnx.Variable) -> PartitionSpec:
 
 
 def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
-    """`tree` with the leaves of these names: the inverse of `named_leaves`."""
+    """`tree` with its leaves replaced by those in `named`, the inverse of `named_leaves`."""
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in named_leaves(tree)])
 
 
 def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
-    """Shardings for the state of an optimiser of `named_leaves(model)`, leaf by leaf.
+    """The shardings of an optimiser's state for `named_leaves(model)`, leaf by leaf.
 
-    What belongs to a parameter is laid out as that parameter, or in smaller parts (`sharded_spec`) where `mesh.sharded`
-    says so; where Adafactor has averaged one dimension away, so is the mesh axis of that dimension. Anything else is
-    replicated.
-
-    Args:
-        opt_state: the state, arrays or their shapes.
-        model: the parameters it belongs to, arrays or their shapes.
-        mesh: the device mesh.
+    The state of a parameter has the parameter's layout, in smaller parts (`sharded_spec`) if `mesh.sharded` says so,
+    and without the mesh axis of a dimension that Adafactor averages away. All other state is replicated.
     """
     variables = _named_nodes(model)
 
@@ -197,8 +189,8 @@ def optimizer_shardings(opt_state: Tree, model: nnx.Module, mesh: Mesh) -> Tree:
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that the devices of this process hold, in order.
 
-    They may lie apart, because a pod's mesh follows its network, and several processes may hold the same row: over
-    `model`, processes divide the weights and share rows.
+    They need not be adjacent, because a pod's mesh follows its network. Processes that divide weights over `model` hold
+    the same rows.
     """
     sharding = NamedSharding(mesh, partition_spec("batch"))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -206,19 +198,19 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch laid over the mesh, from the rows of it that this process has read (`process_rows`)."""
+    """A global batch on the mesh, from the rows that this process has read (`process_rows`)."""
     sharding = NamedSharding(mesh, partition_spec("batch"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def _statistic_spec(variable: nnx.Variable, field: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Mesh axes of what an optimiser keeps of a parameter; Adafactor keeps it under the name `field`."""
+    """The mesh axes of an optimiser's statistic of a parameter, which Adafactor keeps under the name `field`."""
     spec, whole = list(_update_spec(variable)), variable.shape
     first = 1 if _axes(variable)[:1] == ("layer",) else 0
     if field in ("v_row", "v_col") and len(whole) > first + 1:
-        # A row's mean is over the largest dimension of one layer, a column's over the second largest. optax finds them
-        # by argsort too, which decides between equal ones.
+        # v_row is a mean over the largest dimension of a layer, v_col over the second largest. Argsort, as in optax,
+        # decides between equal dimensions.
         averaged = first + int(np.argsort(whole[first:])[-1 if field == "v_row" else -2])
         spec, whole = spec[:averaged] + spec[averaged + 1 :], whole[:averaged] + whole[averaged + 1 :]
-    # What is not kept is a stand-in of one number, which lies on every device.
+    # For a statistic that it does not keep, Adafactor stores one number, which every device holds.
     return PartitionSpec(*spec) if shape == whole else PartitionSpec()

@@ -1,8 +1,8 @@
-"""How one of several processes ends without leaving the others waiting.
+"""Ends one of several processes without leaving the others waiting.
 
-Processes wait for each other in every step, so one that ends or stops moving must end them all. JAX's heartbeats do
-that for a process that dies or is stopped (`train.heartbeat_timeout`): JAX then aborts the others with its own message.
-This module does it for an error in one process and for a process that lives but does not move.
+Processes wait for each other in every step, so one that ends or hangs must end them all. JAX's heartbeats do that for a
+process that dies or is stopped (`train.heartbeat_timeout`): JAX aborts the others with its own message. This module
+does it for an error in one process and for a process that runs but hangs.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from switchjax.config import UserError
 from switchjax.parallel.processes import process_count, process_index
 
 _GRACE_SECONDS = 20
-"""How long a process that fails waits for the others to fail as well, as they do when it is for the same reason."""
+"""Time in which the other processes may fail too, as they do if the cause is the same for all."""
 
 _SIGNS_OF_ABSENCE = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 """Parts of the messages that JAX raises when another process is gone."""
@@ -36,10 +36,10 @@ Closable = TypeVar("Closable", bound=_Closable)
 
 @contextmanager
 def closing_together(resource: Closable) -> Iterator[Closable]:
-    """Closes `resource` in the end, as `contextlib.closing` does, where closing waits for the other processes.
+    """Closes a `resource` whose closing waits for the other processes; otherwise like `contextlib.closing`.
 
-    One of several processes that fails prints why and ends itself. It ends at once where another is gone already, and
-    otherwise after a little time in which closing may succeed, as it does where all fail alike.
+    If one of several processes fails, it prints the reason and ends itself: at once if another process is gone, and
+    otherwise after a short time in which closing may succeed, as it does if all processes fail alike.
     """
     try:
         yield resource
@@ -52,6 +52,13 @@ def closing_together(resource: Closable) -> Iterator[Closable]:
 
 
 def _end(error: BaseException, resource: _Closable) -> NoReturn:
+    """Prints `error`, tries to close `resource` and ends the process."""
+
+    def close() -> None:
+        with contextlib.suppress(Exception):
+            resource.close()
+            jax.distributed.shutdown()
+
     code, patience = 1, _GRACE_SECONDS
     if isinstance(error, UserError):
         code, message = 2, str(error)
@@ -63,37 +70,29 @@ def _end(error: BaseException, resource: _Closable) -> NoReturn:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
     print_error(" ".join(message.split()))
-    closing = threading.Thread(target=_close_quietly, args=(resource,), daemon=True)
+    closing = threading.Thread(target=close, daemon=True)
     closing.start()
     closing.join(patience)
-    os._exit(code)  # an orderly exit would wait for the others
+    os._exit(code)  # a regular exit would wait for the other processes
 
 
 def another_has_gone(error: BaseException) -> bool:
-    """Whether JAX raised `error` because it could not reach another process."""
+    """True if JAX raised `error` because it could not reach another process."""
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ABSENCE)
 
 
-def _close_quietly(resource: _Closable) -> None:
-    with contextlib.suppress(Exception):
-        resource.close()
-        jax.distributed.shutdown()
-
-
 def print_error(message: str) -> None:
-    """Prints one line on stderr, with the name of the process where there are several."""
-    # The empty line ends that of a progress bar, which may be another process'.
+    """Prints one line on stderr, with the number of the process if there are several."""
+    # The line break ends the progress bar, perhaps of another process.
     name = f"\nerror: process {process_index()} of {process_count()}" if process_count() > 1 else "error"
     print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
 class Watchdog:
-    """Ends the process, and so all of them, when what it is doing takes too long.
+    """Ends the process, and with it all others, if its present activity takes longer than `timeout` seconds.
 
-    A process that is stuck, for example in reading data, still sends heartbeats: the others would wait for ever.
-
-    Args:
-        timeout: seconds; 0: no limit. Time in which the process is stopped, as by ctrl-Z, does not count.
+    A process that hangs, for example in reading data, still sends heartbeats, so the others would wait for ever. A
+    timeout of 0 means no limit. Time in which the process is stopped, for example by ctrl-Z, does not count.
     """
 
     def __init__(self, timeout: int | float) -> None:
@@ -105,7 +104,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self, doing: str | None) -> None:
-        """Says what is done from now on and starts the time again; None: something that may take any time."""
+        """Restarts the time for the activity `doing`; None stands for one that may take any time."""
         self._doing = doing
         self._marks += 1
 
@@ -120,8 +119,6 @@ class Watchdog:
             waited = waited + interval if self._marks == seen else 0.0
             seen, doing = self._marks, self._doing
             if doing and waited >= self._timeout:
-                print_error(
-                    f"{doing} has taken longer than train.step_timeout={self._timeout:g} seconds; "
-                    "checkpoints are intact"
-                )
+                limit = f"train.step_timeout={self._timeout:g} seconds"
+                print_error(f"{doing} has taken longer than {limit}; checkpoints are intact")
                 os._exit(1)

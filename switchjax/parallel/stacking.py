@@ -1,4 +1,4 @@
-"""Modules of one shape as one module with a leading axis: layers for `lax.scan`, experts for `vmap`."""
+"""Stacks modules of one shape along a leading axis: layers for `lax.scan`, experts for `vmap`."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def stack(make: Callable[[PRNGKeyArray], M], keys: Key[Array, "N"], axis: str) -> M:
-    """One module holding the parameters of `make(key)` for every key, along a new first axis named `axis`."""
+    """One module with the parameters of `make(key)` for every key, stacked along a new first axis named `axis`."""
     module = jax.vmap(make)(keys)
     for variable in jax.tree.leaves(module, is_leaf=is_variable):
         variable.set_metadata(axes=(axis, *variable.get_metadata("axes")))

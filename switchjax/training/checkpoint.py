@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimiser state, the data iterator and the config, written by orbax in the background."""
+"""Checkpoints of parameters, optimiser state, data iterator and config, written by orbax in the background."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, newest last, at most `keep` of them.
+    """The newest `keep` checkpoints of a workdir; without `keep`, all of them, to read only.
 
     Arrays are stored flat under their names by layer (`model/encoder/3/ff/experts/w_in`,
     `switchjax.models.parameter_paths`), in the format `switchjax.config.formats.FORMAT`.
@@ -44,15 +44,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             read_only=keep is None,
-            create=keep is not None,  # this and the next are what a read-only manager sets, with a warning
+            create=keep is not None,  # a read-only manager sets this and the next value itself, with a warning
             save_interval_steps=0 if keep is None else 1,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut off
-            lightweight_initialize=True,  # times of checkpoints are of no use here, and may not be readable
+            cleanup_tmp_directories=keep is not None,  # a killed save leaves them
+            lightweight_initialize=True,  # does not read the checkpoints' times, which may be unreadable
         )
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}")
-        # orbax's own division of what several devices hold compiles a slice for each part.
+        # To divide replicated arrays between devices, orbax would compile a slice for each part; `unstacked` does it.
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._handlers = {
@@ -70,49 +70,37 @@ class Checkpoints:
             raise UserError(f"cannot use {self._directory} for checkpoints: {error.strerror}") from None
 
     def save(self, state: TrainState, data: dict[str, Any], config: Config) -> None:
-        """Starts writing; the state may be donated as soon as this returns. What is there already is not written again.
+        """Starts writing a checkpoint unless its step has one; the state may be donated as soon as this returns.
 
-        Args:
-            state: what is saved; its step names the checkpoint.
-            data: state of the data iterator, JSON-able.
-            config: of the run.
-
-        Raises:
-            UserError: if this or the one before cannot be written.
+        Raises a `UserError` if this checkpoint or the one before cannot be written.
         """
         step = int(state.step)
         if step in self.steps():
             return
         arrays = unstacked(config, named_leaves(state))
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config.to_saved()),
+        )
         with self._writing():
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays),
-                    data=ocp.args.JsonSave(data),
-                    config=ocp.args.JsonSave(config.to_saved()),
-                ),
-            )
+            saved = self._manager.save(step, args=items)
         self._in_progress = True
         if not saved:
             raise UserError(f"step {step} cannot be saved beside the checkpoints {self.steps()} in {self._directory}")
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, in order."""
+        """The steps with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     def restore_latest(self, plan: StatePlan, fingerprint: str) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with the data iterator's state; None if there is none at all.
+        """The newest readable checkpoint's state and data iterator; None if the workdir has no checkpoint.
 
-        Those that are damaged, or of another run, are passed over with a message, and set aside so that their steps can
-        be saved anew.
-
-        Args:
-            plan: of the run.
-            fingerprint: of its data.
+        Checkpoints that are damaged, belong to another run or have another data `fingerprint` are skipped with a
+        warning and moved to `damaged_checkpoints`, so that their steps can be saved again.
 
         Raises:
-            UserError: if checkpoints are there but none can be read, or they belong to another model or other data.
+            UserError: if no checkpoint can be read, or all belong to another model or other data.
         """
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -124,7 +112,7 @@ class Checkpoints:
                     f"the data is not what {found} was trained on: corpora or vocabulary have changed; "
                     f"it was trained with data.corpora={saved.data.corpora}"
                 )
-            # Older ones name corpora that could not be had as well.
+            # An older version also recorded corpora that were unavailable.
             saved = with_corpora(saved, plan.config.data.corpora)
             check_same_run(saved, plan.config, f"{found} is of another run", "remove it")
             if int(state.step) != step:
@@ -135,18 +123,12 @@ class Checkpoints:
         if newest is None:
             return None
         step, restored = newest
-        first_then_others(lambda: self._clear_way(step))
+        first_then_others(lambda: self._set_aside_after(step))
         self._manager.reload()
         return restored
 
-    def _clear_way(self, step: int) -> None:
-        """Sets aside what stands where later steps are to be saved, and whatever is no checkpoint."""
-        for other in self._numbered() if process_index() == 0 else ():
-            if other > step or not self._is_whole(other):
-                self._set_aside(other)
-
     def load_model(self, plan: StatePlan, step: int = -1) -> tuple[int, Any]:
-        """Step and model of a checkpoint without its optimiser; for -1, of the newest that can be read.
+        """The step and the model of a checkpoint; -1 stands for the newest readable one.
 
         Raises:
             UserError: if there is no such checkpoint, it cannot be read or belongs to another model.
@@ -154,27 +136,26 @@ class Checkpoints:
         return self._load(lambda step: self.restore_model(step, plan), step)
 
     def load_matching(self, plan: StatePlan, model: Model, step: int = -1) -> tuple[Model, set[str]]:
-        """`model` with every parameter that a checkpoint, perhaps of another model, has under the same name by layer.
+        """`model` with the parameters that a checkpoint, perhaps of another model, has under the same names by layer.
 
-        Args:
-            plan: of the run.
-            model: its fresh model.
-            step: of the checkpoint; -1: the newest that can be read.
-
-        Returns:
-            The model, and the names by layer of the parameters taken.
+        Also returns the names of these parameters. A `step` of -1 stands for the newest readable checkpoint.
 
         Raises:
-            UserError: as `load_model`, but only if no parameter fits, or one of the same name has another shape.
+            UserError: if there is no such checkpoint, it cannot be read, it shares no parameter with `model`, or a
+                parameter has another shape there.
         """
-        return self._load(lambda step: self._restore_matching(step, plan, model), step)[1]
+
+        def read(step: int) -> tuple[Model, set[str]]:
+            wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
+            saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
+            sources = matching_sources(plan.config, wanted, stored, saved, found)
+            leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
+            return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
+
+        return self._load(read, step)[1]
 
     def load_model_and_fingerprint(self, plan: StatePlan, step: int = -1) -> tuple[int, tuple[Any, str]]:
-        """As `load_model`, with the fingerprint of the data that the model was trained on.
-
-        Raises:
-            UserError: as `load_model`.
-        """
+        """Like `load_model`, with the fingerprint of the model's training data."""
         return self._load(lambda step: (self.restore_model(step, plan), self.restore_data(step)["fingerprint"]), step)
 
     def _load(self, read: Callable[[int], T], step: int) -> tuple[int, T]:
@@ -189,12 +170,12 @@ class Checkpoints:
             return step, read(step)
         except UserError:
             raise
-        except Exception as error:  # whatever a damaged file makes of the reader
+        except Exception as error:  # a damaged file may raise anything
             raise UserError(f"checkpoint {step} in {self._directory} cannot be read: {_first_line(error)}") from None
 
     def _newest_readable(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        """The newest step that every process can read: damage may be in the part of one of them."""
-        passed_over: list[str] = []
+        """The newest step that all processes can read, and what `read` gives for it."""
+        skipped: list[str] = []
         misfit: UserError | None = None
         steps: list[int] = json.loads(all_values(json.dumps(self._numbered()))[0])
         for step in reversed(steps):
@@ -203,140 +184,117 @@ class Checkpoints:
                 if not self._is_whole(step):
                     raise FileNotFoundError(f"it does not hold {', '.join(self._handlers)}")
                 found = read(step)
-            except UserError as error:  # foreign, or all of them are and this is not their config
+            except UserError as error:
                 misfit = misfit or error
-                problem = f"checkpoint {step} is not of this run and is passed over: {error}"
-            except Exception as error:  # whatever a damaged file makes of the reader
-                problem = f"checkpoint {step} cannot be read and is passed over: {_first_line(error)}"
+                problem = f"checkpoint {step} belongs to another run and is skipped: {error}"
+            except Exception as error:  # a damaged file may raise anything
+                problem = f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}"
+            # The damage may lie in the part that one process reads; all processes must choose the same step.
             problem = next(filter(None, all_values(problem)), "")
             if found is not None and not problem:
-                for message in passed_over:
+                for message in skipped:
                     _log.warning(message)
                 return step, found
-            passed_over.append(problem)
-        if misfit:
+            skipped.append(problem)
+        if misfit:  # then the config is wrong rather than the checkpoints
             raise misfit
-        if passed_over:
+        if skipped:
             raise UserError(f"none of the checkpoints {steps} in {self._directory} can be read")
         return None
 
     def _numbered(self) -> list[int]:
-        """The steps that anything in the folder is named after, in order."""
-        return sorted(
-            int(path.name)
-            for path in self._directory.iterdir()
-            if path.name.isdecimal() and str(int(path.name)) == path.name
-        )
+        """The steps after which entries of the folder are named, in order."""
+        names = [path.name for path in self._directory.iterdir() if path.name.isdecimal()]
+        return sorted(int(name) for name in names if str(int(name)) == name)
 
     def _is_whole(self, step: int) -> bool:
-        """Whether what is named after a step has the parts of a checkpoint."""
+        """True if the entry of a step has all parts of a checkpoint."""
         try:
             return all((self._directory / str(step) / item).is_dir() for item in self._handlers)
-        except OSError:  # not ours to read
+        except OSError:  # no permission to read it
             return False
 
-    def _set_aside(self, step: int) -> None:
-        target = self._directory.with_name("damaged_checkpoints") / f"{step}-{time.time_ns()}"
-        try:
-            target.parent.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(target)
-        except OSError as error:
-            raise UserError(
-                f"{self._directory / str(step)} is in the way and cannot be moved to {target}: {error.strerror}"
-            ) from None
+    def _set_aside_after(self, step: int) -> None:
+        """Moves the checkpoints of later steps and all incomplete ones out of the folder, in process 0."""
+        for other in self._numbered() if process_index() == 0 else ():
+            if other <= step and self._is_whole(other):
+                continue
+            path = self._directory / str(other)
+            target = self._directory.with_name("damaged_checkpoints") / f"{other}-{time.time_ns()}"
+            try:
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+            except OSError as error:
+                raise UserError(f"{path} is in the way and cannot be moved to {target}: {error.strerror}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        """Raises errors of the file system as `UserError`."""
         try:
             yield
-        except Exception as error:  # of the file system, in as many types as there are layers
+        except Exception as error:  # each layer of orbax raises other types
             self._failed = True
             if another_has_gone(error):
                 raise
             whole = [step for step in self._numbered() if self._is_whole(step)]
             raise UserError(
-                f"cannot write a checkpoint to {self._directory}: {_reason(error)}; those of steps {whole} are intact"
+                f"cannot write a checkpoint to {self._directory}: {_reason(error)}; the checkpoints {whole} are intact"
             ) from error
 
     def restore_data(self, step: int) -> dict[str, Any]:
-        """The data iterator's state of a step."""
+        """The state of the data iterator in the checkpoint of a step."""
         return self._restore_item(step, "data", ocp.args.JsonRestore())
 
     def _saved_config(self, step: int) -> dict[str, Any]:
         return self._restore_item(step, "config", ocp.args.JsonRestore())
 
     def restore_state(self, step: int, plan: StatePlan) -> TrainState:
-        """The state of a step, laid out as `plan` says.
+        """The state in the checkpoint of a step, laid out as `plan` says.
 
         Raises:
-            UserError: naming the first array that is missing, has another shape or is one too many.
+            UserError: naming the first array that is missing, has another shape or is unknown to the model.
         """
         return self._restore_exactly(step, plan, plan.shapes, plan.shardings, self._stored(step))
 
     def restore_model(self, step: int, plan: StatePlan) -> Model:
-        """The model of a step alone, without its optimiser.
-
-        Raises:
-            UserError: naming the first parameter that is missing, has another shape or is one too many.
-        """
-        return self._restore_exactly(
-            step, plan, plan.shapes.model, plan.shardings.model, parameters(self._stored(step))
-        )
+        """The model in the checkpoint of a step, without its optimiser; raises what `restore_state` does."""
+        stored = parameters(self._stored(step))
+        return self._restore_exactly(step, plan, plan.shapes.model, plan.shardings.model, stored)
 
     def _restore_exactly(self, step: int, plan: StatePlan, shapes: Any, shardings: Any, stored: StoredArrays) -> Any:
         wanted = with_shardings(shapes, shardings)
         sources = exact_sources(plan.config, wanted, stored, f"checkpoint {step}")
         return with_leaves(shapes, read_stacked(wanted, sources, partial(self._restore_arrays, step), {}))
 
-    def _restore_matching(self, step: int, plan: StatePlan, model: Model) -> tuple[Model, set[str]]:
-        wanted, stored = with_shardings(plan.shapes.model, plan.shardings.model), parameters(self._stored(step))
-        saved, found = Config.from_saved(self._saved_config(step)), f"checkpoint {step} in {self._directory}"
-        sources = matching_sources(plan.config, wanted, stored, saved, found)
-        leaves = read_stacked(wanted, sources, partial(self._restore_arrays, step), named_leaves(model))
-        return with_leaves(model, leaves), stored.keys() & names_by_layer(plan.config, wanted)
-
     def _restore_arrays(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
-        arguments = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         return self._restore_item(step, "state", arguments)
 
     def _stored(self, step: int) -> StoredArrays:
         return current_names(self._manager.item_metadata(step)["state"].tree, self._saved_config(step))
 
     def _restore_item(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
-        # The manager would wait for the other processes, which may have failed where this one has not.
+        # Not through the manager: it would wait for processes whose read has failed.
         return self._handlers[item].restore(epath.Path(self._directory) / str(step) / item, args=arguments)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Name by layer and shape of every array of a checkpoint."""
+        """The shape of every array of a checkpoint, by its name by layer."""
         return {name: array.shape for name, array in self._stored(step).items()}
 
     def check(self) -> None:
-        """Notices at once, and not at the next save, that the one in progress has failed; waits for nothing.
-
-        Raises:
-            UserError: as `wait`.
-        """
+        """Raises a `UserError` if the save in progress has failed; does not wait for it."""
         if self._in_progress and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Waits until everything is on disk; raises a `UserError` if it cannot be written."""
         with self._writing():
             self._manager.wait_until_finished()
         self._in_progress = False
 
     def close(self) -> None:
-        """Waits and releases the writer.
-
-        Raises:
-            UserError: as `wait`, but for an error that has been raised already.
-        """
+        """Waits as `wait` does and releases the writer; raises no error twice."""
         with suppress(Exception) if self._failed else self._writing():
             self._manager.close()
 
@@ -346,7 +304,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said, if it was the operating system."""
+    """The operating system's reason for an error, or else the first line of its message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's

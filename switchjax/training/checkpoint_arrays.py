@@ -1,7 +1,7 @@
-"""Arrays of a checkpoint, one for each layer, to and from the stacks of layers that a run has in memory.
+"""Converts between the stacks of layers in a run's memory and the arrays of a checkpoint, one for each layer.
 
-Stacks are divided and built in the memory of the host, from a NumPy view of each device's part: nothing is compiled,
-and no device holds a layer beside its stack.
+The host divides and builds the stacks, from NumPy views of each device's part, so nothing is compiled and no device
+holds a layer beside its stack.
 """
 
 import math
@@ -20,45 +20,42 @@ from switchjax.parallel.sharding import make_array, named_leaves
 from switchjax.training.checkpoint_names import Sources, StoredArray
 
 _PART_BYTES = 2**16
-"""Devices that hold the same part of an array write a share of it each, if that has as many bytes as this."""
+"""Smallest share, in bytes, for which devices that hold the same part of an array divide its writing."""
 _READ_BYTES = 2**28
-"""What is read at once, for each device: all that a restore needs beside the state."""
+"""Bytes that are read at once for each device; a restore needs no other memory beside the state."""
 
 Index = tuple[slice, ...]
 
 
 class _HostCopy:
-    """What this process has of an array, in the memory of the host; on CPU devices, a view of theirs."""
+    """The part of an array that this process holds, copied to host memory; for CPU devices, a view."""
 
     def __init__(self, array: jax.Array):
         self._shape = array.shape
         self._shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
         for shard in array.addressable_shards:
             bounds = self._bounds(shard.index)
-            if bounds not in self._shards:  # other devices hold the same
-                # Pinned memory is fast to copy to, NumPy views it, and the device's array keeps no copy of it.
+            if bounds not in self._shards:  # several devices may hold the same part
+                # Copying to pinned memory is fast and NumPy views it; np.asarray(shard.data) would keep a second copy.
                 self._shards[bounds] = np.asarray(jax.device_put(shard.data, _on_host(shard.data.sharding)))
 
     def _bounds(self, index: Index) -> tuple[tuple[int, int], ...]:
         return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
 
-    def __getitem__(self, index: Index) -> Shaped[np.ndarray, "..."]:
-        """A part of the array that lies within one device's."""
-        wanted = self._bounds(index)
+    def part(self, layer: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
+        """A part of a layer along the first axis, or of the whole array, that lies within the part of one device."""
+        wanted = self._bounds(index if layer is None else (slice(layer, layer + 1), *index))
         for bounds, shard in self._shards.items():
             pairs = list(zip(wanted, bounds, strict=True))
             if all(low <= start and stop <= high for (start, stop), (low, high) in pairs):
-                part = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
-                return np.asarray(shard[part])  # NumPy makes a scalar of an array without dimensions
+                within = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in pairs)
+                found = np.asarray(shard[within])  # an index into a 0-dimensional array gives a scalar
+                return found if layer is None else found.squeeze(0)
         raise KeyError(index)
-
-    def layer(self, position: int | None, index: Index) -> Shaped[np.ndarray, "..."]:
-        """A part of what stands at a position along the first axis; None: of the whole array."""
-        return self[index] if position is None else self[(slice(position, position + 1), *index)].squeeze(0)
 
 
 def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The arrays of `named_leaves` by layer, in host memory, with what is to be written divided between the devices."""
+    """The arrays of `named_leaves` by layer in host memory, laid out so that devices share the writing."""
     arrays = {}
     for stack, path in parameter_paths(config, leaves).items():
         leaf, copy = leaves[stack], _HostCopy(leaves[stack])
@@ -66,16 +63,17 @@ def unstacked(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.
         sharding = _sharding_to_write(leaf, shape)
         for position, name in enumerate(path.by_layer):
             layer = position if path.layers else None
-            arrays[name] = make_array(shape, sharding, partial(copy.layer, layer))
+            arrays[name] = make_array(shape, sharding, partial(copy.part, layer))
     return arrays
 
 
 def _sharding_to_write(leaf: jax.Array, shape: tuple[int, ...]) -> Sharding:
-    """That of `leaf`, or of one of its layers, with large parts shared out between the devices that hold the same."""
+    """The sharding of `leaf` or a layer of it, with each large part divided between the devices that hold it."""
     if not isinstance(leaf.sharding, NamedSharding):
         return _on_host(leaf.sharding)
     mesh = leaf.sharding.mesh
-    spec = [_axes(entry) for entry in _trailing_spec(leaf.sharding, leaf.ndim, len(shape))]
+    entries = _trailing_spec(leaf.sharding, leaf.ndim, len(shape))
+    spec = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
     part = list(leaf.sharding.shard_shape(leaf.shape)[leaf.ndim - len(shape) :])
     for axis in mesh.axis_names:
         count = mesh.shape[axis]
@@ -88,13 +86,6 @@ def _sharding_to_write(leaf: jax.Array, shape: tuple[int, ...]) -> Sharding:
     return _on_host(NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a `PartitionSpec`."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
 def _trailing_spec(sharding: NamedSharding, ndim: int, kept: int) -> PartitionSpec:
     """The mesh axes of the last `kept` of an array's `ndim` dimensions."""
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
@@ -102,12 +93,12 @@ def _trailing_spec(sharding: NamedSharding, ndim: int, kept: int) -> PartitionSp
 
 
 def _on_host(sharding: Sharding) -> Sharding:
-    """The sharding with each device's part in the memory of its host."""
+    """The same sharding, with each device's part in the memory of its host."""
     return sharding if jax.default_backend() == "cpu" else sharding.with_memory_kind("pinned_host")
 
 
 Wanted = Mapping[str, jax.ShapeDtypeStruct]
-"""Arrays in memory, with their shardings."""
+"""Name -> shape, dtype and sharding of an array in memory."""
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Wanted:
@@ -124,29 +115,25 @@ def read_stacked(
     read: Callable[[Wanted], Mapping[str, jax.Array]],
     present: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """Arrays as memory has them, read a few at a time.
+    """The `wanted` arrays, stacked as in memory; `read` is called for a few at a time.
 
     Args:
-        wanted: the arrays, stacked.
-        sources: where each of their layers is stored; None: it stays as it is in `present`.
+        wanted: the stacked arrays.
+        sources: the stored array of each layer; None: the layer comes from `present`.
         read: reads stored arrays.
-        present: the arrays that have such layers.
+        present: the arrays that have layers without a source.
     """
     arrays = {name: present[name] for name in wanted if not any(sources[name])}
     for names in _portions({name: leaf for name, leaf in wanted.items() if name not in arrays}):
-        stored: dict[str, jax.ShapeDtypeStruct] = {}
-        for name in names:
-            for source in sources[name]:
-                if source is not None:
-                    stored[source.name] = _to_read(wanted[name], source)
-        parts = read(stored)
+        found = [(name, source) for name in names for source in sources[name] if source is not None]
+        parts = read({source.name: _to_read(wanted[name], source) for name, source in found})
         for name in names:
             arrays[name] = _stack(wanted[name], sources[name], parts, present.get(name))
     return arrays
 
 
 def _portions(wanted: Wanted) -> Iterator[list[str]]:
-    """The names in groups of arrays that are read at once: the same in all processes."""
+    """Groups of arrays to read at once, by name; the same in all processes."""
     names: list[str] = []
     size = 0
     for name, leaf in wanted.items():
@@ -159,12 +146,12 @@ def _portions(wanted: Wanted) -> Iterator[list[str]]:
 
 
 def _to_read(leaf: jax.ShapeDtypeStruct, source: StoredArray) -> jax.ShapeDtypeStruct:
-    """A stored array, each device given the part that it has of `leaf`: on the host, if that is yet to be stacked."""
+    """The stored array, laid out so that each device gets its part of `leaf`; on the host if it must be stacked."""
     sharding = leaf.sharding
     if len(source.shape) < len(leaf.shape):
         spec = _trailing_spec(sharding, len(leaf.shape), len(source.shape))
         sharding = NamedSharding(sharding.mesh, spec if source.layer is None else PartitionSpec(None, *spec))
-        if sharding.is_fully_replicated:  # one copy serves all devices of this process
+        if sharding.is_fully_replicated:  # one copy serves all devices of the process
             sharding = SingleDeviceSharding(sharding.mesh.local_devices[0])
         sharding = _on_host(sharding)
     return jax.ShapeDtypeStruct(source.stored_shape, leaf.dtype, sharding=sharding)
@@ -176,19 +163,17 @@ def _stack(
     parts: Mapping[str, jax.Array],
     present: jax.Array | None,
 ) -> jax.Array:
+    """The array `leaf` from its stored `parts`; layers without a source come from `present`."""
     first = sources[0]
     if first is not None and len(first.shape) == len(leaf.shape):
         return parts[first.name]
     copies = {source.name: _HostCopy(parts[source.name]) for source in sources if source is not None}
     here = None if present is None else _HostCopy(present)
-
-    def layer(position: int, source: StoredArray | None, index: Index) -> np.ndarray:
+    layers: list[Callable[[Index], np.ndarray]] = []
+    for position, source in enumerate(sources):
         if source is not None:
-            return copies[source.name].layer(source.layer, index)
-        assert here is not None, "a layer that is not stored is present"
-        return here.layer(position, index)
-
-    def part(index: Index) -> np.ndarray:
-        return np.stack([layer(position, source, index[1:]) for position, source in enumerate(sources)])
-
-    return make_array(leaf.shape, leaf.sharding, part)
+            layers.append(partial(copies[source.name].part, source.layer))
+        else:
+            assert here is not None, "a layer without a source must be present"
+            layers.append(partial(here.part, position))
+    return make_array(leaf.shape, leaf.sharding, lambda index: np.stack([layer(index[1:]) for layer in layers]))

@@ -1,27 +1,22 @@
-"""Which arrays of a checkpoint are which parameters: in any format, and for a run of the same or another model."""
+"""Maps the arrays of a checkpoint, in any format, to those of a run of the same or another model."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from switchjax.config import Config, UserError
+from switchjax.config.checks import require
 from switchjax.config.formats import FORMAT, format_of
 from switchjax.models.parameter_paths import names_by_layer, parameter_paths
 
 _log = logging.getLogger(__name__)
 
 _LISTED = 3
-"""Names of one kind that a message lists."""
+"""The most names that one message lists."""
 
 
 class StoredArray(NamedTuple):
-    """Where a checkpoint holds an array.
-
-    Attributes:
-        name: of the stored array.
-        stored_shape: of the stored array.
-        layer: the array's position along the first axis of the stored one; None: it is all of it.
-    """
+    """An array of a checkpoint: the stored array `name` or, with `layer`, that position along its first axis."""
 
     name: str
     stored_shape: tuple[int, ...]
@@ -29,18 +24,18 @@ class StoredArray(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array itself."""
+        """Shape of the array itself."""
         return self.stored_shape if self.layer is None else self.stored_shape[1:]
 
 
 StoredArrays = dict[str, StoredArray]
-"""Arrays by their names in one format."""
+"""Name in one format -> array."""
 Sources = dict[str, list[StoredArray | None]]
-"""Array in memory -> where each of its layers is stored, or all of it if it has none; None: nowhere."""
+"""Array in memory -> the stored array of each of its layers, or of the whole; None for a layer that is not stored."""
 
 
 def _from_0(config: Config, arrays: StoredArrays) -> StoredArrays:
-    """Format 0 stores stacks of layers as they were in memory."""
+    """Divides the stacks of layers, which format 0 stores as they were in memory."""
     paths = parameter_paths(config, arrays, ("runs", "blocks"))
     return {
         name: array._replace(layer=position if paths[stack].layers else None)
@@ -50,18 +45,14 @@ def _from_0(config: Config, arrays: StoredArrays) -> StoredArrays:
 
 
 MIGRATIONS: dict[int, Callable[[Config, StoredArrays], StoredArrays]] = {0: _from_0}
-"""Older format -> what gives arrays their names in the next format; the config is the checkpoint's."""
+"""Older format -> function that gives arrays their names in the next format, from the checkpoint's own config."""
 
 
 def current_names(arrays: Mapping[str, Any], saved: Mapping[str, Any]) -> StoredArrays:
-    """The arrays of a checkpoint under the names of this version's format.
+    """The arrays of a checkpoint under their names in the current format.
 
-    Args:
-        arrays: what has their shapes, under the names in the checkpoint.
-        saved: the checkpoint's config, as it is saved.
-
-    Raises:
-        UserError: as `Config.from_saved`.
+    `arrays` have their shapes and names as in the checkpoint, whose saved config is `saved`. Raises what
+    `Config.from_saved` raises.
     """
     stored = {name: StoredArray(name, tuple(array.shape)) for name, array in arrays.items()}
     for number in range(format_of(saved), FORMAT):
@@ -70,60 +61,46 @@ def current_names(arrays: Mapping[str, Any], saved: Mapping[str, Any]) -> Stored
 
 
 def parameters(stored: StoredArrays) -> StoredArrays:
-    """The arrays of a checkpoint's model, under their names in it."""
+    """The arrays of a checkpoint's model, under their names in the model."""
     model = "model/"
     return {name.removeprefix(model): array for name, array in stored.items() if name.startswith(model)}
 
 
 def _layers(config: Config, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Each array in memory, its names by layer, and the shape of a layer."""
+    """The name of each array in memory, its names by layer, and the shape of a layer."""
     for name, path in parameter_paths(config, leaves).items():
         shape = leaves[name].shape
         yield name, path.by_layer, shape[1:] if path.layers else shape
 
 
 def exact_sources(config: Config, leaves: Mapping[str, Any], stored: StoredArrays, found: str) -> Sources:
-    """Where a checkpoint of this very model holds its arrays.
-
-    Args:
-        config: of the run.
-        leaves: the arrays in memory, or their shapes.
-        stored: the arrays of the checkpoint.
-        found: what messages call the checkpoint.
+    """The sources of `leaves` (arrays or shapes) in a checkpoint of the same model, which messages call `found`.
 
     Raises:
-        UserError: naming the first array that is missing, has another shape or is one too many.
+        UserError: naming the first array that is missing, has another shape or is unknown to the model.
     """
     sources: Sources = {}
+    misfit = f"{found} does not fit the config"
     for name, layers, shape in _layers(config, leaves):
         for layer in layers:
-            if layer not in stored:
-                raise UserError(f"{found} does not fit the config: it has no {layer}")
-            if stored[layer].shape != shape:
-                raise UserError(
-                    f"{found} does not fit the config: {layer} is {stored[layer].shape} there and {shape} here"
-                )
+            require(layer in stored, f"{misfit}: it has no {layer}")
+            there = stored[layer].shape
+            require(there == shape, f"{misfit}: {layer} is {there} there and {shape} here")
         sources[name] = [stored[layer] for layer in layers]
-    surplus = min(stored.keys() - names_by_layer(config, leaves), default=None)
-    if surplus is not None:
-        raise UserError(f"{found} does not fit the config: it has {surplus} besides")
+    for surplus in sorted(stored.keys() - names_by_layer(config, leaves)):
+        raise UserError(f"{misfit}: the model has no {surplus}")
     return sources
 
 
 def matching_sources(
     config: Config, leaves: Mapping[str, Any], stored: StoredArrays, saved: Config, found: str
 ) -> Sources:
-    """Where the checkpoint of another model holds parameters of the same names; logs what is taken, left and made new.
+    """The sources of those `leaves` that another model's checkpoint, with the config `saved`, has under the same names.
 
-    Args:
-        config: of the run.
-        leaves: the model's parameters in memory, or their shapes.
-        stored: the parameters of the checkpoint.
-        saved: the checkpoint's config.
-        found: what messages call the checkpoint.
+    Logs which parameters it takes from the checkpoint, which it leaves there, and which stay new.
 
     Raises:
-        UserError: naming the first parameter that has another shape, or if there is none of the same name.
+        UserError: naming the first parameter that has another shape, or if no name is the same.
     """
     sources: Sources = {}
     taken: list[str] = []
@@ -148,7 +125,7 @@ def matching_sources(
 
 
 def _other_sizes(saved: Config, config: Config) -> list[str]:
-    """The numbers, as `section.key=value`, that describe another model's arrays and are others in `config`."""
+    """The sizes of a saved model that differ in `config`, as `section.key=value`."""
     was, now = saved.to_dict(), config.to_dict()
     return [
         f"{section}.{key}={value}"

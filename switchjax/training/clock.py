@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and how fast its devices compute."""
+"""Measures where the time of a run goes and how fast its devices compute."""
 
 import time
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import jax
 from switchjax.accounting.utilization import StepCost
 
 _STEPS = ("data_wait", "step", "logging")
-"""Waiting for a batch; handing it to the devices and waiting for them; writing metrics."""
+"""Parts of training: waiting for a batch, computing, writing metrics."""
 _BETWEEN = ("evaluation", "checkpoint")
-"""What interrupts training; speed is measured without."""
+"""Parts that interrupt training; the speed leaves them out."""
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Counts the time within as that of `part`: data_wait, step, logging, evaluation or checkpoint."""
+        """Adds the time of its block to `part`: data_wait, step, logging, evaluation or checkpoint."""
         started = time.perf_counter()
         try:
             yield
@@ -44,9 +44,9 @@ class Clock:
         """Metrics of the time since the last lap; starts the next lap.
 
         Returns:
-            `tokens_per_second` of the time that was not spent on evaluation or checkpoints; likewise
-            `model_flops_per_second` and, where the devices' peak is known, `mfu` (model FLOPs utilisation);
-            `PART_fraction` of all the time that has passed, for each part that `measure` knows.
+            `tokens_per_second`, `model_flops_per_second` and, if the devices' peak is known, `mfu` (model FLOPs
+            utilisation), without the time of evaluation and checkpoints; and for each part of `measure`,
+            `PART_fraction` of all the time.
         """
         passed = time.perf_counter() - self._started
         training = passed - sum(self._seconds[part] for part in _BETWEEN)
@@ -61,7 +61,7 @@ class Clock:
 
 
 def device_memory() -> dict[str, float]:
-    """`device_peak_bytes`, the most memory that a device of this process has held; empty where devices do not count."""
+    """`device_peak_bytes`, the most memory that a device of this process has used; empty if devices do not tell."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [float(found["peak_bytes_in_use"]) for found in stats if "peak_bytes_in_use" in found]
     return {"device_peak_bytes": max(peaks)} if peaks else {}

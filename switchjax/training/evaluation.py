@@ -28,15 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Measures a model on `config.evaluate.split` of the corpora of a run.
+    """Measures a model on `config.evaluate.split` of the run's corpora; warns about corpora without that split.
 
-    Args:
-        config: of the run.
-        data: of the run; a corpus that has nothing in that split is left out with a warning.
-        mesh: of the run.
-
-    Raises:
-        UserError: if no corpus has anything in that split.
+    The constructor raises a `UserError` if no corpus has that split.
     """
 
     def __init__(self, config: Config, data: Data, mesh: Mesh) -> None:
@@ -51,16 +45,12 @@ class Evaluator:
             raise UserError(f"no corpus has anything in its {split} split")
 
     def __call__(self, model: Model, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Metrics of `model`.
-
-        Args:
-            model: laid over the mesh.
-            check: called before each batch; may raise to drop the rest.
+        """The metrics of `model`; calls `check` before each batch, which may raise to stop the evaluation.
 
         Returns:
-            `neg_log_perplexity` (mean log-likelihood of a target token, nats) over all corpora together and
-            `neg_log_perplexity/CORPUS` of each; `accuracy`, the share of targets that are the most probable;
-            `target_tokens`; for MoE models `fraction_tokens_dropped` at the evaluation's capacity.
+            `neg_log_perplexity` (mean log-likelihood of a target token, in nats) over all corpora together and
+            `neg_log_perplexity/CORPUS` for each; `accuracy`, the fraction of targets that get the highest probability;
+            `target_tokens`; for MoE models, `fraction_tokens_dropped` at the capacity of evaluation.
         """
         totals = {}
         for corpus in self._corpora:
@@ -78,10 +68,9 @@ class Evaluator:
 
 
 def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, dict[str, float]]:
-    """The step and the metrics of a workdir's checkpoint, the latest for -1, with the vocabulary of its run.
+    """The step and the metrics of a workdir's checkpoint (-1: the latest), with the vocabulary of its run.
 
-    Raises:
-        UserError: if there is no such checkpoint, or it cannot be read.
+    Raises a `UserError` if there is no such checkpoint or it cannot be read.
     """
     check_fit(config, mesh)
     vocabulary = "" if config.model.family == "vision" else str(vocabulary_path(workdir))
@@ -89,21 +78,21 @@ def evaluate_workdir(config: Config, workdir: Path, mesh: Mesh, step: int = -1) 
     with jax.set_mesh(mesh), closing(Checkpoints(workdir)) as checkpoints:
         step, (model, fingerprint) = checkpoints.load_model_and_fingerprint(plan_state(config, mesh), step)
         if fingerprint != data.fingerprint:
-            _log.warning("the corpora here are not those that %s was trained on", workdir)
+            _log.warning("the corpora here differ from those on which %s was trained", workdir)
         return step, Evaluator(config, data, mesh)(model)
 
 
 def load_model(config: Config, workdir: Path, mesh: Mesh, step: int = -1) -> tuple[int, Model]:
-    """The step and the model of a workdir's checkpoint, the latest for -1, laid over `mesh`.
+    """The step and the model of a workdir's checkpoint (-1: the latest), laid over `mesh`.
 
-    Raises:
-        UserError: if there is no such checkpoint, or it does not fit the config.
+    Raises a `UserError` if there is no such checkpoint or it does not fit the config.
     """
     with closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.load_model(plan_state(config, mesh), step)
 
 
 def _sums(config: Config, model: Model, batch: Batch) -> Metrics:
+    """Sums over a batch, from which `_results` computes the metrics."""
     sums = sum_over_targets(config, model, batch, None)
     routed = [report.metrics for report in sums.reports.values() if report.metrics is not None]
     return {

@@ -1,4 +1,4 @@
-"""The tables of hash layers that follow from data: by token counts, or by the embeddings of another run."""
+"""Fills the tables of hash layers from token counts or from the embeddings of another run."""
 
 from collections.abc import Callable, Collection, Iterable
 from functools import cache, partial
@@ -21,24 +21,18 @@ from switchjax.moe.routers.hash import balanced_table, clustered_table
 from switchjax.parallel.sharding import named_leaves, with_leaves
 
 _COUNTED_TOKENS = 1_000_000
-"""Enough for the frequent tokens, on which balance depends."""
+"""Number of tokens that gives reliable counts of the frequent ids, on which balance depends."""
 
 
 def with_hash_tables(model: Model, config: Config, data: Data, taken: Collection[str] = ()) -> Model:
-    """A new run's model with the table that `hash_table` asks for in every hash layer, for its number of experts.
+    """A new run's model in which every hash layer has the table that `moe.options.hash_table` asks for.
 
-    balanced: by the counts of the ids that routers see in training. clustered: by the vectors of the model's embedding,
-    which are those of `init_from`. Layers taken from a run with the same kind of table keep the table that their
-    experts were trained with.
-
-    Args:
-        model: the fresh model.
-        config: of the run.
-        data: of the run.
-        taken: names by layer of the parameters that come from `init_from`.
+    A balanced table follows from the counts of the ids that routers see in training, a clustered one from the vectors
+    of the embedding, which come from `init_from`. Layers in `taken`, the names by layer of parameters from `init_from`,
+    keep a table of the same kind, with which their experts were trained.
 
     Raises:
-        UserError: if `moe.options.hash_table` is clustered and there is no run to take vectors from.
+        UserError: if `hash_table` is clustered and `init_from` names no run.
     """
     moe, source = config.moe, config.init_from.workdir
     if moe.router != "hash" or not config.model.routes_groups:
@@ -64,35 +58,27 @@ def with_hash_tables(model: Model, config: Config, data: Data, taken: Collection
         vectors = process_allgather(leaves["embedding/vectors"], tiled=True)
         make_table = partial(clustered_table, vectors, seed=config.train.seed)
     table_for = cache(make_table)
-    filled = {name: _fill(leaves[name], table_for(path.num_experts), fresh[name]) for name, path in paths.items()}
-    return with_leaves(model, leaves | filled)
+    for name, path in paths.items():
+        leaf = leaves[name]  # [N, V]: N layers
+        fill = jax.jit(partial(_fill, fresh[name]), out_shardings=leaf.sharding)
+        leaves[name] = fill(leaf, table_for(path.num_experts))
+    return with_leaves(model, leaves)
 
 
-def _fill(
-    leaf: Float[Array, "N V"], table: Int[Array, "V"] | Int[np.ndarray, "V"], fresh: Bool[np.ndarray, "N"]
-) -> Float[Array, "N V"]:
-    """The table in each of N layers that is fresh, laid over the mesh as `leaf` is."""
-    fill = jax.jit(
-        lambda leaf, table: jnp.where(fresh[:, None], table.astype(leaf.dtype)[None], leaf), out_shardings=leaf.sharding
-    )
-    return fill(leaf, table)
+def _fill(fresh: Bool[np.ndarray, "N"], leaf: Float[Array, "N V"], table: Int[Array, "V"]) -> Float[Array, "N V"]:
+    """`leaf` with the table in those of its N layers that are `fresh`."""
+    return jnp.where(fresh[:, None], table.astype(leaf.dtype)[None], leaf)
 
 
 def count_tokens(
     batches: Iterable[HostBatch], vocab_size: int, at_least: int = _COUNTED_TOKENS
 ) -> Int[np.ndarray, "V"]:
-    """How often each id comes before the routers of either stack, sentinels and all, in the first batches.
-
-    Args:
-        batches: of training.
-        vocab_size: V.
-        at_least: tokens after which no further batch is counted.
-    """
+    """The number of times that routers of either stack meet each id, in the first batches with `at_least` tokens."""
     counts = np.zeros(vocab_size, np.int64)
     for batch in batches:
-        stacks = (("encoder_tokens", "encoder"), ("decoder_inputs", "decoder"))
-        for tokens, stack in [pair for pair in stacks if pair[0] in batch]:
-            counts += np.bincount(batch[tokens][batch[f"{stack}_segments"] > 0], minlength=vocab_size)
+        for tokens, segments in (("encoder_tokens", "encoder_segments"), ("decoder_inputs", "decoder_segments")):
+            if tokens in batch:
+                counts += np.bincount(batch[tokens][batch[segments] > 0], minlength=vocab_size)
         if counts.sum() >= at_least:
             break
     return counts

@@ -1,7 +1,7 @@
-"""The objective: what training minimises. Evaluation and the parity tests with transformers ask the same functions.
+"""The objective that training minimises; evaluation and the parity tests with transformers use the same functions.
 
-Everything is a sum over tokens, divided once by the counts of the whole batch; so micro-batches, meshes and padding
-change nothing.
+Each term is a sum over tokens divided by a count over the whole batch, so micro-batches, meshes and padding change
+nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -22,26 +22,26 @@ from switchjax.parallel.sharding import unshard
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
-    """What the model makes of a batch, as sums over its targets."""
+    """Sums over the targets of a batch or a micro-batch."""
 
     nll: Float[Array, ""]
-    """Negative log-likelihood, nats."""
+    """Negative log-likelihood, in nats."""
     z_loss: Float[Array, ""]
-    """`log(Z)^2`, Z the sum of a target's exponentiated logits."""
+    """`log(Z)^2`, where Z is the sum of `exp(logits)` of a target."""
     correct: Int[Array, ""]
-    """Targets that are the most probable."""
+    """Targets to which the model gives the highest probability."""
     reports: Reports
-    """Of the layers with experts; losses that depend on rewards are among their losses."""
+    """Reports of the layers with experts, which include the losses that depend on rewards."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
-    """What sums are divided by: the tokens of the whole batch."""
+    """Numbers of tokens in the whole batch, by which sums are divided."""
 
     targets: Int[Array, ""]
     tokens: dict[str, Int[Array, ""]]
-    """Of each stack, by which its losses of routing are divided."""
+    """Real tokens of each stack; its routing losses are divided by them."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,31 +50,31 @@ class Objective:
     """The terms of the objective."""
 
     loss: Float[Array, ""]
-    """Mean negative log-likelihood of a target, nats."""
+    """Mean negative log-likelihood of a target, in nats."""
     z_loss: Float[Array, ""]
     """Mean `log(Z)^2`, before its weight."""
     routing: dict[str, Float[Array, ""]]
-    """Each loss of routing, a mean over a layer's tokens and over layers, before its weight."""
+    """Each routing loss, a mean over tokens and layers, before its weight."""
     total: Float[Array, ""]
-    """What is minimised: all terms, weighted."""
+    """The weighted sum of all terms, which training minimises."""
 
 
 def objective(config: Config, sums: Sums, counts: Counts) -> Objective:
-    """`loss + w_z z_loss + sum_i w_i routing_i`; of a micro-batch, its contribution to that of the whole batch.
+    """`loss + w_z z_loss + sum_i w_i routing_i`; for a micro-batch, its contribution to the whole batch's objective.
 
     Args:
-        config: has the weights: `train.z_loss_weight`, the router's own and `moe.loss_weights`.
-        sums: of the batch or a micro-batch.
-        counts: of the whole batch.
+        config: holds the weights: `train.z_loss_weight`, the router's defaults and `moe.loss_weights`.
+        sums: sums over the batch or a micro-batch.
+        counts: counts of the whole batch.
     """
     targets = jnp.maximum(counts.targets.astype(jnp.float32), 1)
     loss, z_loss = sums.nll / targets, sums.z_loss / targets
-    with_losses = {name: report for name, report in sums.reports.items() if report.losses}
-    num_layers = sum(len(report.layers) for report in with_losses.values())
-    weights = loss_weights(config.moe) if with_losses else {}
+    reports = {name: report for name, report in sums.reports.items() if report.losses}
+    num_layers = sum(len(report.layers) for report in reports.values())
+    weights = loss_weights(config.moe) if reports else {}
     routing: dict[str, Float[Array, ""]] = {}
     auxiliary = jnp.zeros(())
-    for name, report in with_losses.items():
+    for name, report in reports.items():
         tokens = jnp.maximum(counts.tokens[stack_of(name)], 1).astype(jnp.float32)
         for kind, values in report.losses.items():
             routing[kind] = routing.get(kind, jnp.zeros(())) + jnp.sum(values) / tokens / num_layers
@@ -91,14 +91,8 @@ def count_batch(model: Model, batch: Batch) -> Counts:
 
 
 def sum_over_targets(config: Config, model: Model, batch: Batch, key: PRNGKeyArray | None) -> Sums:
-    """Applies the model to a batch, with its kernels in the compute dtype and its sharded parameters whole.
-
-    Args:
-        config: of the run.
-        model: as it is kept.
-        batch: a batch or a micro-batch.
-        key: for dropout and routing noise; None in evaluation.
-    """
+    """Applies the model to a batch or a micro-batch; `key` seeds dropout and routing noise, None in evaluation."""
+    # Kernels are cast before the all-gather, which then moves the bytes of the compute dtype.
     logits, reports = unshard(cast_kernels(model, config.model.dtype))(batch, key)
     targets, segments = model.targets(batch)
     mask = segments > 0
@@ -114,7 +108,7 @@ def sum_over_targets(config: Config, model: Model, batch: Batch, key: PRNGKeyArr
 def target_log_probs(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """The log-probability of each target (nats), and log(Z), in float32."""
+    """The log-probability of each target, in nats, and log(Z), both in float32."""
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z, log_z
@@ -127,22 +121,24 @@ def with_reward_losses(
     target_segments: Int[Array, "B T"],
     segments: dict[str, Int[Array, "B _"]],
 ) -> Reports:
-    """Reports in which losses that depend on rewards (`Router.reward_losses`) take the place of token values.
+    """Reports with the losses that depend on rewards (`Router.reward_losses`) in place of their token values.
+
+    The reward of a decoder's token is the log-probability of its own target. The reward of an encoder's token is the
+    mean log-probability of the targets of its packed sequence.
 
     Args:
         config: names the router.
-        reports: of all layers with experts.
-        log_probs: of the targets. A decoder's token is rewarded by that of its own target, an encoder's by the mean
-            over the targets of its packed sequence.
-        target_segments: the segments of the targets.
-        segments: of each stack's tokens.
+        reports: reports of all layers with experts.
+        log_probs: log-probabilities of the targets.
+        target_segments: segments of the targets.
+        segments: stack -> segments of its tokens.
     """
 
     def rewarded(stack: str, report: RoutingReport) -> RoutingReport:
         if not report.token_values:
             return report
         reward_losses = router_of(config.moe).reward_losses
-        assert reward_losses is not None, "only a router with reward_losses has token values"
+        assert reward_losses is not None, "only a router with reward_losses returns token values"
         reward = log_probs
         if stack != "decoder":
             reward = rewards_of_segments(log_probs, target_segments, segments[stack])

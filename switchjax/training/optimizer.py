@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, all optax's; what is not trained stays as it is."""
+"""Optimisers and learning-rate schedules, built from optax."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ _TRAINED, _STATE = "gradient", "state"
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate.
+    """A function from the step to the learning rate.
 
-    rsqrt: `learning_rate / sqrt(max(step, warmup_steps))` (T5); cosine: linear warm-up, then half a cosine down to 0 at
-    the last step; linear: linear warm-up, then down to 0 along a line; constant: linear warm-up, then constant.
+    rsqrt is T5's `learning_rate / sqrt(max(step, warmup_steps))`. The others start with a linear warm-up: cosine then
+    falls along half a cosine to 0 at the last step, linear falls along a line to 0, constant stays.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
@@ -27,20 +27,20 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
     else:
         decay = optax.constant_schedule(peak)
-    # Step 0 takes the first of the warm-up's equal increments: at a rate of 0 it would change nothing.
+    # Step 0 has the first of the warm-up's equal increments; with a rate of 0 it would change nothing.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     schedule = optax.join_schedules([rise, decay], [warmup])
     return lambda step: schedule(step.astype(jnp.float32))
 
 
 def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransformation:
-    """Adafactor with T5's settings or AdamW for `named_leaves(model)`, after clipping by global norm if that is on.
+    """Adafactor with T5's settings or AdamW for `named_leaves(model)`, after clipping by global norm if set.
 
-    What is not trained stays as it is, and neither weight decay nor clipping knows of it.
+    Parameters that are not trained stay as they are; weight decay and clipping leave them out.
 
     Args:
-        config: optimiser, schedule and length of the run.
-        model: the parameters, arrays or their shapes.
+        config: has the optimiser, its schedule and the number of steps.
+        model: parameters, as arrays or shapes.
     """
     settings = config.optimizer
     schedule = make_schedule(settings, config.train.steps)
@@ -62,7 +62,7 @@ def make_optimizer(config: Config, model: nnx.Module) -> optax.GradientTransform
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer` under standard type promotion: optax divides by integers, which strict promotion forbids."""
+    """`optimizer` under standard type promotion, since optax divides by integers, which strict promotion forbids."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -74,15 +74,14 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
 
 
 def _for_each_layer(optimizer: optax.GradientTransformation, model: nnx.Module) -> optax.GradientTransformation:
-    """`optimizer` applied to every layer of stacked parameters by itself.
+    """`optimizer` applied to each layer of stacked parameters separately.
 
-    Adafactor scales an update by the parameter's root mean square and clips it by its own. Layers share an array only
-    for `lax.scan`, so each layer needs its own.
+    Adafactor scales and clips an update by root mean squares over a whole parameter. Layers share an array only for
+    `lax.scan`, so each layer needs its own.
     """
-
     axes = jax.tree.map(lambda variable: variable.get_metadata("axes")[:1] == ("layer",), model, is_leaf=is_variable)
     stacked = {name for name, first_is_layer in named_leaves(axes).items() if first_is_layer}
-    # What is not trained has no state, so there is nothing to map over.
+    # Parameters that are not trained have no optimiser state to map over.
     trained = is_trained(model)
     labels = {
         name: leaf.shape[0] if name in stacked and trained[name] else 0 for name, leaf in named_leaves(model).items()

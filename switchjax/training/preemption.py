@@ -1,4 +1,4 @@
-"""What a run does on SIGTERM, which announces that its machine is taken away: it saves and stops."""
+"""Handles SIGTERM, which announces that the machine will be taken away: the run saves and stops."""
 
 import os
 import signal
@@ -10,29 +10,29 @@ from typing import NoReturn
 
 
 class Preempted(Exception):
-    """SIGTERM has arrived; raised where work can be dropped half-way."""
+    """SIGTERM has arrived; raised in work that may stop half-way."""
 
 
 class Preemption:
-    """Handles SIGTERM in a single process.
+    """The response to SIGTERM.
 
-    While there is nothing to save, SIGTERM ends the process at once: the start can be repeated, and a compilation may
-    take longer than the time that is left. Within `deferred` it only sets `requested`, and the loop saves and stops.
+    While there is nothing to save, SIGTERM ends a single process at once with `exit_code`: a start can be repeated, and
+    a compilation may take longer than the remaining time. Within `deferred`, SIGTERM only sets `requested`; the loop
+    then finishes its step, saves and stops.
 
-    Args:
-        exit_code: of a process that is ended at once.
+    With `shared`, several processes must stop after the same step. JAX installs its own handler when they join, which
+    never ends a process, and its service chooses the step.
     """
 
-    def __init__(self, exit_code: int = 0) -> None:
-        self._exit_code = exit_code
+    def __init__(self, exit_code: int = 0, shared: bool = False) -> None:
+        self._exit_code, self._shared = exit_code, shared
         self.requested = False
-        """Whether SIGTERM has arrived; the step under way is finished first."""
         self._deferred = False
         self._lock = threading.Lock()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it there is something to save, so SIGTERM does not end the process."""
+        """Marks a block in which there is something to save, so that SIGTERM does not end the process."""
         with self._lock:
             self._deferred = True
         try:
@@ -41,8 +41,11 @@ class Preemption:
             self._deferred = False
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step` steps; the loop asks before each step."""
-        del step
+        """True if the run must stop after `step` steps; the loop asks before each step."""
+        if self._shared:
+            from jax.experimental import multihost_utils  # not above, because --help runs without JAX
+
+            self.requested = multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
     def check(self) -> None:
@@ -51,52 +54,42 @@ class Preemption:
             raise Preempted
 
     def receive(self) -> None:
-        """Called when SIGTERM arrives: sets `requested`, or ends the process if nothing can be saved."""
+        """Sets `requested` when SIGTERM arrives, or ends the process if there is nothing to save."""
         with self._lock:
             self.requested = True
             if not self._deferred:
                 exit_at_once(self._exit_code)
 
 
-class SharedPreemption(Preemption):
-    """Handles SIGTERM in several processes: JAX's service picks one step after which all of them stop.
-
-    JAX installs its own handler when the processes join. That handler never ends a process.
-    """
-
-    def reached(self, step: int) -> bool:
-        from jax.experimental import multihost_utils  # not above: scripts say --help without JAX
-
-        self.requested = multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
-
-
 def exit_at_once(code: int) -> NoReturn:
-    """Ends the process, which has nothing to save."""
-    with suppress(OSError):  # of a full disk
+    """Ends a process that has nothing to save."""
+    with suppress(OSError):  # stdout may be on a full disk
         print("stopped: there was nothing to save; the same command resumes", flush=True)
     os._exit(code)
 
 
 @contextmanager
 def preemption(exit_code: int = 0) -> Iterator[Preemption]:
-    """Handles SIGTERM; only in the main thread.
-
-    Args:
-        exit_code: as `Preemption` takes it.
-    """
-    from switchjax.parallel.processes import process_count  # as above
+    """Installs the handler for SIGTERM, in the main thread; `exit_code` is that of `Preemption`."""
+    from switchjax.parallel.processes import process_count  # not above, for the same reason
 
     if process_count() > 1:
-        yield SharedPreemption()
+        yield Preemption(shared=True)
         return
     state = Preemption(exit_code)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # Python runs handlers between its own instructions, and so after a compilation; the byte is written at once.
+    # Python calls a handler only between its own instructions, so after a compilation. It writes a byte to the wakeup
+    # file descriptor at once, and the thread below reads it.
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)
     previous_file = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, state), name="sigterm", daemon=True)
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] == signal.SIGTERM:
+                state.receive()
+
+    watcher = threading.Thread(target=watch, name="sigterm", daemon=True)
     watcher.start()
     try:
         yield state
@@ -106,9 +99,3 @@ def preemption(exit_code: int = 0) -> Iterator[Preemption]:
         writer.close()
         watcher.join()
         reader.close()
-
-
-def _watch(reader: socket.socket, state: Preemption) -> None:
-    while number := reader.recv(1):
-        if number[0] == signal.SIGTERM:
-            state.receive()

@@ -52,20 +52,14 @@ CompiledStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def train(config: Config, workdir: Path, interrupted_exit_code: int = 0) -> dict[str, Any]:
     """Trains until `config.train.steps`, from the last checkpoint of `workdir` if it has one.
 
-    SIGTERM, to any of several processes, saves a checkpoint and returns early; while there is nothing to save, it ends
-    the process.
-
-    Args:
-        config: of the run.
-        workdir: of the run.
-        interrupted_exit_code: of the process, where SIGTERM ends it.
+    On SIGTERM to any process, the run saves a checkpoint and returns early; while there is nothing to save, SIGTERM
+    ends the process with `interrupted_exit_code`.
 
     Returns:
-        What `summary.json` holds when the run is complete; or else, and in all processes but the first, the step that
-        it has reached.
+        The content of `summary.json` if the run is complete and this is process 0; otherwise the step reached.
 
     Raises:
-        UserError: if the config does not fit the devices, the data or what `workdir` holds, if `workdir` cannot be
+        UserError: if the config does not fit the devices, the data or the run in `workdir`, if `workdir` cannot be
             written (a full disk) or another process trains in it, or (`NonFiniteError`) the loss is no longer finite.
     """
     with started_run(config, workdir, interrupted_exit_code) as run:
@@ -74,37 +68,34 @@ def train(config: Config, workdir: Path, interrupted_exit_code: int = 0) -> dict
 
 @contextmanager
 def started_run(config: Config, workdir: Path, interrupted_exit_code: int = 0) -> Iterator["TrainingRun"]:
-    """A run that is ready for its next step, closed in the end. Arguments and errors are those of `train`."""
-    with (
-        ExitStack() as held,
-        closing_together(TrainingRun(config, workdir, held, interrupted_exit_code)) as run,
-    ):
+    """A run that is ready for its next step, closed at the end; arguments and errors as in `train`."""
+    with ExitStack() as held, closing_together(TrainingRun(config, workdir, held, interrupted_exit_code)) as run:
         yield run
 
 
 class TrainingRun:
-    """A run on its way. The constructor is the start, in the order in which things happen.
+    """A run in progress. The constructor starts or resumes it, in the order in which things happen.
 
     Args:
-        config: of the run.
-        workdir: of the run.
-        held: takes what the run holds until it is over: the workdir's lock, SIGTERM, the mesh in context.
+        config: config of the run.
+        workdir: workdir of the run.
+        held: receives what the run holds until its end: the workdir's lock, the SIGTERM handler, the mesh in context.
         interrupted_exit_code: as in `train`.
     """
 
     def __init__(self, config: Config, workdir: Path, held: ExitStack, interrupted_exit_code: int = 0) -> None:
-        # 1. The mesh and the model's shapes: what cannot work is refused before anything is written.
+        # 1. The mesh and the model's shapes. A config that cannot work is refused before anything is written.
         mesh = make_mesh(config.mesh)
         check_fit(config, mesh)
         plan = plan_state(config, mesh)
-        config = plan.config  # with every option written out
+        config = plan.config  # with every option of the router filled in
 
-        # 2. The workdir, which the first process locks for all, and the data.
+        # 2. The workdir, which process 0 locks for all, and the data.
         config = open_workdir(workdir, config)
         first_then_others(lambda: process_index() or held.enter_context(exclusive_run(workdir)))
         self._stop = held.enter_context(preemption(interrupted_exit_code))
         data = prepare_data(config.data)
-        # The corpora that were found are recorded: one that is missing today may be there when the run is resumed.
+        # The config records only the corpora found now: a missing one may appear before the run is resumed.
         config = with_corpora(config, data.corpora)
         plan = dataclasses.replace(plan, config=config)
         _check_data(config, data)
@@ -112,7 +103,7 @@ class TrainingRun:
         self._clock = Clock(step_cost(config, mesh))
         self._batches = data.train_batches(process_rows(mesh, config.data.batch_size))
 
-        # 3. The state: from the newest checkpoint, or else with the weights of init_from, or else fresh.
+        # 3. The state: from the newest checkpoint, or with the weights of init_from, or fresh.
         self._checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         restored = self._checkpoints.restore_latest(plan, data.fingerprint)
         self._skipped = SkippedSteps()
@@ -125,12 +116,12 @@ class TrainingRun:
             _log.info("resuming %s from step %d", workdir, int(self.state.step))
         self.step = int(self.state.step)
 
-        # 4. The program. Nothing speaks against the run any more, so it is recorded.
+        # 4. The program. All checks have passed, so the run is recorded.
         self._compiled: CompiledStep | None = None
         if self.step < config.train.steps:
             record_run(workdir, config, data.vocabulary)
             self._compiled = _compile(config, plan, mesh)
-            all_values("compiled")  # the first to enter a step would give up waiting for the others after a while
+            all_values("compiled")  # a process that enters a step alone gives up waiting after a while
 
         self.config, self.workdir, self._data, self._mesh = config, workdir, data, mesh
         self._writer = MetricsWriter(workdir, self.step)
@@ -138,25 +129,24 @@ class TrainingRun:
         self._watchdog = Watchdog(config.train.step_timeout)
         self._trace = Trace(workdir, config.train)
         self._evaluated = _last_evaluation(workdir)
-        # Metrics of steps that the devices may still be working on.
-        self._pending: deque[tuple[int, Metrics]] = deque()
+        self._pending: deque[tuple[int, Metrics]] = deque()  # metrics that the devices may still be computing
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are taken and the last is evaluated."""
+        """True if all steps are taken and the last is evaluated."""
         return self.step >= self.config.train.steps and self._evaluated == self.step
 
     def train(self) -> dict[str, Any]:
-        """Takes the steps that are left, evaluates and saves on the way, and returns what `train` does."""
+        """Takes the remaining steps, evaluates and saves on the way, and returns what `train` returns."""
         if self.complete:
             return self._finish()
         every, last = self.config.train.checkpoint_every, self.config.train.steps
-        # On real devices the next step is dispatched before the metrics of the last one are waited for.
+        # Real devices get the next step before the host waits for the metrics of the last one.
         in_flight = 0 if jax.default_backend() == "cpu" else 1
         evaluator = Evaluator(self.config, self._data, self._mesh)
         self._clock.lap()
         with self._stop.deferred():
-            self._evaluate_if_due(evaluator)  # what SIGTERM had cut short
+            self._evaluate_if_due(evaluator)  # SIGTERM may have interrupted the last evaluation
             while self.step < last and not self._stop.reached(self.step):
                 with self._trace.step(self.step + 1):
                     self.advance()
@@ -184,7 +174,7 @@ class TrainingRun:
         self._pending.append((self.step, metrics))
 
     def settle(self, keep: int = 0) -> None:
-        """Waits for all steps but the last `keep`, logs them, and refuses or counts what is not finite."""
+        """Waits for all steps but the last `keep`, logs them, and stops at or counts those that are not finite."""
         train = self.config.train
         while len(self._pending) > keep:
             step, metrics = self._pending.popleft()
@@ -206,10 +196,7 @@ class TrainingRun:
             self._progress.update(step, shown)
 
     def _evaluate_if_due(self, evaluator: Evaluator) -> None:
-        """Evaluates the present parameters after the steps for which `config.evaluate` asks for it.
-
-        SIGTERM cuts it short: then it is done when the run is resumed.
-        """
+        """Evaluates if `config.evaluate` asks for it at this step; after SIGTERM, the resumed run does it instead."""
         every, last = self.config.evaluate.every, self.config.train.steps
         due = self.step >= last or (every and self.step and self.step % every == 0)
         if not due or self._evaluated == self.step:
@@ -226,8 +213,8 @@ class TrainingRun:
             self._progress.say(f"step {self.step}: held-out neg_log_perplexity {results['neg_log_perplexity']:.4f}")
 
     def _save(self) -> None:
-        """Settles, so that nothing that is not finite is ever saved, and starts writing a checkpoint."""
-        self.settle()
+        """Starts writing a checkpoint."""
+        self.settle()  # first, so that no state that is not finite is saved
         self._watchdog.mark(None)
         with self._clock.measure("checkpoint"):
             data = {
@@ -238,8 +225,7 @@ class TrainingRun:
             self._checkpoints.save(self.state, data, self.config)
 
     def _finish(self) -> dict[str, Any]:
-        """Writes and returns `summary.json`; a value is null where no record tells it, as after fewer steps than
-        `train.log_every`."""
+        """Writes and returns the summary; a value without a record, for example after few steps, is None."""
         self._checkpoints.wait()
         if process_index():
             return {"steps": self.step}
@@ -258,14 +244,14 @@ class TrainingRun:
         return summary
 
     def close(self) -> None:
-        """Waits for the checkpoint that is being written and closes the files."""
+        """Waits for the checkpoint in progress and closes the files."""
         self._watchdog.close()
         with closing(self._progress), closing(self._writer), closing(self._trace):
             self._checkpoints.close()
 
 
 def _check_data(config: Config, data: Data) -> None:
-    """Refuses data of more ids or classes, or of other images, than the model has been built for."""
+    """Raises a `UserError` if the data has more ids or classes than the model, or images of another shape."""
     model = config.model
     if data.vocabulary is not None and data.vocabulary.size > model.vocab_size:
         raise UserError(
@@ -281,6 +267,7 @@ def _check_data(config: Config, data: Data) -> None:
 
 
 def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
+    """A fresh state with the weights of `init_from` and the tables of hash layers."""
     state = plan.create()
     model, taken = state.model, set[str]()
     if config.init_from.workdir:
@@ -294,7 +281,7 @@ def _initial_state(config: Config, plan: StatePlan, data: Data) -> TrainState:
 
 
 def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> CompiledStep:
-    """The train step, compiled ahead of its first batch; says how long that took and what memory a device needs."""
+    """The compiled train step; logs the time that compiling took and the memory that a device needs."""
     started = time.perf_counter()
     compiled = lower_train_step(config, plan, mesh).compile()
     _log.info("compiled the train step in %.1f s", time.perf_counter() - started)
@@ -306,6 +293,6 @@ def _compile(config: Config, plan: StatePlan, mesh: Mesh) -> CompiledStep:
 
 
 def _last_evaluation(workdir: Path) -> int:
-    """The step of the last evaluation that is recorded; process 0, which has the records, tells all."""
+    """The step of the last recorded evaluation, which process 0 reads and tells the others."""
     records = read_metrics(workdir, "evaluate") if process_index() == 0 else []
     return int(all_values(str(max((record["step"] for record in records), default=0)))[0])

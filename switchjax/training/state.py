@@ -1,4 +1,4 @@
-"""What a run carries from step to step, created on its mesh."""
+"""The train state: its shapes, its layout over a mesh, and its creation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,19 @@ from switchjax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Steps taken, parameters and the optimiser's state; random keys follow from the seed and `step`.
+    """Number of steps taken, parameters and optimiser state; random keys follow from the seed and `step`.
 
-    A `StatePlan` has the same tree with shapes or shardings in place of the arrays, so the types are wide.
+    `StatePlan` has the same tree with shapes or shardings in place of the arrays, hence `Any`.
     """
 
-    step: Any
-    """`Int[Array, ""]`."""
+    step: Any  # Int[Array, ""]
     model: Model
     opt_state: Any
 
 
 @dataclass(frozen=True)
 class StatePlan:
-    """Shapes and shardings of a state that need not exist yet, and the optimiser that it belongs to."""
+    """Shapes and shardings of a state that need not exist yet, and its optimiser."""
 
     config: Config
     optimizer: optax.GradientTransformation
@@ -39,16 +38,17 @@ class StatePlan:
     shardings: TrainState
 
     def create(self) -> TrainState:
-        """A fresh state, each device making its own shards: no parameter is ever whole on one device."""
-        return jax.jit(lambda: self._initialize(), out_shardings=self.shardings)()
+        """A fresh state. Each device makes its own shards, so no device ever holds a whole parameter."""
 
-    def _initialize(self) -> TrainState:
-        model = build(self.config, jax.random.key(self.config.train.seed))
-        return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(named_leaves(model)))
+        def initialize() -> TrainState:
+            model = build(self.config, jax.random.key(self.config.train.seed))
+            return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(named_leaves(model)))
+
+        return jax.jit(initialize, out_shardings=self.shardings)()
 
 
 def plan_state(config: Config, mesh: Mesh) -> StatePlan:
-    """The state that `config` asks for, laid out over `mesh`; nothing is allocated."""
+    """The plan of the state that `config` describes, laid out over `mesh`; allocates nothing."""
     config = with_all_options(config)
     model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
     optimizer = make_optimizer(config, model)

@@ -30,28 +30,21 @@ _SUMMARIES = (
     "expert_load_bottom",
     "dead_experts",
 )
-"""Metrics of routing that are one number a layer."""
+"""Routing metrics with one number per layer."""
 
 
 def train_step(
     state: TrainState, batch: Batch, config: Config, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One update.
+    """Takes one optimiser step on the global batch.
 
-    Every loss is a sum over tokens divided by the token count of the whole batch, so the gradient is the same however
-    the batch is divided into micro-batches or over devices.
-
-    Args:
-        state: donated by the caller.
-        batch: the global batch.
-        config: of the run.
-        optimizer: the one whose state `state` holds.
+    Every loss is a sum over tokens divided by the token count of the whole batch, so the gradient does not depend on
+    how the batch is divided into micro-batches or over devices.
 
     Returns:
-        The next state, and metrics: scalars, `expert_load` [MoE layers, E] with the encoder's layers first, and
-        `gradient_norms` by the names of parameters. `gradient_norm` and `parameter_norm` are of those that the
-        optimiser moves. `finite` is whether loss and gradient are; where they are not, and `train.non_finite` is skip,
-        only the step of the state is another.
+        The next state, and metrics: scalars, those of `routing_metrics`, and `gradient_norms` by parameter name.
+        `gradient_norm` and `parameter_norm` cover the parameters that the optimiser moves. `finite` is True if loss
+        and gradient are finite; if they are not and `train.non_finite` is skip, only `step` of the state changes.
     """
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     counts = count_batch(state.model, batch)
@@ -70,7 +63,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, parameters)
     updated = (optax.apply_updates(parameters, updates) | next_state(state.model, reports), opt_state)
     if config.train.non_finite == "skip":
-        # Not optax's `apply_if_finite`: its counters would be part of the state, and of every checkpoint.
+        # Not optax's `apply_if_finite`, whose counters would enter the state and every checkpoint.
         updated = optax.tree.where(finite, updated, (parameters, state.opt_state))
     parameters, opt_state = updated
     metrics = {
@@ -90,9 +83,9 @@ def train_step(
 
 
 def lower_train_step(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step for `mesh`, of devices that are here or (`jax.experimental.topologies`) only described.
+    """The lowered train step for `mesh`, whose devices exist or are only described (`jax.experimental.topologies`).
 
-    Compiled, it takes a state, which it donates, and a global batch.
+    Once compiled, it takes a state, which it donates, and a global batch.
     """
     rows = NamedSharding(mesh, partition_spec("batch"))
     batch = {
@@ -112,32 +105,31 @@ def lower_train_step(config: Config, plan: StatePlan, mesh: Mesh) -> jax.stages.
 def _accumulate(
     contribution: Any, model: Model, batch: Batch, key: Array, config: Config
 ) -> tuple[Model, tuple[Objective, Reports]]:
-    """Gradient and sums over the micro-batches."""
+    """The gradient, the objective and the reports, each summed over the micro-batches."""
     gradient_of, count = jax.grad(contribution, has_aux=True), config.train.accumulation_steps
     if count == 1:
         return gradient_of(model, batch, key)
-    micro_batches = {name: _deal(rows, count, config.rows_per_group) for name, rows in batch.items()}
+
+    def deal(rows: Shaped[Array, "B ..."]) -> Shaped[Array, "count rows ..."]:
+        # Blocks of rows that share routing groups go to the micro-batches in turn. So each shard divides the rows that
+        # it has, and no row moves to another device.
+        dealt = rows.reshape(-1, count, config.rows_per_group, *rows.shape[1:]).swapaxes(0, 1)
+        return constrain(dealt.reshape(count, -1, *rows.shape[1:]), None, "batch")
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient_of(model, *inputs)), None
 
+    micro_batches = jax.tree.map(deal, batch)
     first = {name: rows[0] for name, rows in micro_batches.items()}
-    zeros = jax.tree.map(jnp.zeros_like, gradient_of(model, first, key))  # of this only the shapes are computed
+    zeros = jax.tree.map(jnp.zeros_like, gradient_of(model, first, key))  # XLA keeps only the shapes
     total, _ = jax.lax.scan(add, zeros, (micro_batches, jax.random.split(key, count)))
     return total
 
 
-def _deal(rows: Shaped[Array, "B ..."], count: int, together: int) -> Shaped[Array, "count rows ..."]:
-    """`count` micro-batches of every `count`-th `together` rows: each shard divides the rows that it has, no group."""
-    dealt = rows.reshape(-1, count, together, *rows.shape[1:]).swapaxes(0, 1)
-    return constrain(dealt.reshape(count, -1, *rows.shape[1:]), None, "batch")
-
-
 def routing_metrics(reports: Reports) -> Metrics:
-    """Metrics of routing: means over all layers with experts, and `NAME_by_layer`; empty without any.
+    """Routing metrics: the mean `NAME` over all layers with experts and `NAME_by_layer`; empty without such layers.
 
-    The layers are in order, the encoder's first. `expert_load` is [layers, E]; where layers have different numbers of
-    experts, the load of those that a layer lacks is 0.
+    Layers are in order, the encoder's first. `expert_load` is [layers, E], padded with 0 for layers with fewer experts.
     """
     layers = [summarize(metrics) for rows in metrics_by_layer(reports).values() for metrics in rows]
     if not layers:

@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class Trace:
-    """Records what host and devices do in the steps that `train.trace_first_step` and `train.trace_steps` choose.
+    """Traces host and devices in the steps that `train.trace_first_step` and `train.trace_steps` choose.
 
-    The trace lies beside the events of metrics, in `plugins/profile/step_N`, where xprof and TensorBoard's profile
-    plugin look for it. A run that is resumed within these steps traces those that are left.
+    The trace goes to `tensorboard/plugins/profile/step_N`, where xprof and TensorBoard's profile plugin find it. A run
+    that is resumed within these steps traces the remaining ones.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig) -> None:
@@ -28,14 +28,14 @@ class Trace:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step, numbered from 1: starts the trace if it is the first, and marks it as a step in it."""
+        """Marks its block as the step `number`, counted from 1; starts the trace if it is the first to trace."""
         if number not in self._steps:
             yield
             return
         if self._first is None:
             options = jax.profiler.ProfileOptions()
-            options.session_id = f"step_{number}"  # the same on all hosts, whose files belong together
-            options.python_tracer_level = 0  # every call of a Python function would slow the steps down
+            options.session_id = f"step_{number}"  # the same on all hosts, because their files belong together
+            options.python_tracer_level = 0  # tracing every call of a Python function would slow the steps down
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._first = number
         self._step = number
@@ -43,22 +43,16 @@ class Trace:
             yield
 
     def stop_after(self, number: int, results: Any) -> None:
-        """Writes the trace if step `number` is its last, once the devices have finished the step's `results`."""
+        """Writes the trace if step `number` is its last, after the devices have computed the step's `results`."""
         if self._first is not None and number >= self._steps[-1]:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Writes what has been traced so far, if anything."""
+        """Writes the trace if one has started."""
         if self._first is None:
             return
         jax.profiler.stop_trace()
-        _log.info(
-            "trace of steps %d to %d in %s/plugins/profile/step_%d: pip install xprof; xprof --logdir=%s",
-            self._first,
-            self._step,
-            self._folder,
-            self._first,
-            self._folder,
-        )
+        folder, hint = f"plugins/profile/step_{self._first}", f"pip install xprof; xprof --logdir={self._folder}"
+        _log.info("trace of steps %d to %d in %s/%s: %s", self._first, self._step, self._folder, folder, hint)
         self._first = None

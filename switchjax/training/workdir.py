@@ -1,4 +1,4 @@
-"""What a run keeps beside its checkpoints and metrics: config, vocabulary, summary."""
+"""The files of a run beside its checkpoints and metrics: config, vocabulary, summary, lock."""
 
 import dataclasses
 import fcntl
@@ -15,7 +15,7 @@ from switchjax.config import Config, UserError, differences, load_workdir_config
 from switchjax.data.vocabulary import Vocabulary
 from switchjax.models.families import with_all_options
 from switchjax.parallel.processes import all_values, first_then_others, process_count, process_index
-from switchjax.training.metrics import METRICS
+from switchjax.training.metrics import METRICS, writing
 
 _log = logging.getLogger(__name__)
 
@@ -34,32 +34,30 @@ _FREE = (
     "train.non_finite",
     "train.max_skipped_steps",
 )
-"""Keys, or sections, that may change when a run is resumed: what a step computes does not depend on them, or (the last
-two) only where the run would otherwise end. Learning rates that go down to 0 at the last step do depend on
-`train.steps`, which may change all the same, with a warning: a run that can be made longer is worth more."""
+"""Prefixes of keys that may change when a run is resumed, because they do not alter what a step computes.
+
+Two exceptions: the last two keys alter steps where the run would otherwise end, and `train.steps` alters learning rates
+that fall to 0 at the last step. A longer run is worth more than the same rates, so that change is only a warning.
+"""
 
 _OF_A_HOST = ("data.directory", "data.vocabulary")
-"""Keys that may differ between the processes of a run; that their data are the same is checked by itself."""
+"""Keys that may differ between the processes of a run; another check compares their data."""
 
 _VOCABULARY = "vocabulary.model"
 _SUMMARY = "summary.json"
-_LOCK = "run.lock"
 
 _ELSEWHERE = "choose another --workdir"
 
-_REPLACED = ("config.json", _VOCABULARY, METRICS)
-"""What a run that starts anew writes over."""
-
 
 def open_workdir(workdir: Path, config: Config) -> Config:
-    """Makes the folder, or checks that what was trained there was trained with this config.
+    """Creates the folder, or checks that the run there has this config.
 
     Returns:
-        `config`, of whose corpora a run keeps to those that it was begun with: others could not be had then.
+        `config`; if a run is resumed, without corpora that were unavailable when the run started.
 
     Raises:
-        UserError: naming the first key that differs, from that run or between processes; or if the folder holds files
-            of something else or a complete run without its checkpoints, cannot be made, or not all processes see it.
+        UserError: naming the first key that differs from the run there or between processes; or if the folder holds
+            other files or a complete run without its checkpoints, cannot be made, or some process does not see it.
     """
     check_mounted(workdir)
     config = first_then_others(lambda: _open(workdir, config))
@@ -70,61 +68,48 @@ def open_workdir(workdir: Path, config: Config) -> Config:
 
 
 def _open(workdir: Path, config: Config) -> Config:
-    resumes = _has_checkpoints(workdir)
+    checkpoints = workdir / "checkpoints"
+    resumes = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     if not resumes and (workdir / _SUMMARY).exists():
         raise UserError(f"{workdir} holds a complete run without its checkpoints; {_ELSEWHERE}")
-    # A run that was killed before its first checkpoint starts anew, but over nobody else's files.
-    if resumes or any((workdir / name).exists() for name in _REPLACED):
+    # A run that was killed before its first checkpoint starts again, but never replaces the files of anything else.
+    if resumes or any((workdir / name).exists() for name in ("config.json", _VOCABULARY, METRICS)):
         try:
             saved = with_all_options(load_workdir_config(workdir))
         except UserError as error:
-            raise UserError(f"{workdir} holds no run that could go on ({error}); {_ELSEWHERE}") from None
-        # One that has not come to its first record, as for want of memory, may be tried with another config.
-        if resumes or _has_records(workdir):
-            config = _as_begun(workdir, saved, config)
-    try:
+            raise UserError(f"{workdir} holds no run that can be resumed ({error}); {_ELSEWHERE}") from None
+        # A run that failed before its first record, for example out of memory, may start again with another config.
+        metrics = workdir / METRICS
+        if resumes or (metrics.exists() and metrics.stat().st_size > 0):
+            config = _as_begun(workdir, saved, with_all_options(config))
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     return config
 
 
-def _has_records(workdir: Path) -> bool:
-    path = workdir / METRICS
-    return path.exists() and path.stat().st_size > 0
-
-
 def _as_begun(workdir: Path, saved: Config, config: Config) -> Config:
-    """`config` with the corpora of the run that goes on, whose config is `saved`."""
+    """`config` with the corpora of the run to resume, whose config is `saved`; refuses any other difference."""
     if common := tuple(name for name in saved.data.corpora if name in config.data.corpora):
         if others := set(config.data.corpora) - set(common):
-            _log.warning("%s was begun without %s, and goes on so", workdir, ", ".join(sorted(others)))
-        # That these are the ones, neither more nor fewer, is for the checkpoints to say.
+            _log.warning("%s started without %s and continues without", workdir, ", ".join(sorted(others)))
+        # The fingerprint in the checkpoints tells whether these are exactly the run's corpora.
         saved, config = with_corpora(saved, common), with_corpora(config, common)
     check_same_run(saved, config, f"{workdir} holds a run with another config", _ELSEWHERE)
     for key, change in differences(saved, config).items():
         _log.info("resuming with another %s: %s", key, change)
         if key == "train.steps" and config.optimizer.ends_at_zero:
-            _log.warning(
-                "optimizer.schedule=%s goes down to 0 at the last step: learning rates are from here on those of a "
-                "run of %d steps",
-                config.optimizer.schedule,
-                config.train.steps,
-            )
+            schedule = f"optimizer.schedule={config.optimizer.schedule} goes down to 0 at the last step"
+            _log.warning("%s: learning rates are now those of a run of %d steps", schedule, config.train.steps)
     return config
 
 
 def with_corpora(config: Config, corpora: tuple[str, ...]) -> Config:
-    """`config` with some of its corpora alone."""
+    """`config` with only these of its corpora."""
     return dataclasses.replace(config, data=config.data.only(corpora))
 
 
 def check_same_run(saved: Config, config: Config, found: str, advice: str) -> None:
-    """Refuses a run whose steps would be others.
-
-    Raises:
-        UserError: `found`, the first key that differs, and `advice`.
-    """
+    """Raises a `UserError` with `found`, the key and `advice` at the first difference that would change a step."""
     for key, change in differences(saved, config).items():
         if not key.startswith(_FREE):
             raise UserError(f"{found} ({key}: {change}); {advice}")
@@ -132,47 +117,42 @@ def check_same_run(saved: Config, config: Config, found: str, advice: str) -> No
 
 @contextmanager
 def exclusive_run(workdir: Path) -> Iterator[None]:
-    """Holds a workdir against other runs on this machine; a process that is killed lets go of it.
-
-    Raises:
-        UserError: if another process holds it.
-    """
-    try:
-        lock = (workdir / _LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    """Locks a workdir against other runs on this machine; raises a `UserError` if another process holds the lock."""
+    # The kernel releases the lock of a killed process.
+    with writing(workdir):
+        lock = (workdir / "run.lock").open("a+")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process trains in {workdir} already; wait for it or choose another") from None
         except OSError as error:  # a file system without locks
-            _log.warning("%s cannot be locked (%s): see to it that no other run uses it", workdir, error.strerror)
+            _log.warning("%s cannot be locked (%s): make sure that no other run uses it", workdir, error.strerror)
         yield
 
 
 def _check_shared(workdir: Path) -> None:
-    """Refuses a folder of which each process sees another: a checkpoint there would be in pieces."""
-    name = all_values(f".shared.{uuid.uuid4().hex}")[0]
-    problem = ""
+    """Refuses a folder that the processes do not share, in which a checkpoint would be in pieces."""
+    path = workdir / all_values(f".shared.{uuid.uuid4().hex}")[0]
+
+    def create() -> None:
+        if process_index() == 0:
+            with writing(workdir):
+                path.touch()
+
+    first_then_others(create)
+    seen = all_values(str(path.exists()))
     if process_index() == 0:
-        try:
-            (workdir / name).touch()
-        except OSError as error:
-            problem = f"cannot write to {workdir}: {error.strerror}"
-    if problem := all_values(problem)[0]:
-        raise UserError(problem)
-    seen = all_values(str((workdir / name).exists()))
-    if process_index() == 0:
-        (workdir / name).unlink()
+        path.unlink()
     if blind := [str(index) for index, answer in enumerate(seen) if answer == "False"]:
         raise UserError(
             f"{workdir} must lie on a disk that all processes share: "
-            f"process {', '.join(blind)} does not see there what process 0 writes"
+            f"process {', '.join(blind)} does not see what process 0 writes there"
         )
 
 
 def _check_same(config: Config) -> None:
+    """Refuses processes with different configs."""
     first, *others = map(Config.from_json, all_values(config.to_json()))
     for index, other in enumerate(others, 1):
         for key, change in differences(first, other).items():
@@ -181,10 +161,7 @@ def _check_same(config: Config) -> None:
 
 
 def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> None:
-    """Writes `config.json` and `vocabulary.model`, in process 0, once nothing speaks against the run any more.
-
-    A summary of a shorter run is removed: it would pass for this one's.
-    """
+    """Writes `config.json` and `vocabulary.model` in process 0; removes the summary of an earlier, shorter run."""
     if process_index():
         return
     _write_atomically(workdir / "config.json", config.to_json().encode())
@@ -194,34 +171,25 @@ def record_run(workdir: Path, config: Config, vocabulary: Vocabulary | None) -> 
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
-    """Writes `summary.json`, which says that the run is complete."""
+    """Writes `summary.json`, which marks the run as complete."""
     _write_atomically(workdir / _SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def vocabulary_path(workdir: Path) -> Path:
-    """Where a run keeps its vocabulary."""
+    """The path of a run's vocabulary."""
     return workdir / _VOCABULARY
 
 
 def load_vocabulary(workdir: Path, config: Config) -> Vocabulary:
-    """The vocabulary of a run.
-
-    Raises:
-        UserError: if the workdir has none.
-    """
+    """The vocabulary of a run; raises a `UserError` if the workdir has none."""
     return Vocabulary.load(vocabulary_path(workdir), config.data.num_sentinels)
 
 
-def _has_checkpoints(workdir: Path) -> bool:
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
 def check_mounted(workdir: Path) -> None:
-    """Raises a `UserError` for the address of a bucket: a folder of that name would be made here, and gone with the
-    machine."""
+    """Raises a `UserError` for the address of a bucket."""
+    # Otherwise a local folder of that name would be created, and lost with the machine.
     if workdir.parts and workdir.parts[0].endswith(":"):
-        raise UserError(f"{workdir} is no folder: mount the bucket and name the folder there (docs/pods.md)")
+        raise UserError(f"{workdir} is not a folder: mount the bucket and name the folder there (docs/pods.md)")
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Which cluster is looked for and joined, and what is refused; `tests/training/test_processes.py` has them at work."""
+"""Detection and joining of clusters, and the refusals; `tests/training/test_processes.py` runs real processes."""
 
 import warnings
 from typing import Any
@@ -27,7 +27,7 @@ OPEN_MPI = {
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments with which JAX was asked to join processes; it then finds none, and no server is asked for any."""
+    """The arguments with which JAX was asked to join processes; replaces the join and the metadata server."""
     calls: list[dict[str, Any]] = []
 
     def initialize(**arguments: Any) -> None:

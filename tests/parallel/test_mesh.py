@@ -1,4 +1,4 @@
-"""A mesh or a config that does not fit is refused in words, with sizes that would fit."""
+"""Refusals of a mesh or a config that does not fit, with sizes that would fit."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ def test_sharded_matrices_must_divide_over_the_shards_of_the_batch(sharded: str)
     for shape in [(8, 1, 1), (2, 4, 1)]:
         check_fit(narrow, make_mesh(MeshConfig(*shape)))
         config = replace(narrow, mesh=MeshConfig(*shape, sharded=sharded))
-        message = rf"d_model=60 .* 8 shards of data x expert, as mesh.sharded={sharded} .* multiples are 56 and 64$"
+        message = rf"d_model=60 .* 8 shards of data x expert, which mesh.sharded={sharded} needs: .* 56 and 64$"
         with pytest.raises(UserError, match=message):
             check_fit(config, make_mesh(config.mesh))
 

@@ -1,4 +1,4 @@
-"""What the package assumes of JAX's private modules, for every version that it supports."""
+"""The package's assumptions about JAX's private modules, for every supported version."""
 
 import socket
 import subprocess

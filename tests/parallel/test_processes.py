@@ -1,4 +1,4 @@
-"""What processes tell each other: alone, and two of them."""
+"""Messages between processes, for one process and for two."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""One table from logical axes to mesh axes, and the layouts that follow from it."""
+"""The table from logical axes to mesh axes, and the layouts that follow from it."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from switchjax.parallel.sharding import (
 
 
 class Parameters(nnx.Module):
-    """The kinds of parameters that models have, in sizes that Adafactor factors (128 and more) and does not."""
+    """The kinds of parameters of models, in sizes that Adafactor factors (128 and more) and does not factor."""
 
     def __init__(self) -> None:
         self.norm = nnx.Param(jnp.ones(256), axes=("embed",))
@@ -73,7 +73,7 @@ def test_specs_follow_the_axes_of_each_parameter(shapes: Parameters, mesh: jax.s
 
 
 def test_a_sliced_parameter_keeps_the_layout_of_what_is_left(shapes: Parameters) -> None:
-    """Inside a scan over layers the first dimension is gone, the axes' names are not."""
+    """Inside a scan over layers, the first dimension is gone but its name remains."""
     sliced = jax.eval_shape(lambda model: jax.tree.map(lambda values: values[0], model), shapes)
     assert parameter_specs(sliced).experts == P("expert", "model", None)
 
@@ -83,7 +83,7 @@ def test_an_unknown_axis_is_an_error() -> None:
         partition_spec("embed", "mpl")
 
 
-# `embed` over those axes of the batch that the parameter does not use yet, vectors and what has no `embed` as they are.
+# `embed` goes over those batch axes that the parameter does not use yet; vectors and others without it stay.
 SHARDED_SPECS = {
     "norm": P(None),
     "w_in": P(("data", "expert"), "model"),
@@ -140,7 +140,7 @@ def test_leaves_have_plain_names_and_come_back_under_them(shapes: Parameters) ->
 
 
 def layouts(optimizer: optax.GradientTransformation, shapes: Parameters, mesh: jax.sharding.Mesh) -> list[tuple]:
-    """(path, shape, spec) of every array of the optimiser's state."""
+    """The path, shape and spec of every array of the optimiser's state."""
     state = jax.eval_shape(optimizer.init, named_leaves(shapes))
     shardings = optimizer_shardings(state, shapes, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -167,10 +167,10 @@ def test_adafactor_statistics_lose_the_axis_that_was_averaged_away(shapes: Param
         ("v_col", "w_in"): ((512,), ("model",)),
         ("v_row", "experts"): ((2, 8, 256), (None, "expert", None)),
         ("v_col", "experts"): ((2, 8, 512), (None, "expert", "model")),
-        # Of two equal dimensions a row's mean is over the last, a column's over the other.
+        # With two equal dimensions, v_row is a mean over the last and v_col over the other.
         ("v_row", "square"): ((256,), (None,)),
         ("v_col", "square"): ((256,), ("model",)),
-        # Not factored: whole in `v`.
+        # Not factored, so `v` has the whole shape.
         ("v", "norm"): ((256,), (None,)),
         ("v", "bias"): ((4, 32), ("model", None)),
         ("v", "out"): ((4, 64, 256), ("model", None, None)),
@@ -203,7 +203,7 @@ def test_the_state_of_sharded_parameters_lies_in_parts_too(sharded: str, mesh: j
 
 def test_everything_else_of_an_optimizer_is_on_every_device(shapes: Parameters, mesh: jax.sharding.Mesh) -> None:
     for path, shape, spec in layouts(optax.adafactor(1e-3), shapes, mesh):
-        if shape in ((), (1,)):  # step counts, and the stand-ins for what is not kept
+        if shape in ((), (1,)):  # step counts, and the placeholders of statistics that are not kept
             assert entries(spec, len(shape)) == (None,) * len(shape), path
 
 

@@ -1,4 +1,4 @@
-"""A process that fails or is stuck says why and ends; `tests/training/test_processes.py` has several."""
+"""A process that fails or hangs prints the reason and ends; `tests/training/test_processes.py` runs several."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A disk that takes no more: no file of this process can grow beyond a size."""
+"""Simulates a full disk: no file of this process can grow beyond a size."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """What writes beyond `size` bytes of a file fails with EFBIG, as it does with ENOSPC on a full disk."""
+    """Makes writes beyond `size` bytes of a file fail with EFBIG, as they fail with ENOSPC on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

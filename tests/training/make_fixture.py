@@ -1,7 +1,7 @@
-"""Writes fixtures of the present format, once for each: `python -m pytest tests/training/make_fixture.py`.
+"""Writes the fixtures of the current format: `python -m pytest tests/training/make_fixture.py`.
 
-They are workdirs of tiny models after 4 of 6 steps; losses.json has the losses of all 6, as hexadecimal numbers. pytest
-runs this, so that they are written under the settings under which the tests go on from them.
+Each is the workdir of a tiny model after 4 of 6 steps, with the losses of all 6 as hexadecimal numbers in losses.json.
+pytest runs this, so that writing and reading tests use the same settings.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Trains the tiny model in a process of its own: `python -m tests.training.small_run CONFIG_JSON --workdir=DIR`."""
+"""Trains the tiny model in a separate process: `python -m tests.training.small_run CONFIG_JSON --workdir=DIR`."""
 
 import time
 from argparse import ArgumentParser

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh; what does not fit or is damaged is named."""
+"""Checkpoints restore bit for bit on any mesh; errors name what is damaged or does not fit."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def state(plan: StatePlan) -> TrainState:
 
 @pytest.fixture(scope="module")
 def saved(tiny: Config, state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workdir with checkpoints of steps 1, 2 and 3, of which two are kept."""
+    """A workdir to which steps 1, 2 and 3 were saved and which keeps two checkpoints."""
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(workdir, keep=2)
     for step in (1, 2, 3):
@@ -96,7 +96,7 @@ def test_a_model_is_restored_without_its_optimiser(workdir: Path, plan: StatePla
 
 
 def test_a_first_save_compiles_next_to_nothing(tiny: Config, state: TrainState, tmp_path: Path) -> None:
-    # Cut into a part for each of their replicas, small arrays would each need a program for every part.
+    # If each replica wrote a part of a small array, every part would need its own program.
     compiled: list[str] = []
 
     def listen(event: str, _: float, **details: object) -> None:
@@ -161,7 +161,7 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(workdir: Pa
 
 
 def damage(workdir: Path, step: int) -> None:
-    """Cuts every data file of a checkpoint's state short."""
+    """Truncates every data file of a checkpoint's state."""
     files = [path for path in (workdir / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -182,9 +182,11 @@ def test_a_missing_parameter_is_named(workdir: Path, tiny: Config) -> None:
 
 def test_a_surplus_parameter_is_named(workdir: Path, tiny: Config) -> None:
     unbiased = plan_state(changed(tiny, model={"positions": "rotary"}), make_mesh(tiny.mesh))
-    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has decoder/bias/bias besides"):
+    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: the model has no decoder/bias/bias"):
         Checkpoints(workdir).load_model(unbiased)
-    with pytest.raises(UserError, match="checkpoint 3 does not fit the config: it has model/decoder/bias/bias besides"):
+    with pytest.raises(
+        UserError, match="checkpoint 3 does not fit the config: the model has no model/decoder/bias/bias"
+    ):
         Checkpoints(workdir, keep=2).restore_latest(unbiased, "text")
 
 
@@ -222,13 +224,16 @@ def half_copied(folder: Path) -> None:
 
 
 STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (Path.mkdir, "cannot be read and is passed over: it does not hold state, data, config"),
-    "another program's": (another_programs, "cannot be read and is passed over: it does not hold state, data, config"),
-    "a file": (Path.touch, "cannot be read and is passed over: it does not hold state, data, config"),
-    "half copied": (half_copied, "cannot be read and is passed over: it does not hold state, data, config"),
-    "no description": (without_a_description, "cannot be read and is passed over"),
-    "renamed": (lambda folder: shutil.copytree(folder.with_name("3"), folder), "is not of this run .* is of step 3"),
-    "another run's": (of_another_run, r"is not of this run and is passed over: .* \(train\.seed: 17 -> 0\)"),
+    "empty": (Path.mkdir, "cannot be read and is skipped: it does not hold state, data, config"),
+    "another program's": (another_programs, "cannot be read and is skipped: it does not hold state, data, config"),
+    "a file": (Path.touch, "cannot be read and is skipped: it does not hold state, data, config"),
+    "half copied": (half_copied, "cannot be read and is skipped: it does not hold state, data, config"),
+    "no description": (without_a_description, "cannot be read and is skipped"),
+    "renamed": (
+        lambda folder: shutil.copytree(folder.with_name("3"), folder),
+        "belongs to another run .* is of step 3",
+    ),
+    "another run's": (of_another_run, r"belongs to another run and is skipped: .* \(train\.seed: 17 -> 0\)"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Time is told by what it went into; speed is that of the steps alone."""
+"""Time is divided by activity; speed counts only the steps."""
 
 import time
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from switchjax.training.clock import Clock, StepCost, device_memory
 
 
 class Time:
-    """`time.perf_counter` that moves when it is told to."""
+    """A stand-in for `time.perf_counter` that tests advance."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -38,7 +38,7 @@ def test_parts_are_fractions_of_all_time_and_speed_is_of_the_steps(passing: Time
     spend(clock, passing, "step", 4)
     clock.count_step(tokens=30)
     clock.count_step(tokens=50)
-    passing.now += 3  # of nothing in particular
+    passing.now += 3  # outside of any measured part
     metrics = clock.lap()
     assert metrics == pytest.approx(
         {

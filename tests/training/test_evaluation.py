@@ -1,4 +1,4 @@
-"""Held-out evaluation against a sum by hand; the same twice, and from a checkpoint on another mesh."""
+"""Held-out evaluation equals a sum by hand, twice and from a checkpoint on another mesh."""
 
 import dataclasses
 from collections.abc import Callable

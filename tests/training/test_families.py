@@ -21,7 +21,7 @@ _RUN = {"steps": 4, "log_every": 1, "checkpoint_every": 2}
 
 @pytest.fixture(scope="module")
 def decoder(tiny: Config) -> Config:
-    """On packed text, over data 2 x expert 4."""
+    """A decoder on packed text, over data 2 x expert 4."""
     data = dataclasses.replace(tiny.data, objective="causal", decoder_length=32, batch_size=16)
     model = dataclasses.replace(FAMILIES["gpt"].model, vocab_size=352, max_length=32)
     moe = dataclasses.replace(FAMILIES["gpt"].moe, group_size=32)
@@ -41,7 +41,7 @@ def vision(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 
 def check_run(config: Config, tmp_path: Path) -> None:
-    """Four steps at once are two steps and two more; the evaluation of the workdir is that of the run."""
+    """Four steps equal two steps and two more after a resume; evaluating the workdir gives the results of the run."""
     summary = train(config, tmp_path / "whole")
     train(changed(config, train={"steps": 2}), tmp_path / "halves")
     train(config, tmp_path / "halves")

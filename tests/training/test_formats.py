@@ -1,4 +1,4 @@
-"""Workdirs in every released format go on as the run that wrote them did, are evaluated and started from."""
+"""Workdirs in every released format resume with the recorded losses, are evaluated and serve as `init_from`."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(written: Path, tiny: Config) -
     if json.loads(RECORDED.read_text())["processor"] == processor():
         assert found == expected
     else:
-        # Other instructions round otherwise.
+        # Other CPU instructions round differently.
         np.testing.assert_allclose([found[step] for step in (5, 6)], [expected[step] for step in (5, 6)], rtol=1e-3)
     assert json.loads((written / "config.json").read_text())["format"] == FORMAT
     assert STORED[written.name] in Checkpoints(written).shapes(6)
@@ -56,7 +56,7 @@ def test_a_model_is_evaluated_and_started_from_on_another_mesh(
     config = changed(saved, mesh={"data": 4, "expert": 2}, data={"directory": tiny.data.directory})
     step, metrics = evaluate_workdir(config, written, make_mesh(config.mesh))
     assert step == 4
-    # Held-out text is as hard as the batch of step 5, which the same parameters meet.
+    # Held-out text is about as hard as the batch of step 5, on which the same parameters are used.
     loss = float.fromhex(json.loads((written / "losses.json").read_text())["5"])
     assert -metrics["neg_log_perplexity"] == pytest.approx(loss, rel=0.05)
     deeper = changed(

@@ -1,4 +1,4 @@
-"""Tables of hash layers from token counts and from embeddings, in every layer, never to change."""
+"""Tables of hash layers from token counts and from embeddings: every layer gets one and training keeps it."""
 
 import collections
 import itertools
@@ -39,7 +39,7 @@ def balanced(tiny: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def workdir(balanced: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of two steps with balanced tables."""
+    """The workdir of a run of two steps with balanced tables."""
     workdir = tmp_path_factory.mktemp("balanced")
     train(balanced, workdir)
     return workdir

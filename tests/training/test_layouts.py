@@ -1,4 +1,4 @@
-"""Three train steps in every layout of the Switch Transformer's section 5, and sharded, are those of one device.
+"""Three train steps in every layout of the Switch Transformer's section 5, and sharded, equal those of one device.
 
 Each (layout, model) is compiled once: the same program is run and its collectives are counted.
 """
@@ -32,7 +32,7 @@ STEPS = 3
 
 
 def _in_eighths(config: Config, heads: int, kv_heads: int) -> Config:
-    """Sizes that 8 devices divide, and an optimiser whose first moment is the gradient."""
+    """The config with sizes that 8 devices divide, and an optimiser whose first moment is the gradient."""
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "d_head": 32 // heads}
     optimizer = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=1)
     return dataclasses.replace(changed(config, model=sizes, moe={"num_experts": 8}), optimizer=optimizer)
@@ -47,7 +47,7 @@ MODELS = {
 
 
 class Run(NamedTuple):
-    """The state after the first step and after the last, every step's metrics, and what a step communicates."""
+    """The state after the first and the last step, every step's metrics, and the communication of a step."""
 
     first: TrainState
     last: TrainState
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 def start(plan: StatePlan, config: Config) -> TrainState:
-    """Random parameters, and the optimiser's state, which is zeros at first."""
+    """A state with random parameters and an optimiser state of zeros."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), plan.shapes)
     state = dataclasses.replace(zeros, model=make_model(config))
     return jax.device_put(state, plan.shardings)
@@ -88,9 +88,9 @@ def in_layout(layout: str, model: str) -> Run:
 
 
 def assert_close(actual: object, expected: object) -> None:
-    """float32 sums in another order: 1e-5 of the largest number of each array.
+    """Equal to 1e-5 of the largest number of each array, because float32 sums have another order.
 
-    1e-8 where that is less: a bias of keys has no gradient but rounding.
+    At least 1e-8, because the gradient of a bias of keys is only rounding.
     """
     wanted = named_leaves(expected)
     for name, leaf in named_leaves(actual).items():
@@ -116,7 +116,7 @@ def test_three_steps_are_those_of_one_device(layout: str, model: str) -> None:
         for name in ("loss", "total_loss", "gradient_norm", "parameter_norm"):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
     assert expected.metrics[-1]["loss"] < expected.metrics[0]["loss"]
-    # AdamW's moments: after one step the gradient and its square, after three what became of all three.
+    # AdamW's moments are the gradient and its square after one step, and combine all three after three.
     assert_close(actual.first.opt_state, expected.first.opt_state)
     assert_close(actual.last.opt_state, expected.last.opt_state)
 
@@ -136,11 +136,11 @@ def test_adafactor_takes_the_same_steps_sharded(sharded: str) -> None:
 
 
 LAYERS = 2
-"""Of the Switch Transformer: attention and MoE each."""
+"""Layers of the Switch Transformer, attention and MoE counted separately."""
 MATRICES = 7
-"""Of a layer: queries, keys, values, attention's output, router, the experts' two."""
-# Both halves of a layer: what slices of heads or of d_ff make adds up, and so does the gradient of what they were made
-# from. So do the embeddings that each slice of the vocabulary knows, and the softmax over it (largest, sum, target).
+"""Matrices of a layer: queries, keys, values, attention's output, router, two of the experts."""
+# In both halves of a layer, the outputs of slices of heads or d_ff add up, and so do the gradients of their inputs.
+# So do the embeddings of the slices of the vocabulary, and the softmax over it (largest, sum, target).
 SLICED = {
     (FORWARD, "all-reduce", ("model",)): 2 * LAYERS + 1 + 3,
     (BACKWARD, "all-reduce", ("model",)): 2 * LAYERS + 1,
@@ -165,8 +165,8 @@ PAPERS = {
 @pytest.mark.parametrize("layout", PAPERS)
 def test_a_layout_communicates_what_the_paper_says(layout: str) -> None:
     counts = {tuple(route): found.count for route, found in in_layout(layout, "switch").routes.items()}
-    # XLA puts as many gradients into one all-reduce as it likes, and sums of the forward pass with them, under the name
-    # of any; on the CPU it has no reduce-scatter.
+    # XLA combines any number of gradients, and sums of the forward pass, into one all-reduce under the name of one of
+    # them; on the CPU it has no reduce-scatter.
     gradients = {route for route in counts if route[1] == "all-reduce" and "model" not in route[2]}
     assert bool(gradients) == (layout != "model")
     assert {route: count for route, count in counts.items() if route not in gradients} == PAPERS[layout]

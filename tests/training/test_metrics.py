@@ -1,4 +1,4 @@
-"""What is written can be read again, and a resumed run leaves no record twice."""
+"""Written metrics can be read again, and a resumed run writes no record twice."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_what_a_power_cut_has_left_is_dropped(tmp_path: Path) -> None:
 def test_anothers_records_are_one_line_and_stay(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{line}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl holds what is no record of a run: "):
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds a line that is not a record of a run: "):
         MetricsWriter(tmp_path, resume_step=0)
     assert path.read_text() == f"{line}\n"
 
@@ -72,7 +72,7 @@ def test_events_that_a_full_disk_does_not_take_are_an_error_and_leave_those_befo
 
 
 def read_events(folder: Path) -> list[Event]:
-    """As TensorBoard reads them: what it finds is whole, to the end of the file."""
+    """The events that TensorBoard reads; checks that they are whole to the end of the file."""
     (path,) = folder.iterdir()
     rest, events = path.read_bytes(), []
     while rest:

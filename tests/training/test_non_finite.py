@@ -28,7 +28,7 @@ def test_the_run_stops_and_names_the_first_parameter() -> None:
 def test_steps_are_skipped_until_too_many_come_in_a_row() -> None:
     config = TrainConfig(non_finite="skip", max_skipped_steps=2)
     skipped = SkippedSteps()
-    assert "as 1 of this run" in str(skipped.count(1, False, VALUES, NORMS, config))
+    assert "skipped: 1 in this run" in str(skipped.count(1, False, VALUES, NORMS, config))
     assert skipped.count(2, True, VALUES, NORMS, config) is None
     for step in (3, 4):
         assert skipped.count(step, False, VALUES, NORMS, config)
@@ -43,7 +43,7 @@ def test_other_answers_to_it_are_refused() -> None:
 
 
 def test_a_skipped_step_leaves_all_of_the_state_but_its_step() -> None:
-    """Parameters, both moments of the optimiser and the router's bias, to the bit; the next finite step moves them."""
+    """Parameters, both moments and the router's bias stay equal to the bit; the next finite step moves them."""
     config = changed(
         FAMILIES["glam"],
         model={"num_decoder_layers": 1, "pattern": ("moe",)},

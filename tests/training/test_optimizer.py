@@ -1,4 +1,4 @@
-"""Schedules by their formulas; stacked layers optimised as if each were alone; each update rule by its own."""
+"""Schedules follow their formulas; stacked layers are optimised separately; router state stays as it is."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_the_gradient_is_clipped_to_its_global_norm() -> None:
 
 
 class Router(nnx.Module):
-    """A matrix that is trained and, if asked for, a vector of state beside it."""
+    """A trained matrix and, if asked for, a vector of state."""
 
     def __init__(self, key: jax.Array, with_state: bool):
         self.logits = nnx.Param(jax.random.normal(key, (128, 130)), axes=("embed", None))
@@ -101,7 +101,7 @@ class Router(nnx.Module):
 
 
 class Routers(nnx.Module):
-    """Stacked and single; of one stack, nothing but a table of state."""
+    """Single routers, stacked ones, and a stack that has only a table of state."""
 
     def __init__(self, key: jax.Array, with_state: bool):
         self.layers = stack(lambda key: Router(key, with_state), jax.random.split(key, 3), "layer")

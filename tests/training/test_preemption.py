@@ -1,4 +1,4 @@
-"""SIGTERM ends a process at once while there is nothing to save, amid a compilation too, and is noted afterwards."""
+"""SIGTERM ends a process at once while there is nothing to save, even during a compilation; later it sets a flag."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ with preemption() as state:
         with state.deferred():
             pass
     print("started", flush=True)
-    ctypes.CDLL(None).sleep(60)  # like a compilation: Python's handlers wait for its end
+    ctypes.CDLL(None).sleep(60)  # like a compilation, whose end Python's handlers await
 """
 
 

@@ -1,4 +1,4 @@
-"""One run in 1, 2 and 4 processes, in turns, and after each of the ways in which a process can be lost."""
+"""A run continues in 1, 2 and 4 processes in turn, and after every way of losing a process."""
 
 import os
 import shutil
@@ -25,10 +25,10 @@ from tests.tiny import changed, losses
 pytestmark = pytest.mark.slow
 
 CLOSE = 1e-5
-"""Relative: float32 sums over devices are taken in another order, and six updates carry the difference on."""
+"""Relative tolerance: float32 sums over devices have another order, and six updates carry the difference along."""
 
 BOUND = 600
-"""Seconds for what takes some 20 on a quiet machine; without what is tested, the processes would wait for ever."""
+"""Seconds for a wait that takes about 20 on a quiet machine; if a test fails, the processes would wait for ever."""
 
 Start = Callable[..., list[subprocess.Popen[bytes]]]
 
@@ -55,9 +55,9 @@ def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(pytestconfig: pytest.Config) -> Start:
-    """Starts a run in several processes, the last of them with `options`; their stderr is in `folder`.
+    """Starts a run in several processes, the last one with `options`; their stderr goes to `folder`.
 
-    With `own_disks`, each has corpora of its own, and nothing else: vocabulary and tokens are still to be made.
+    With `own_disks`, each has only its own corpora and must still make vocabulary and tokens.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -108,19 +108,19 @@ def free_port() -> int:
 
 
 def slurm_variables(port: int, count: int, index: int) -> dict[str, str]:
-    """What `srun` tells its tasks."""
+    """The variables that `srun` sets for its tasks."""
     return {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": str(count),
         "SLURM_PROCID": str(index),
         "SLURM_LOCALID": str(index),
-        "JAX_COORDINATOR_PORT": str(port),  # JAX derives one of the job's number otherwise
+        "JAX_COORDINATOR_PORT": str(port),  # otherwise JAX derives one from the job's number
     }
 
 
 def ended(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[tuple[int, str]]:
-    """Exit code and stderr of each, once all have ended, as they must within `BOUND`."""
+    """The exit code and stderr of each process; all must end within `BOUND`."""
     deadline = time.monotonic() + BOUND
     try:
         codes = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
@@ -140,7 +140,7 @@ def assert_same_losses(workdir: Path, whole: Path) -> None:
 
 
 def rows_read(folder: Path, count: int, batches: int) -> list[set[int]]:
-    """Where in the first batches the rows stand that each process has read; it may have read on."""
+    """The positions, in the first batches, of the rows that each process has read; it may have read more."""
     read = [[int(line) for line in (folder / f"rows.{index}").read_text().split()] for index in range(count)]
     for rows in read:
         assert rows == sorted(set(rows)), "in order, and none twice"
@@ -150,7 +150,7 @@ def rows_read(folder: Path, count: int, batches: int) -> list[set[int]]:
 
 @pytest.fixture(scope="module")
 def two(config: Config, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same run of 2 processes with 2 devices and a disk each, started as SLURM does it."""
+    """A folder with the same run by 2 processes with 2 devices and a disk each, started as SLURM starts them."""
     folder = tmp_path_factory.mktemp("two")
     for code, stderr in ended(start(config, folder / "run", folder, 2, slurm=True, own_disks=True), folder):
         assert code == 0, stderr
@@ -182,7 +182,7 @@ def test_a_run_goes_on_in_one_process_with_more_devices_and_another_mesh(
 def test_two_processes_go_on_from_one_and_pass_over_what_one_of_them_cannot_read(
     config: Config, whole: Path, two: Path, start: Start, tmp_path: Path
 ) -> None:
-    """Step 4 is damaged where process 1 has its experts, so step 2, of one process with 8 devices, is used."""
+    """Step 4 is damaged in the part of process 1, so both use step 2, which one process with 8 devices has saved."""
     run = shutil.copytree(whole, tmp_path / "run")
     for step in (4, 6):
         shutil.rmtree(run / "checkpoints" / str(step))
@@ -201,7 +201,7 @@ def test_two_processes_go_on_from_one_and_pass_over_what_one_of_them_cannot_read
 def test_sigterm_to_one_of_four_stops_all_at_the_same_step(
     config: Config, whole: Path, start: Start, tmp_path: Path
 ) -> None:
-    """Over `model`, two processes each have the same rows and half of every matrix."""
+    """Over `model`, pairs of processes have the same rows and half of every matrix each."""
     run, halves = tmp_path / "run", {"data": 2, "expert": 1, "model": 2}
     processes = start(changed(config, mesh=halves, train={"steps": 400}), run, tmp_path, 4)
     wait_for_step(processes, run, 4)
@@ -249,7 +249,7 @@ def test_a_process_that_is_killed_or_stopped_ends_the_other_with_a_line(
 
 
 def assert_says_that_another_is_gone(folder: Path, index: int) -> None:
-    """By a line of its own, or of JAX where JAX was the first to notice and aborted the process."""
+    """Checks for a line of ours, or of JAX if JAX noticed first and aborted the process."""
     stderr = (folder / f"stderr.{index}").read_text()
     by_jax = "Terminating process because the JAX distributed service detected fatal errors" in stderr
     lines = said(folder, index)
@@ -258,7 +258,7 @@ def assert_says_that_another_is_gone(folder: Path, index: int) -> None:
 
 
 def said(folder: Path, index: int) -> list[str]:
-    """The lines with which a process of two has said why it ended."""
+    """The lines in which one of two processes says why it ended."""
     lines = (folder / f"stderr.{index}").read_text().splitlines()
     return [line for line in lines if line.startswith(f"error: process {index} of 2")]
 
@@ -280,4 +280,4 @@ def test_a_workdir_that_is_not_shared_is_refused_by_all(long: Config, start: Sta
     assert [code for code, _ in ended(processes, tmp_path)] == [2, 2]
     for index in range(2):
         (line,) = said(tmp_path, index)
-        assert "must lie on a disk that all processes share: process 1 does not see there what process 0 writes" in line
+        assert "must lie on a disk that all processes share: process 1 does not see what process 0 writes there" in line

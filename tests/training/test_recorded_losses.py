@@ -1,7 +1,7 @@
-"""Ten steps of every family and kind of router, on a mesh of 8, give the losses that were recorded.
+"""Ten steps of every family and kind of router, on a mesh of 8, give the recorded losses.
 
-A change that means to keep the numbers keeps them to the bit. `python -m tests.training.test_recorded_losses` records
-them again, for a change that means to alter them.
+A change that should not alter numbers keeps them to the bit. After a change that should,
+`python -m tests.training.test_recorded_losses` records them again.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ RUNS = {
 
 
 def train(config: Config) -> dict[str, list[str]]:
-    """Loss and total loss of each step, as hexadecimal numbers, which hold every bit."""
+    """The loss and total loss of each step, as hexadecimal numbers that hold every bit."""
     mesh = make_mesh(config.mesh)
     plan = plan_state(config, mesh)
     make_batch = examples.make_batch if config.model.family == "encoder_decoder" else families.make_batch
@@ -150,7 +150,7 @@ def train(config: Config) -> dict[str, list[str]]:
 
 
 def processor() -> str:
-    """What the bits of a float32 sum depend on besides the program: XLA compiles for the processor that it finds."""
+    """The processor, for which XLA compiles and on which the bits of a float32 sum therefore depend."""
     try:
         facts = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")}
     except OSError:
@@ -165,7 +165,7 @@ def recorded() -> dict[str, Any]:
 
 
 EVERYDAY = ("st_moe", "mixtral", "sigmoid", "hash", "peer", "lstm", "v_moe", "switch_attention")
-"""One of each family and kind of layer; the others differ in the router."""
+"""One config of each family and kind of layer; the others differ in the router."""
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_ten_steps_give_the_recorded_losses(name: str, recorded: dict[str, Any])
     if recorded["processor"] == processor():
         assert found == recorded["runs"][name]
     else:
-        # Other instructions round otherwise, by which a token may take another expert; ten steps do not lead far apart.
+        # Other CPU instructions round differently, so a token may take another expert; ten steps stay close.
         for loss, values in recorded["runs"][name].items():
             actual, expected = ([float.fromhex(value) for value in each] for each in (found[loss], values))
             np.testing.assert_allclose(actual, expected, rtol=1e-2)

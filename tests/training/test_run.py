@@ -1,4 +1,4 @@
-"""A run is resumed to the bit, whatever ended it, and refuses what it cannot go on with."""
+"""A run resumes to the bit after any interruption, and refuses what it cannot continue."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_other_data_is_refused_and_leaves_the_vocabulary_of_the_run(tiny: Config
     short = changed(tiny, train={"steps": 1})
     train(short, tmp_path)
     before = (tmp_path / "vocabulary.model").read_bytes()
-    # As on a machine where one of the corpora cannot be had.
+    # One of the corpora is unavailable, as on another machine.
     config_path = tmp_path / "config.json"
     fewer = changed(tiny, data={"corpora": ("tales",)})
     config_path.write_text(fewer.to_json())
@@ -134,11 +134,11 @@ def test_a_run_keeps_to_the_corpora_that_it_was_begun_with(
     saved = load_workdir_config(workdir).data
     assert (saved.corpora, saved.rates) == (("tales",), (0.1,))
 
-    monkeypatch.setitem(SOURCES, "lost", small_source("lost", 2000))  # it is found
+    monkeypatch.setitem(SOURCES, "lost", small_source("lost", 2000))  # now it is available
     longer = changed(config, train={"steps": 2})
     assert train(longer, workdir)["corpora"] == ["tales"]
     assert list(losses(workdir)) == [1, 2]
-    assert f"{workdir} was begun without lost, and goes on so" in caplog.messages
+    assert f"{workdir} started without lost and continues without" in caplog.messages
     assert train(longer, tmp_path / "other")["corpora"] == ["lost", "tales"]
 
     with pytest.raises(UserError, match=r"data\.rates: \(0\.1,\) -> \(0\.2,\)"):
@@ -154,7 +154,7 @@ def test_the_objective_is_not_changed_half_way(tiny: Config, complete: Path) -> 
 
 @pytest.fixture(scope="module")
 def wild(tiny: Config) -> Config:
-    """AdamW at this rate sends the parameters to 1e30 at the first step, and the loss to infinity or NaN after it."""
+    """A config whose first AdamW step takes the parameters to 1e30, so that the next loss is infinite or NaN."""
     return changed(
         tiny,
         optimizer={"name": "adamw", "schedule": "constant", "learning_rate": 1e30, "warmup_steps": 0},
@@ -179,7 +179,7 @@ def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing
     assert (first.pop("step"), third.pop("step")) == (1, 3)
     for name, leaf in first.items():
         np.testing.assert_array_equal(third[name], leaf, err_msg=name)
-    # The count goes on where it was, and the answer may change.
+    # The count continues, and `non_finite` may change.
     with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row"):
         train(skipping, tmp_path)
     with pytest.raises(NonFiniteError, match=r"step 4: .*; checkpoints of earlier steps are intact"):
@@ -201,7 +201,7 @@ def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
     config = changed(tiny, evaluate={"every": every})
     with monkeypatch.context() as patch:
         patch.setattr(run, "Evaluator", Terminated)
-        for _ in range(2):  # the second does nothing but begin the evaluation again
+        for _ in range(2):  # the second only starts the evaluation again
             assert train(config, tmp_path) == {"steps": step, "interrupted": True}
     assert Checkpoints(tmp_path).steps()[-1] == step
     assert read_metrics(tmp_path, "evaluate") == []
@@ -237,7 +237,7 @@ def start(config: Config, workdir: Path, folder: Path) -> subprocess.Popen[bytes
     path = folder / "config.json"
     path.write_text(config.to_json())
     command = [sys.executable, "-m", "tests.training.small_run", str(path), f"--workdir={workdir}"]
-    # As `conftest.py` has it: compiling takes longer than running what is compiled.
+    # As in `conftest.py`: compiling takes longer than running.
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     with (folder / "stderr.log").open("wb") as log:
         return subprocess.Popen(command, stderr=log, env=environment)
@@ -307,9 +307,9 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_resumes_when_there_is_spac
     stderr = (tmp_path / "stderr.log").read_text()
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    # That of step 6 may still have been on its way.
+    # The save of step 6 may still have been in progress.
     assert re.fullmatch(
-        r"error: cannot write a checkpoint to .*: File too large; those of steps \[3(, 6)?\] are intact", line
+        r"error: cannot write a checkpoint to .*: File too large; the checkpoints \[3(, 6)?\] are intact", line
     )
     reached = max(losses(tmp_path / "run"))
     assert reached < 16

@@ -1,4 +1,4 @@
-"""A state is what its plan says: shapes, shardings, and the same parameters on every mesh."""
+"""A state has the shapes and shardings of its plan, and the same parameters on every mesh."""
 
 import jax
 import numpy as np

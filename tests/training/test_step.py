@@ -1,4 +1,4 @@
-"""The train step: no division of the batch changes its gradients, and router state moves by its own rule."""
+"""The train step: dividing the batch does not change its gradients, and router state follows its own rule."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def reference(tiny: Config, batch: dict[str, np.ndarray]) -> tuple[TrainState, M
 
 
 def assert_same(actual: tuple[TrainState, Metrics], expected: tuple[TrainState, Metrics]) -> None:
-    """Equal to float32 rounding, which three optimiser steps at unit scale grow to a few 1e-5."""
+    """Equal up to float32 rounding, which three optimiser steps at unit scale turn into a few 1e-5."""
     for name, value in expected[1].items():
         if name != "gradient_norms":
             np.testing.assert_allclose(actual[1][name], value, rtol=2e-5, atol=1e-5, err_msg=name)
@@ -74,10 +74,10 @@ def test_three_steps_are_the_same_on_every_mesh(
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_change_nothing(tiny: Config, batch: dict[str, np.ndarray], count: int) -> None:
-    # Without noise: micro-batches draw their own.
+    # Without noise, because each micro-batch draws its own.
     quiet = changed(tiny, moe={"jitter_noise": 0.0})
     expected = take_steps(quiet, batch, 2, devices=8)
-    devices = 8 // count  # each with the 3 rows of one of the decoder's groups at a time
+    devices = 8 // count  # each holds the 3 rows of one decoder group at a time
     mesh = {"data": 2, "expert": devices // 2}
     accumulated = changed(quiet, train={"accumulation_steps": count}, mesh=mesh)
     actual = take_steps(accumulated, batch, 2, devices)
@@ -137,7 +137,7 @@ def counting_weights(sizes: RouterSizes, options: CountingOptions, key: jax.Arra
 
 
 def route_and_count(weights: Weights, tokens: Tokens, config: MoEConfig, options: CountingOptions) -> Routing:
-    """Switch's routing, and a count of real tokens and of groups."""
+    """Switch's routing, with counts of real tokens and of groups."""
     routing = route_switch({"logits": weights["logits"]}, tokens, config, NoOptions())
     real = jnp.sum(tokens.mask, axis=1, dtype=jnp.float32)
     return dataclasses.replace(routing, state_sums={"seen": jnp.stack([real, jnp.ones_like(real)], axis=1)})
@@ -162,7 +162,7 @@ def test_router_state_moves_by_the_routers_own_rule_and_nothing_else_moves_it(
     for stack in ("encoder", "decoder"):
         segments, router_name = batch[f"{stack}_segments"], f"{stack}/scans/0/blocks/1/ff/router"
         groups = segments.size // tiny.moe.tokens_per_group(12, segments.shape[1])
-        seen = 2 * np.array([np.sum(segments > 0), groups])  # of two steps, each in two micro-batches
+        seen = 2 * np.array([np.sum(segments > 0), groups])  # two steps, each in two micro-batches
         np.testing.assert_allclose(parameters[f"{router_name}/counter"], [1 + 0.25 * seen], rtol=1e-6)
         np.testing.assert_array_equal(parameters[f"{router_name}/frozen"], [[1, 1]])
     assert all(norms[name] == 0 for name in kept)
@@ -184,7 +184,7 @@ def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_
     assert 0.2 < with_policy["policy_loss"] / (np.log(352) ** 2 / 2) < 5
     assert -np.log(4) - 1e-5 <= with_policy["policy_entropy_loss"] < 0
     norms, plain = with_policy["gradient_norms"], without["gradient_norms"]
-    # What comes after the last router bears on the reward alone: the same program but for the order of sums.
+    # Parameters after the last router affect only the reward: the program differs only in the order of sums.
     for name in ("decoder/norm/scale", "decoder/scans/0/blocks/1/ff/experts/w_out"):
         np.testing.assert_allclose(norms[name], plain[name], rtol=1e-4, err_msg=name)
     for stack in ("encoder", "decoder"):

@@ -1,4 +1,4 @@
-"""A trace holds the steps that were asked for, in the form that xprof reads."""
+"""A trace holds the requested steps, in the form that xprof reads."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from switchjax.training.trace import Trace
 
 
 def traced_steps(workdir: Path) -> dict[str, list[int]]:
-    """Name of each trace -> the numbers of its steps, from the annotations in it."""
+    """A dict from the name of each trace to the numbers of its steps, read from its annotations."""
     found = {}
     for path in (workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"):
         planes = jax.profiler.ProfileData.from_file(str(path)).planes

@@ -1,4 +1,4 @@
-"""What a run keeps beside its checkpoints and metrics: whole files, and one run at a time."""
+"""The files of a run beside checkpoints and metrics are whole, and only one run uses a workdir at a time."""
 
 import errno
 import re
@@ -73,7 +73,7 @@ def test_a_folder_without_checkpoints_that_holds_anothers_files_is_refused(name:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     record_run(tmp_path, Config(), None)
     (tmp_path / "metrics.jsonl").write_text(RECORD)
     (tmp_path / "checkpoints").mkdir()
@@ -107,7 +107,7 @@ def test_a_folder_that_the_first_of_several_processes_cannot_write_is_one_line(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(workdir, "process_count", lambda: 2)
-    monkeypatch.setattr(workdir, "exchange", lambda value: [value, value])
+    monkeypatch.setattr(workdir, "all_values", lambda value: [value, value])
     monkeypatch.setattr(Path, "touch", refuse)  # root may write everywhere
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: Permission denied"):
         open_workdir(tmp_path, Config())
