@@ -52,10 +52,6 @@ ELSEWHERE = {
     "planning/hlo_memory": "planning/test_hlo.py",
     "planning/report": "planning/test_plan.py",
     "planning/topology": "planning/test_plan.py",
-    # What older versions wrote is read by one test of all its parts.
-    "config/formats": "training/test_formats.py",
-    "training/checkpoint_arrays": "training/test_checkpoint.py",
-    "training/checkpoint_names": "training/test_formats.py",
     # Runs that a study starts and kills.
     "studies/train_to_end": "studies/test_family_study.py",
     "studies/disturbed_run": "studies/test_fault_study.py",
