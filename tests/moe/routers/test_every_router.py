@@ -274,6 +274,7 @@ def test_an_option_of_another_router_is_refused(name: str) -> None:
         ("hierarchical", "num_expert_groups", 0),
         ("hierarchical", "num_selected_groups", 0),
         ("sigmoid", "bias_update_rate", 0.0),
+        ("hash", "hash_table", "balance"),
         ("base", "auction_rounds", 0),
         ("sinkhorn", "sinkhorn_iterations", 0),
     ],
