@@ -19,6 +19,7 @@ from switchjax.accounting import utilization
 from switchjax.config import Config, UserError, load_workdir_config
 from switchjax.data.sources import SOURCES
 from switchjax.data.text import TextData
+from switchjax.models.families import with_all_options
 from switchjax.models.model import Model
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import named_leaves
@@ -45,7 +46,7 @@ def complete(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_complete_run_leaves_everything_in_its_workdir(tiny: Config, complete: Path) -> None:
-    assert Config.from_json((complete / "config.json").read_text()) == tiny
+    assert Config.from_json((complete / "config.json").read_text()) == with_all_options(tiny)
     summary = json.loads((complete / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["evaluation"]["neg_log_perplexity"] < 0
