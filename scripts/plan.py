@@ -39,9 +39,12 @@ def main(arguments: Sequence[str]) -> None:
     published = report.show_published(f"{Path(file).stem}:{size}", config)
     print(report.show_accounting(accounting), *published, sep="\n", flush=True)
     found = report.accounting_dict(accounting)
-    if chip or slice_:
-        log = partial(print, file=sys.stderr, flush=True)
-        plan = plan_step(config, slice_) if slice_ else smallest_fit(config, chip, log)
+    plan = None
+    if chip:
+        plan = smallest_fit(config, chip, partial(print, file=sys.stderr, flush=True))
+    elif slice_:
+        plan = plan_step(config, slice_)
+    if plan:
         print(report.show_plan(plan))
         found |= asdict(plan)
     else:

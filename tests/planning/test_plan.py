@@ -222,7 +222,7 @@ def run_plan(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("config", "arguments", "mesh", "moe_layers"),
     [
         ("switch.py", ["--topology=v5e:2x4"], [2, 4, 1], 2),
-        # One chip holds no two shards of experts, and is passed over.
+        # One chip holds no two shards of experts, and is skipped.
         ("glam.py", ["--topology=v5e", "--fit", "--config.mesh.expert=2"], [2, 2, 1], 1),
     ],
 )
