@@ -98,14 +98,16 @@ class Watchdog:
     def __init__(self, timeout: int | float) -> None:
         self._timeout = timeout
         self._doing: str | None = None
+        self._waits_for_others = False
         self._marks = 0
         self._closed = threading.Event()
         if timeout:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def mark(self, doing: str | None) -> None:
+    def mark(self, doing: str | None, waits_for_others: bool = False) -> None:
         """Restarts the time for the activity `doing`; None stands for one that may take any time."""
         self._doing = doing
+        self._waits_for_others = waits_for_others
         self._marks += 1
 
     def close(self) -> None:
@@ -118,7 +120,8 @@ class Watchdog:
         while not self._closed.wait(interval):
             waited = waited + interval if self._marks == seen else 0.0
             seen, doing = self._marks, self._doing
-            if doing and waited >= self._timeout:
+            # A process that waits for another is given longer, so that the one that hangs says what in.
+            if doing and waited >= self._timeout + 2 * interval * self._waits_for_others:
                 limit = f"train.step_timeout={self._timeout:g} seconds"
                 print_error(f"{doing} has taken longer than {limit}; checkpoints are intact")
                 os._exit(1)

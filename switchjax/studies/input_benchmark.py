@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grain
 import jax
@@ -124,7 +124,7 @@ def loop_fraction(config: Config) -> float:
         return fraction_beside_steps(read_metrics(Path(folder), "train")[1:])
 
 
-def fraction_beside_steps(laps: Sequence[Mapping[str, float]]) -> float:
+def fraction_beside_steps(laps: Sequence[Mapping[str, Any]]) -> float:
     """The fraction of the time of `laps` spent neither in steps nor waiting for data.
 
     All laps have equally many steps of equal length, so a lap's length is proportional to `1 / step_fraction`.

@@ -21,7 +21,7 @@ from switchjax.data.prepare import prepare_data
 from switchjax.models.model import Batch
 from switchjax.models.parameters import count_trained
 from switchjax.parallel.mesh import check_fit, make_mesh, one_at_a_time
-from switchjax.parallel.processes import all_values, first_then_others, process_index
+from switchjax.parallel.processes import all_values, first_then_others, process_count, process_index
 from switchjax.parallel.sharding import place_batch, process_rows
 from switchjax.parallel.shutdown import Watchdog, closing_together
 from switchjax.training.checkpoint import Checkpoints
@@ -167,7 +167,7 @@ class TrainingRun:
         self._watchdog.mark(f"reading the batch of step {self.step + 1}")
         with self._clock.measure("data_wait"):
             batch = next(self._batches)
-        self._watchdog.mark(f"computing step {self.step + 1}")
+        self._watchdog.mark(f"computing step {self.step + 1}", waits_for_others=process_count() > 1)
         with self._clock.measure("step"):
             self.state, metrics = one_at_a_time(self._compiled(self.state, place_batch(batch, self._mesh)))
         self.step += 1

@@ -137,7 +137,7 @@ def test_a_pyramid_reports_the_load_of_every_layer_and_none_of_experts_that_are_
         ({"pattern": ("lstm",)}, "model.pattern: unknown value 'lstm'"),
         ({"family": "recurrent"}, "model.pattern: unknown value 'dense'"),
         ({"family": "vision", "pattern": ("switch_attention",)}, "model.pattern: unknown value 'switch_attention'"),
-        ({"pattern": ("peer", "moe")}, "names peer and other layers with experts"),
+        ({"pattern": ("peer", "moe")}, "the experts of peer or soft layers or experts with a router, not both"),
         ({"num_kv_heads": 5}, "model.num_heads=12 is not a multiple of model.num_kv_heads=5"),
         ({"positions": "learned"}, "positions=learned is for decoder_only and vision"),
         ({"family": "vision", "patch_size": 15, "positions": "learned"}, "image_size=224 is not a multiple"),

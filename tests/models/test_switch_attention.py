@@ -8,7 +8,7 @@ import pytest
 from switchjax.config import MeshConfig
 from switchjax.models.attention import Attention, attention_mask
 from switchjax.models.families import build
-from switchjax.models.inputs import metrics_by_layer
+from switchjax.models.inputs import StackInputs, metrics_by_layer
 from switchjax.models.switch_attention import SwitchAttention
 from switchjax.parallel.mesh import make_mesh
 from switchjax.parallel.sharding import parameter_shardings
@@ -36,9 +36,8 @@ def test_one_expert_is_dense_attention() -> None:
     @jax.jit
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask = attention_mask(segments, segments)
-        context, _ = routed.keys_values(x, segments > 0, None, segments)
-        y, _ = routed(x, context, segments > 0, mask, bias, None, segments)
-        return y, dense(x, dense.keys_values(x), mask, bias, None)
+        inputs = StackInputs(segments, segments, mask, bias, positions=None, cross=None)
+        return tuple(layer.attend_to_itself(x, inputs, None, None)[0] for layer in (routed, dense))
 
     y, expected = both(x)
     # Capacity is the group, the single gate is 1; float32 sums in another order.

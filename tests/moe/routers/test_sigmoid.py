@@ -220,5 +220,5 @@ def test_saturated_scores_give_gates_that_sum_to_1_and_finite_gradients(scale: f
 
 
 def test_no_token_is_sent_on_past_the_bias() -> None:
-    with pytest.raises(UserError, match=r"chooses by its bias too: set moe\.no_token_left_behind=0"):
+    with pytest.raises(UserError, match=r"moe\.router=sigmoid also by its bias: set moe\.no_token_left_behind=0"):
         check_router(router_config("sigmoid", no_token_left_behind=1))
