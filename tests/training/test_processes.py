@@ -272,7 +272,9 @@ def test_a_process_that_is_stuck_in_reading_data_ends_all_and_says_so(
     assert 0 not in codes
     (line,) = said(tmp_path, 1)
     assert "reading the batch of step 6 has taken longer than train.step_timeout=20 seconds" in line
-    assert_says_that_another_is_gone(tmp_path, 0)
+    # The other notices that this one is gone, or that its own step, which waits for this one, takes too long.
+    if not any("computing step 6 has taken longer than" in line for line in said(tmp_path, 0)):
+        assert_says_that_another_is_gone(tmp_path, 0)
 
 
 def test_a_workdir_that_is_not_shared_is_refused_by_all(long: Config, start: Start, tmp_path: Path) -> None:
