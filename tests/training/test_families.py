@@ -54,6 +54,7 @@ def check_run(config: Config, tmp_path: Path) -> None:
     assert results == pytest.approx(evaluation)
 
 
+@pytest.mark.slow
 def test_a_decoder_resumes_and_is_evaluated(decoder: Config, tmp_path: Path) -> None:
     check_run(decoder, tmp_path)
 

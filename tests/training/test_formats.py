@@ -19,6 +19,8 @@ from tests.tiny import changed, losses
 from tests.training.make_fixture import FIXTURES, NAMES, config_of
 from tests.training.test_recorded_losses import RECORDED, processor
 
+pytestmark = pytest.mark.slow
+
 STORED = {"encoder_decoder": "model/encoder/3/ff/experts/w_in", "peer": "model/decoder/1/ff/sub_keys"}
 
 

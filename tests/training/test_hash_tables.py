@@ -21,6 +21,8 @@ from switchjax.training.run import train
 from switchjax.training.state import plan_state
 from tests.tiny import changed
 
+pytestmark = pytest.mark.slow
+
 TABLES = [f"{stack}/scans/0/blocks/1/ff/router/table" for stack in ("encoder", "decoder")]
 SEGMENTS = ("encoder_segments", "decoder_segments")
 

@@ -72,6 +72,7 @@ def test_every_record_holds_the_metrics_that_are_promised(tiny: Config, complete
     assert fourth["evaluation_fraction"] > 0 == fourth["checkpoint_fraction"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     assert losses(tmp_path / "other")[2] != losses(complete)[2]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_the_last_checkpoint_bit_for_bit_traced_or_not(
     tiny: Config, complete: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert Checkpoints(tmp_path).steps() == [1]
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing(wild: Config, tmp_path: Path) -> None:
     skipping = changed(wild, train={"non_finite": "skip", "max_skipped_steps": 2})
     with pytest.raises(NonFiniteError, match=r"step 4: .*; 2 steps in a row were skipped before it"):
@@ -187,6 +190,7 @@ def test_steps_that_are_not_finite_can_be_skipped_and_counted_and_change_nothing
         train(wild, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "step"), [(3, 3), (0, 6)], ids=["on the way", "at the end"])
 def test_sigterm_cuts_an_evaluation_short_which_is_done_when_the_run_is_resumed(
     tiny: Config, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int

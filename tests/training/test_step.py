@@ -92,6 +92,7 @@ def test_finite_steps_are_the_same_where_others_are_skipped(
     assert_same(take_steps(changed(tiny, train={"non_finite": "skip"}), batch, 3), reference)
 
 
+@pytest.mark.slow
 def test_padding_rows_change_nothing(tiny: Config, batch: dict[str, np.ndarray]) -> None:
     quiet = changed(tiny, moe={"jitter_noise": 0.0})
     empty = {name: np.concatenate([rows, np.zeros_like(rows)]) for name, rows in batch.items()}
@@ -147,6 +148,7 @@ def count(weights: Weights, sums: dict[str, jax.Array], options: CountingOptions
     return {"counter": weights["counter"] + options.rate * sums["seen"]}
 
 
+@pytest.mark.slow
 def test_router_state_moves_by_the_routers_own_rule_and_nothing_else_moves_it(
     tiny: Config, batch: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_router_state_moves_by_the_routers_own_rule_and_nothing_else_moves_it(
     np.testing.assert_allclose(metrics["gradient_norm"], trained, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_reinforced_routing_trains_its_policy_and_no_gradient_flows_through_the_reward(
     tiny: Config, batch: dict[str, np.ndarray]
 ) -> None:

@@ -409,6 +409,7 @@ def priced(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_router_from_outside_trains_is_saved_and_resumes_on_a_mesh(priced: Config, tmp_path: Path) -> None:
     def records(name: str) -> list[dict[str, Any]]:
         timed = ("per_second", "fraction")
