@@ -10,7 +10,7 @@ from switchjax.config.checks import check_choices, check_fraction, check_not_neg
 class Settings(dict[str, Any]):
     """Named values that are never changed, so that a config with them can be hashed."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override]  # dict has None here
         return hash(frozenset(self.items()))
 
 

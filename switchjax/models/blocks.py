@@ -198,7 +198,7 @@ class DenseLayer(FeedForward):
     Subclasses FeedForward so that checkpoints say `ff/w_in`, not `ff/network/w_in`.
     """
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # called like FeedForwardLayer, no longer like FeedForward
         self,
         x: Float[Array, "B L D"],
         token_mask: Bool[Array, "B L"],
